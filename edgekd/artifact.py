@@ -1,0 +1,163 @@
+"""Files that are never half-written, and manifests that say what a file is and what it was made from.
+
+A stage writes its files, then its `manifest.json` last, so a folder without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgekd import __version__
+from edgekd.errors import ArtifactError
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA = "edgekd.manifest/1"
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` and move it into place on success; on any error, nothing is left.
+
+    The temporary name keeps the suffix, since some writers choose the format by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically, UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON atomically: two-space indent, no NaN (which is not JSON)."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(data: object) -> str:
+    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what figures depend on, without importing any of it; absent packages are left out."""
+    from importlib import metadata
+
+    found = {"edgekd": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "onnx", "onnxruntime", "opencv-python-headless", "tensorrt"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def source_commit() -> str | None:
+    """The git commit of edgekd's own source tree, with "+dirty" when it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+dirty" if changed else "")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a stage made and from what.
+
+    Attributes:
+        kind: "run", "onnx", "engine", "bench", "answers", ...
+        inputs: whatever decides the result (resolved recipe part, seed, hashes of parents): a stage is skipped only
+            if this is equal.
+        files: relative path to sha256 of each file that the stage vouches for.
+        facts: everything else worth knowing (metrics, device, versions, commit).
+    """
+
+    kind: str
+    inputs: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_manifest(folder: Path, kind: str, inputs: Mapping[str, Any], files: list[str], facts: Mapping[str, Any]) -> Manifest:
+    """Hash `files` (relative to `folder`) and write the manifest last."""
+    hashes = {name: sha256_file(folder / name) for name in files}
+    provenance = {"versions": versions(), "commit": source_commit(), "machine": platform.machine()}
+    manifest = Manifest(kind, dict(inputs), hashes, {**provenance, **facts})
+    write_json(
+        folder / MANIFEST_NAME,
+        {"schema": SCHEMA, "kind": kind, "inputs": manifest.inputs, "files": hashes, "facts": manifest.facts},
+    )
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished stage, or None when there is none.
+
+    Raises:
+        ArtifactError: it is there but cannot be read.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA:
+            raise ArtifactError(f"{path}: unknown schema", got=data["schema"], expected=SCHEMA)
+        return Manifest(data["kind"], data["inputs"], data["files"], data["facts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged", got=error, fix="delete it and run the stage again") from error
+
+
+def is_current(folder: Path, kind: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether a finished stage in `folder` was made from exactly these inputs and its files are still intact."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.kind != kind:
+        return False
+    if sha256_json(manifest.inputs) != sha256_json(inputs):
+        return False
+    return all(
+        (folder / name).is_file() and sha256_file(folder / name) == digest for name, digest in manifest.files.items()
+    )

@@ -1,0 +1,84 @@
+"""Every error that edgekd raises on purpose.
+
+The tree reads as documentation: a `UserError` is something the person at the keyboard can mend (exit code 2), any
+other `EdgeKDError` is a failure of ours or of the machine (exit code 1). The command line prints the message alone;
+a traceback is shown only for exceptions outside this tree, which are bugs.
+"""
+
+from __future__ import annotations
+
+
+class EdgeKDError(Exception):
+    """Base of all deliberate errors; `exit_code` is what the command line exits with.
+
+    The message is built from up to four parts, so that every error answers the same questions: what is wrong, what
+    was found, what was expected, and how to mend it.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, got: object = None, expected: object = None, fix: str | None = None
+    ) -> None:
+        self.what = what
+        self.got = None if got is None else str(got)
+        self.expected = None if expected is None else str(expected)
+        self.fix = fix
+        lines = [what]
+        if self.got is not None:
+            lines.append(f"  got:      {self.got}")
+        if self.expected is not None:
+            lines.append(f"  expected: {self.expected}")
+        if fix is not None:
+            lines.append(f"  fix:      {fix}")
+        super().__init__("\n".join(lines))
+
+
+class UserError(EdgeKDError):
+    """The input is wrong and the user can mend it: exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe does not validate. Carries every problem found, not only the first."""
+
+
+class DataError(UserError):
+    """A data set cannot be read, or training on it would be wrong."""
+
+
+class ArtifactError(UserError):
+    """An artefact (run folder, checkpoint, ONNX file, engine) is missing, foreign, stale or damaged."""
+
+
+class WeightsError(UserError):
+    """Published or user weights cannot be found, verified, or do not fit the model."""
+
+
+class ClassMapError(UserError):
+    """A teacher's label set cannot be mapped onto the student's."""
+
+
+class DistillationSetupError(UserError):
+    """A distillation term cannot be built for this pair; the message lists both sides' grids and channels."""
+
+
+class MissingDependencyError(UserError):
+    """An optional package or device is not there; the message says how to get it."""
+
+
+class ExportError(EdgeKDError):
+    """The exporter or engine builder failed."""
+
+
+class ParityError(EdgeKDError):
+    """Two runtimes disagree on the same detector beyond the stated tolerance."""
+
+
+class NonFiniteLossError(EdgeKDError):
+    """A loss or gradient became NaN or infinite; names the term, the step and the images."""
+
+
+class RuntimeFailure(EdgeKDError):
+    """An inference runtime failed while running, or silently fell back to another provider."""

@@ -1,0 +1,220 @@
+"""What a recipe may say: the schema, with its defaults. Reading YAML with line numbers is in `recipe_file.py`.
+
+Every default here is meant to be good: a recipe names its data, its student, its teachers, and little else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(_Section):
+    """The data set. `root` is relative to the recipe's folder, or to the working directory if not found there."""
+
+    root: str = Field(description="Folder of the data set (VOC, COCO or YOLO layout).")
+    format: Literal["auto", "voc", "coco", "yolo"] = "auto"
+    train: str = Field("train", description="Split to train on.")
+    val: str = Field("val", description="Split for choosing the best checkpoint and for every reported figure.")
+    classes: tuple[str, ...] | None = Field(None, description="Class names in label order; found in the data if left out.")
+    workers: int | Literal["auto"] = Field("auto", description="Loader processes; auto keeps the step fed.")
+    cache_mib: int = Field(1024, ge=0, description="Memory for decoded images; 0 decodes every time.")
+    limit_train: int | None = Field(None, ge=1, description="Use only the first N training images.")
+    limit_val: int | None = Field(None, ge=1, description="Use only the first N validation images.")
+
+
+class AugmentConfig(_Section):
+    """Augmentation as the SSD and YOLO papers use it; each is a probability or switched off by 0."""
+
+    photometric: float = Field(0.5, ge=0, le=1, description="Chance of each photometric distortion.")
+    zoom_out: float = Field(0.5, ge=0, le=1, description="Chance of placing the image on a larger canvas.")
+    zoom_out_max: float = Field(3.0, ge=1, description="Largest canvas, as a multiple of the image's side.")
+    iou_crop: float = Field(0.85, ge=0, le=1, description="Chance of a crop with a minimum IoU with some object.")
+    min_crop: float = Field(0.3, gt=0, le=1, description="Smallest side of a crop, as a share of the image's.")
+    flip: float = Field(0.5, ge=0, le=1, description="Chance of a horizontal flip.")
+    mosaic: float = Field(0.0, ge=0, le=1, description="Chance of a four-image mosaic.")
+    close_mosaic_epochs: int = Field(5, ge=0, description="Last epochs that go without mosaic.")
+
+
+class ModelConfig(_Section):
+    """A native detector."""
+
+    model: str = Field(description="A name from `edgekd.detectors.DETECTORS`, such as mobilenetv2-ssd-lite.")
+    input_size: int = Field(320, ge=64, le=1280, description="Side of the square input, pixels.")
+    width: float = Field(1.0, gt=0, le=2, description="Channel multiplier.")
+    weights: str | None = Field(None, description="Backbone weights: a path, 'imagenet' for the official ones, or none.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Model-specific settings, such as min_scale.")
+
+
+class TrainConfig(_Section):
+    """The training loop."""
+
+    epochs: int = Field(60, ge=1)
+    batch_size: int = Field(16, ge=1)
+    accumulate: int = Field(1, ge=1, description="Batches an optimiser step.")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    backbone_lr_factor: float = Field(1.0, ge=0, description="Backbone's learning rate as a share of lr; 0 freezes it.")
+    weight_decay: float = Field(0.01, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum.")
+    warmup_steps: int | Literal["auto"] = Field("auto", description="Linear warm-up; auto is a tenth of the first epochs.")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_lr_factor: float = Field(0.01, ge=0, le=1)
+    ema: float = Field(0.998, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
+    clip_norm: float = Field(10.0, ge=0, description="Largest gradient norm; 0 is off.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU.")
+    channels_last: bool = True
+    deterministic: bool = False
+    eval_every: int | Literal["auto"] = Field("auto", description="Epochs between evaluations.")
+    checkpoint_every: int | Literal["auto"] = Field("auto", description="Steps between checkpoints; auto: each epoch.")
+    difficult: bool = Field(False, description="Train on objects marked difficult.")
+
+
+class TrainedTeacher(_Section):
+    """A native teacher that `edgekd run` trains itself before distilling."""
+
+    name: str
+    train: ModelConfig
+    settings: TrainConfig | None = Field(None, description="Its own training settings; the recipe's `train` if left out.")
+    weight: float = Field(1.0, gt=0)
+    seed: int | None = None
+
+
+class CheckpointTeacher(_Section):
+    """A native teacher from a checkpoint or a run folder."""
+
+    name: str
+    checkpoint: str
+    weight: float = Field(1.0, gt=0)
+    class_map: dict[str, str] | None = Field(None, description="Teacher class to student class; by name if left out.")
+
+
+class OnnxTeacher(_Section):
+    """Any detector as an ONNX file, run by ONNX Runtime."""
+
+    name: str
+    onnx: str
+    output: Literal["auto", "yolo", "yolo-objectness", "boxes-scores", "detections"] = "auto"
+    class_names: tuple[str, ...] | Literal["auto", "coco", "voc"] = "auto"
+    class_map: dict[str, str] | None = None
+    resize: Literal["auto", "stretch", "letterbox"] = "auto"
+    input_size: int | None = Field(None, ge=32, description="Needed where the file's input is dynamic.")
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    score_activation: Literal["auto", "none", "sigmoid", "softmax"] = "auto"
+    background: Literal["auto", "none", "first", "last"] = "auto"
+    box_format: Literal["auto", "xyxy", "cxcywh", "xyxy-normalised", "cxcywh-normalised"] = "auto"
+    taps: dict[str, str] = Field(default_factory=dict, description="Tap name to the name of a tensor in the graph.")
+    weight: float = Field(1.0, gt=0)
+
+
+class ModuleTeacher(_Section):
+    """A torch module of the user's own, through an adapter factory 'package.module:function'."""
+
+    name: str
+    module: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    class_map: dict[str, str] | None = None
+    weight: float = Field(1.0, gt=0)
+
+
+class TorchvisionTeacher(_Section):
+    """A torchvision detection model, where torchvision works."""
+
+    name: str
+    torchvision: str
+    weights: str | None = Field(None, description="A path, or a torchvision weights name such as DEFAULT.")
+    class_map: dict[str, str] | None = None
+    weight: float = Field(1.0, gt=0)
+
+
+TeacherConfig = TrainedTeacher | CheckpointTeacher | OnnxTeacher | ModuleTeacher | TorchvisionTeacher
+
+
+class EnsembleConfig(_Section):
+    """How several teachers become one answer."""
+
+    fusion: Literal["wbf", "nms", "soft-nms", "mean-outputs"] = "wbf"
+    iou: float = Field(0.55, gt=0, lt=1)
+    weights: Literal["given", "learned"] = Field("given", description="learned: fitted to mAP on held-out training images.")
+
+
+class TermConfig(_Section):
+    """One distillation term."""
+
+    loss: str = Field(description="A name from `edgekd.losses.TERMS`, such as response or feature.")
+    weight: float | None = Field(None, ge=0, description="Multiplier; the term's own default if left out.")
+    gradient_ratio: float | None = Field(None, gt=0, description="Instead of weight: target gradient norm as a share of the detection loss's.")
+    student_taps: tuple[str, ...] | Literal["auto"] = "auto"
+    teacher_taps: tuple[str, ...] | Literal["auto"] = "auto"
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> TermConfig:
+        if self.weight is not None and self.gradient_ratio is not None:
+            raise ValueError("give weight or gradient_ratio, not both")
+        return self
+
+
+class DistillConfig(_Section):
+    """What the student learns from its teachers besides the ground truth."""
+
+    terms: tuple[TermConfig, ...] = (TermConfig(loss="response"),)
+    detection_weight: float = Field(1.0, ge=0, description="Weight of the ground-truth loss.")
+    answers: Literal["auto", "image", "online"] = Field(
+        "auto",
+        description="image: each teacher sees every training image once, and its boxes follow the augmentation; "
+        "online: teachers run on every augmented view; auto: image, unless a term needs features or raw outputs.",
+    )
+
+
+class ExportConfig(_Section):
+    """What is written for the device."""
+
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = ("fp32",)
+    target: Literal["x86", "tensorrt"] = "x86"
+    nms: bool = Field(False, description="Also write the form with NMS inside.")
+    opset: int = Field(17, ge=17)
+    dynamic_batch: bool = False
+    calibration_images: int = Field(128, ge=1)
+    calibration: Literal["minmax", "entropy", "percentile", "auto"] = "minmax"
+    map_budget: float = Field(1.0, ge=0, description="AP50 points that fp16 or int8 may lose against fp32.")
+
+
+class BenchConfig(_Section):
+    """How artefacts are measured."""
+
+    samples: int = Field(200, ge=20, description="Timed inferences an artefact.")
+    warmup_seconds: float = Field(1.0, ge=0)
+    threads: int | None = Field(None, ge=1, description="Inference threads; all cores if left out.")
+    score_threshold: float = Field(0.001, ge=0, lt=1, description="For mAP.")
+    nms_iou: float = Field(0.5, gt=0, lt=1)
+    max_detections: int = Field(100, ge=1)
+
+
+class Recipe(_Section):
+    """A whole recipe: `edgekd run` does all of it, the other commands the part they are named for."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    seed: int = Field(0, ge=0)
+    data: DataConfig
+    student: ModelConfig
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    teachers: tuple[TeacherConfig, ...] = ()
+    ensemble: EnsembleConfig = EnsembleConfig()
+    distill: DistillConfig = DistillConfig()
+    export: ExportConfig = ExportConfig()
+    bench: BenchConfig = BenchConfig()
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Recipe:
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"teachers need different names, got {names}")
+        return self

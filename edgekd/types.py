@@ -1,0 +1,230 @@
+"""The data types that every layer shares. Plain numpy and dataclasses: importing this needs no torch.
+
+Frames: a `boxes_xyxy` array is always (x1, y1, x2, y2) float32 in **pixels**, x2 >= x1, y2 >= y1, continuous
+coordinates (a box covering the whole of a W x H image is 0, 0, W, H). Which image the pixels belong to is said by
+the container: `Detections` and `ImageRecord` speak of the original image after EXIF orientation; everything at the
+level of torch tensors speaks of the detector's input tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.errors import ArtifactError, DataError
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+ImageArray = NDArray[np.uint8]
+"""An RGB picture, (H, W, 3) uint8."""
+
+ResizeMode = Literal["stretch", "letterbox"]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image, in columns, validated when made.
+
+    Attributes:
+        boxes_xyxy: (N, 4) float32, pixels of the original image.
+        scores: (N,) float32 in [0, 1], not necessarily sorted.
+        labels: (N,) int64, indices into the class names of whoever made it.
+
+    Raises:
+        ValueError: lengths differ, a value is not finite, or a box has negative extent.
+    """
+
+    boxes_xyxy: FloatArray
+    scores: FloatArray
+    labels: IntArray
+
+    def __post_init__(self) -> None:
+        boxes = np.asarray(self.boxes_xyxy, dtype=np.float32).reshape(-1, 4)
+        scores = np.asarray(self.scores, dtype=np.float32).reshape(-1)
+        labels = np.asarray(self.labels, dtype=np.int64).reshape(-1)
+        if not len(boxes) == len(scores) == len(labels):
+            raise ValueError(
+                f"Detections columns differ in length: boxes {len(boxes)}, scores {len(scores)}, labels {len(labels)}"
+            )
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise ValueError("Detections hold non-finite boxes or scores")
+        if len(boxes) and ((boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1])).any():
+            raise ValueError("Detections hold a box with x2 < x1 or y2 < y1")
+        object.__setattr__(self, "boxes_xyxy", boxes)
+        object.__setattr__(self, "scores", scores)
+        object.__setattr__(self, "labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @classmethod
+    def empty(cls) -> Detections:
+        """No detections."""
+        return cls(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
+    def take(self, index: NDArray[Any]) -> Detections:
+        """The rows that `index` (integer or boolean) picks."""
+        return Detections(self.boxes_xyxy[index], self.scores[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class SoftDetections:
+    """A teacher's answer to one image with whole class distributions, before scores are cut to one label.
+
+    Attributes:
+        boxes_xyxy: (N, 4) float32, pixels of the original image.
+        class_probs: (N, classes) float32 in [0, 1]; a row need not sum to 1, its maximum is the confidence.
+    """
+
+    boxes_xyxy: FloatArray
+    class_probs: FloatArray
+
+    def __post_init__(self) -> None:
+        boxes = np.asarray(self.boxes_xyxy, dtype=np.float32).reshape(-1, 4)
+        probs = np.asarray(self.class_probs, dtype=np.float32)
+        if probs.ndim != 2 or len(probs) != len(boxes):
+            raise ValueError(f"SoftDetections need (N, 4) boxes and (N, K) probs, got {boxes.shape} and {probs.shape}")
+        if not (np.isfinite(boxes).all() and np.isfinite(probs).all()):
+            raise ValueError("SoftDetections hold non-finite boxes or probabilities")
+        object.__setattr__(self, "boxes_xyxy", boxes)
+        object.__setattr__(self, "class_probs", probs)
+
+    def __len__(self) -> int:
+        return len(self.boxes_xyxy)
+
+    @classmethod
+    def empty(cls, num_classes: int) -> SoftDetections:
+        """No candidates."""
+        return cls(np.zeros((0, 4), np.float32), np.zeros((0, num_classes), np.float32))
+
+    def hard(self) -> Detections:
+        """The best class of each row."""
+        if not len(self):
+            return Detections.empty()
+        return Detections(self.boxes_xyxy, self.class_probs.max(1), self.class_probs.argmax(1).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image of a data set with its ground truth.
+
+    Attributes:
+        image_id: unique within the data set; the file stem for VOC and YOLO, str(id) for COCO.
+        path: the image file.
+        image_hw: (height, width) in pixels, after EXIF orientation.
+        boxes_xyxy: (N, 4) float32 pixels, clipped to the image.
+        labels: (N,) int64 indices into `Dataset.class_names`.
+        difficult: (N,) bool, VOC's flag: not used in training unless asked, ignored in evaluation.
+        crowd: (N,) bool, COCO's iscrowd: never trained on, matched by COCO's crowd rule in evaluation.
+    """
+
+    image_id: str
+    path: Path
+    image_hw: tuple[int, int]
+    boxes_xyxy: FloatArray
+    labels: IntArray
+    difficult: BoolArray
+    crowd: BoolArray
+
+    @property
+    def trainable(self) -> BoolArray:
+        """(N,) bool: the objects that training may use as positives."""
+        return ~(self.difficult | self.crowd)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a detection data set, held in memory as annotations (images stay on disk)."""
+
+    root: Path
+    format: Literal["voc", "coco", "yolo"]
+    split: str
+    class_names: tuple[str, ...]
+    records: tuple[ImageRecord, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __post_init__(self) -> None:
+        ids = [record.image_id for record in self.records]
+        if len(set(ids)) != len(ids):
+            raise DataError(f"{self.root}: image ids repeat in split {self.split!r}")
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """How an original image becomes a detector's input tensor; part of every artefact.
+
+    input = (RGB / 255 - mean) / std after resizing with OpenCV's bilinear filter: "stretch" to `input_hw`, or
+    "letterbox" (aspect kept, scaled by min(h/H, w/W), centred, padded with `pad_value`).
+    """
+
+    input_hw: tuple[int, int]
+    resize: ResizeMode = "stretch"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    pad_value: int = 114
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PreprocessSpec:
+        """Inverse of `to_dict`."""
+        h, w = data["input_hw"]
+        mean, std = (tuple(float(v) for v in data[key]) for key in ("mean", "std"))
+        return cls((int(h), int(w)), data["resize"], mean, std, int(data["pad_value"]))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """All that is needed to build a detector again: `edgekd.detectors.build_detector(spec)`.
+
+    Attributes:
+        model: a name in `edgekd.detectors.DETECTORS`, such as "mobilenetv2-ssd-lite".
+        class_names: foreground classes in label order.
+        preprocess: how images are prepared.
+        width: channel multiplier of the backbone.
+        options: model-specific settings, plain JSON types, such as {"min_scale": 0.08}.
+    """
+
+    model: str
+    class_names: tuple[str, ...]
+    preprocess: PreprocessSpec
+    width: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` reads it back."""
+        return {
+            "model": self.model,
+            "class_names": list(self.class_names),
+            "preprocess": self.preprocess.to_dict(),
+            "width": self.width,
+            "options": dict(self.options),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DetectorSpec:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ArtifactError: a key is missing or has the wrong type.
+        """
+        try:
+            return cls(
+                str(data["model"]),
+                tuple(str(name) for name in data["class_names"]),
+                PreprocessSpec.from_dict(data["preprocess"]),
+                float(data["width"]),
+                dict(data["options"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError("a detector spec is damaged", got=f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,50 @@
+"""Shared fixtures: where the real data and weights lie, with a stated skip where they are absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED = Path(os.environ.get("EDGEKD_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
+
+
+def shared(relative: str) -> Path:
+    """A file or folder of the shared data and weights; skips the test, saying so, where it is absent."""
+    path = SHARED / relative
+    if not path.exists():
+        pytest.skip(f"real data absent: {relative} (set EDGEKD_SHARED to the folder that holds data/ and weights/)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def bccd() -> Path:
+    """BCCD blood cells: 364 images, VOC layout."""
+    return shared("data/bccd")
+
+
+@pytest.fixture(scope="session")
+def voc2007() -> Path:
+    """VOC 2007 train and 1,700 images of val, VOC layout."""
+    return shared("data/voc2007")
+
+
+@pytest.fixture(scope="session")
+def tiny_coco() -> Path:
+    """50 + 50 images of COCO 2017, COCO layout."""
+    return shared("data/tiny_coco")
+
+
+@pytest.fixture(scope="session")
+def mobilenet_v2_weights() -> Path:
+    """ImageNet weights of MobileNetV2 as torchvision publishes them."""
+    return shared("weights/mobilenet_v2/mobilenet_v2-b0353104.pth")
+
+
+@pytest.fixture(scope="session")
+def yolo11n_onnx() -> Path:
+    """A COCO-trained detector as ONNX, a black box."""
+    return shared("weights/onnx_teachers/yolo11n.onnx")
