@@ -1,0 +1,109 @@
+"""Checkpoints: a detector ready for use (`model.pt`, `best.pt`), and the whole state of a run (`last.pt`).
+
+Everything is read with `weights_only=True`: a checkpoint from a stranger can be wrong, but it cannot run code.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgekd.artifact import atomic_path
+from edgekd.detectors import build_detector
+from edgekd.detectors.base import Detector
+from edgekd.errors import ArtifactError
+from edgekd.types import DetectorSpec
+
+DETECTOR_SCHEMA = "edgekd.detector/1"
+STATE_SCHEMA = "edgekd.state/1"
+MODEL_FILE, BEST_FILE, LAST_FILE = "model.pt", "best.pt", "last.pt"
+
+
+def save_detector(path: Path, detector: Detector, facts: Mapping[str, Any]) -> None:
+    """Write a detector's spec, weights and facts (plain JSON types) in one atomic file."""
+    payload = {
+        "schema": DETECTOR_SCHEMA,
+        "spec": detector.spec.to_dict(),
+        "weights": {name: value.detach().cpu() for name, value in detector.state_dict().items()},
+        "facts": dict(facts),
+    }
+    with atomic_path(path) as temporary:
+        torch.save(payload, temporary)
+
+
+def detector_file(path: Path) -> Path:
+    """The detector checkpoint behind a path that may be a file or a run folder.
+
+    Raises:
+        ArtifactError: neither; says what lies there instead.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such file or folder", expected="a detector checkpoint or a run folder")
+    for name in (MODEL_FILE, BEST_FILE):
+        if (path / name).is_file():
+            return path / name
+    raise ArtifactError(
+        f"{path}: no detector in this folder",
+        got=", ".join(sorted(child.name for child in path.iterdir())[:8]) or "an empty folder",
+        expected=f"a run folder with {MODEL_FILE}, as `edgekd train` and `edgekd distill` write",
+        fix="give the run's folder, or run the same command again to finish a run that was cut off",
+    )
+
+
+def read_payload(path: Path, schema: str) -> dict[str, Any]:
+    """A checkpoint's dictionary, checked against its schema.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, holds code, or is not of this schema.
+    """
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: no such file") from error
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(
+            f"{path}: not a readable checkpoint",
+            got=first_line[:200],
+            expected="a file written by edgekd (read with weights_only=True)",
+        ) from error
+    found = payload.get("schema") if isinstance(payload, dict) else type(payload).__name__
+    if found != schema:
+        raise ArtifactError(
+            f"{path}: not the expected kind of checkpoint",
+            got=found if found is not None else "a file without a schema, such as a bare state dict",
+            expected=schema,
+            fix="backbone weights belong under `student.weights` in a recipe" if found is None else None,
+        )
+    return dict(payload)
+
+
+def load_detector(path: Path, map_location: str | torch.device = "cpu") -> Detector:
+    """The detector of a checkpoint file or run folder, in eval mode.
+
+    Raises:
+        ArtifactError: missing, damaged, or its weights do not fit its spec.
+    """
+    file = detector_file(path)
+    payload = read_payload(file, DETECTOR_SCHEMA)
+    detector = build_detector(DetectorSpec.from_dict(payload["spec"]))
+    try:
+        detector.load_state_dict(payload["weights"])
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{file}: weights do not fit the model", got=str(error).splitlines()[-1].strip()[:200]
+        ) from error
+    return detector.to(map_location).eval()
+
+
+def checkpoint_facts(path: Path) -> dict[str, Any]:
+    """The facts stored beside a detector: metrics, epochs, seed, commit."""
+    return dict(read_payload(detector_file(path), DETECTOR_SCHEMA)["facts"])

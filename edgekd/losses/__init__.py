@@ -1,0 +1,59 @@
+"""Distillation terms, one module a method. `TERMS` is the list of what a recipe may name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgekd.errors import DistillationSetupError
+from edgekd.losses.base import DistillBatch, Pair, TeacherView, Term
+from edgekd.losses.feature import FeatureTerm
+from edgekd.losses.response import ResponseTerm
+from edgekd.recipe import TermConfig
+
+__all__ = ["TERMS", "DistillBatch", "Pair", "TeacherView", "Term", "TermEntry", "build_term"]
+
+
+@dataclass(frozen=True)
+class TermEntry:
+    """A term's class and the weight it gets when a recipe gives none."""
+
+    build: Callable[..., Term]
+    default_weight: float
+
+
+TERMS: dict[str, TermEntry] = {
+    "response": TermEntry(ResponseTerm, 1.0),
+    "feature": TermEntry(FeatureTerm, 1.0),
+}
+
+
+def build_term(config: TermConfig, pair: Pair) -> Term:
+    """The term that a recipe asks for, checked against the pair.
+
+    Raises:
+        DistillationSetupError: an unknown term or parameter, or a pair that cannot meet the term's needs.
+    """
+    entry = TERMS.get(config.loss)
+    if entry is None:
+        raise DistillationSetupError(f"unknown distillation term {config.loss!r}", expected=", ".join(sorted(TERMS)))
+    accepted = {
+        name
+        for name, parameter in inspect.signature(entry.build).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    arguments = dict(config.params)
+    for key in ("student_taps", "teacher_taps"):
+        value = getattr(config, key)
+        if value != "auto":
+            arguments[key] = value
+    unknown = sorted(set(arguments) - accepted)
+    if unknown:
+        raise DistillationSetupError(
+            f"term {config.loss}: unknown parameter {', '.join(unknown)}", expected=", ".join(sorted(accepted))
+        )
+    try:
+        return entry.build(pair, **arguments)
+    except (TypeError, ValueError) as error:
+        raise DistillationSetupError(f"term {config.loss}: a parameter does not fit", got=error) from error
