@@ -1,0 +1,219 @@
+"""From candidate boxes to detections: NMS, soft-NMS, weighted boxes fusion, and the selection that detectors end with.
+
+Plain numpy, bounded in memory: no step builds an N x N matrix of all candidates, so 8,400 boxes times 80 classes at a
+threshold of 0.001 cost milliseconds. Ties in score are broken by position, so results repeat exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.boxes import iou_matrix
+from edgekd.types import BoolArray, Detections, FloatArray, IntArray, SoftDetections
+
+PRE_NMS_TOP_K = 1000
+"""Candidates that enter NMS at most. At a 0.001 threshold a YOLO head gives tens of thousands, nearly all noise."""
+
+_BLOCK = 200
+
+
+def nms(boxes_xyxy: FloatArray, scores: FloatArray, labels: IntArray, iou: float, limit: int | None = None) -> IntArray:
+    """Greedy class-wise non-maximum suppression: the kept rows, best score first.
+
+    Candidates are taken in blocks: each block is first tested against what is already kept, then within itself, which
+    equals the one-by-one algorithm and stops as soon as `limit` rows are kept.
+
+    Args:
+        boxes_xyxy: (N, 4) float32. scores: (N,). labels: (N,) int: boxes suppress only boxes of their own class.
+        iou: a box goes if it overlaps a better one by more than this.
+        limit: keep at most so many.
+    """
+    order = np.argsort(-scores, kind="stable")
+    kept: IntArray = np.zeros(0, np.int64)
+    for start in range(0, len(order), _BLOCK):
+        block = order[start : start + _BLOCK]
+        if len(kept):
+            block = block[~_overlap(boxes_xyxy, labels, kept, block, iou).any(0)]
+        kept = np.concatenate([kept, block[_greedy(_overlap(boxes_xyxy, labels, block, block, iou))]])
+        if limit is not None and len(kept) >= limit:
+            return kept[:limit]
+    return kept
+
+
+def _overlap(boxes: FloatArray, labels: IntArray, rows: IntArray, columns: IntArray, iou: float) -> BoolArray:
+    """(rows, columns) bool: same class, and overlapping by more than `iou`."""
+    over = iou_matrix(boxes[rows], boxes[columns]) > iou
+    over &= labels[rows][:, None] == labels[columns][None, :]
+    return over
+
+
+def _greedy(over: BoolArray) -> BoolArray:
+    """(N,) bool: what greedy suppression keeps, given (N, N) overlaps of rows in descending score."""
+    keep = np.ones(len(over), np.bool_)
+    for row in range(len(over)):
+        if keep[row]:
+            keep[row + 1 :] &= ~over[row, row + 1 :]
+    return keep
+
+
+def soft_nms(
+    boxes_xyxy: FloatArray,
+    scores: FloatArray,
+    labels: IntArray,
+    *,
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+    limit: int | None = None,
+) -> tuple[IntArray, FloatArray]:
+    """Gaussian soft-NMS (Bodla et al., ICCV 2017, eq. 3), class-wise: (kept rows, their decayed scores), best first.
+
+    Each box chosen multiplies the scores of the rest of its class by exp(-iou^2 / sigma); rows that fall to
+    `score_threshold` or below leave. Only the best `PRE_NMS_TOP_K` rows take part, since the method is quadratic.
+    """
+    rows = _top_k(scores, PRE_NMS_TOP_K)
+    rows = rows[scores[rows] > score_threshold]
+    left_scores = scores[rows].astype(np.float32)
+    chosen: list[int] = []
+    chosen_scores: list[float] = []
+    while len(rows) and (limit is None or len(chosen) < limit):
+        best = int(left_scores.argmax())
+        row = rows[best]
+        chosen.append(int(row))
+        chosen_scores.append(float(left_scores[best]))
+        rest = np.arange(len(rows)) != best
+        rows, left_scores = rows[rest], left_scores[rest]
+        overlap = iou_matrix(boxes_xyxy[row][None], boxes_xyxy[rows])[0]
+        same = labels[rows] == labels[row]
+        left_scores = np.where(same, left_scores * np.exp(-(overlap**2) / np.float32(sigma)), left_scores)
+        alive = left_scores > score_threshold
+        rows, left_scores = rows[alive], left_scores[alive]
+    return np.array(chosen, np.int64), np.array(chosen_scores, np.float32)
+
+
+def _top_k(scores: FloatArray, k: int) -> IntArray:
+    """Positions of the k largest scores (all of them if there are fewer), in ascending position."""
+    if len(scores) <= k:
+        return np.arange(len(scores), dtype=np.int64)
+    return np.sort(np.argpartition(-scores, k - 1)[:k]).astype(np.int64)
+
+
+def select(
+    boxes_xyxy: FloatArray,
+    scores: FloatArray,
+    *,
+    score_threshold: float,
+    nms_iou: float,
+    max_detections: int,
+) -> Detections:
+    """Multi-label selection, as mAP wants it: every (box, class) pair over the threshold is a candidate, then NMS.
+
+    Args:
+        boxes_xyxy: (P, 4) float32; rows with negative extent are left out. scores: (P, K) float32 in [0, 1].
+
+    Returns:
+        At most `max_detections`, best first, in the frame of `boxes_xyxy`.
+    """
+    pairs = np.flatnonzero(scores > score_threshold)
+    values = scores.reshape(-1)[pairs]
+    top = _top_k(values, PRE_NMS_TOP_K)
+    rows, labels = np.divmod(pairs[top], scores.shape[1])
+    candidates = boxes_xyxy[rows]
+    valid = (candidates[:, 2:] >= candidates[:, :2]).all(1)
+    candidates, labels, values = candidates[valid], labels[valid], values[top][valid]
+    kept = nms(candidates, values, labels, nms_iou, max_detections)
+    return Detections(candidates[kept], values[kept], labels[kept])
+
+
+def select_soft(
+    boxes_xyxy: FloatArray,
+    scores: FloatArray,
+    *,
+    score_threshold: float,
+    nms_iou: float,
+    max_detections: int,
+) -> SoftDetections:
+    """Like `select`, but one row a box with its whole class vector; NMS goes by each box's best class."""
+    best = scores.max(1, initial=0.0)
+    rows = np.flatnonzero((best > score_threshold) & (boxes_xyxy[:, 2:] >= boxes_xyxy[:, :2]).all(1))
+    rows = rows[_top_k(best[rows], PRE_NMS_TOP_K)]
+    labels = scores[rows].argmax(1) if len(rows) else np.zeros(0, np.int64)
+    kept = rows[nms(boxes_xyxy[rows], best[rows], labels, nms_iou, max_detections)]
+    return SoftDetections(boxes_xyxy[kept], scores[kept])
+
+
+def weighted_boxes_fusion(
+    answers: Sequence[SoftDetections],
+    weights: Sequence[float] | None = None,
+    iou: float = 0.55,
+    *,
+    known: Sequence[BoolArray] | None = None,
+) -> SoftDetections:
+    """Weighted boxes fusion (Solovyev, Wang, Gabruseva 2021) of several models' answers to one image.
+
+    Boxes of the same best class join the cluster whose fused box they overlap most, if by more than `iou`. The fused
+    box is the average weighted by confidence; the fused class vector is the models' weighted average, where a model
+    that has no box in the cluster counts as zero: with one box a model this is the paper's rescaling by T / N.
+
+    Deviations: whole class vectors are averaged instead of one score; a model's second box in a cluster shapes the
+    box but takes nothing from the score (its best one counts); ties are broken by content, so the order of the models
+    makes no difference.
+
+    Args:
+        answers: one a model, all over the same K classes and the same image.
+        weights: one positive number a model; equal if left out.
+        known: one (K,) bool a model: the classes it can see at all. A model is not counted as having missed a class
+            that it does not know.
+
+    Returns:
+        Fused candidates, most confident first.
+
+    Raises:
+        ValueError: no answers, or lengths or class counts differ.
+    """
+    shares = np.ones(len(answers)) if weights is None else np.asarray(weights, np.float64)
+    widths = {answer.class_probs.shape[1] for answer in answers}
+    if len(widths) != 1 or len(shares) != len(answers) or (known is not None and len(known) != len(answers)):
+        raise ValueError(f"answers over {sorted(widths)} classes, {len(answers)} answers, {len(shares)} weights")
+    knows = np.ones((len(answers), widths.pop())) if known is None else np.asarray(known, np.float64)
+    boxes = np.concatenate([answer.boxes_xyxy for answer in answers])
+    probs = np.concatenate([answer.class_probs for answer in answers])
+    model = np.repeat(np.arange(len(answers)), [len(answer) for answer in answers])
+    confidence = probs.max(1, initial=0.0) * shares[model]
+    order = np.lexsort([*probs.T, *boxes.T, shares[model], -confidence])
+    votes = probs * (shares[:, None] * knows)[model]
+    # Sorted before summing, so that not even the last bit depends on the order of the models.
+    total = np.maximum(np.sort(shares[:, None] * knows, axis=0).sum(0), np.finfo(np.float64).tiny)
+    fused_boxes, fused_probs = [], []
+    for label in np.unique(probs.argmax(1)) if len(probs) else ():
+        rows = order[probs[order].argmax(1) == label]
+        for box, members in _clusters(boxes[rows], confidence[rows], iou):
+            _, strongest = np.unique(model[rows[members]], return_index=True)
+            fused_boxes.append(box)
+            fused_probs.append(votes[rows[members]][np.sort(strongest)].sum(0) / total)
+    if not fused_boxes:
+        return SoftDetections.empty(probs.shape[1])
+    fused = np.clip(np.array(fused_probs, np.float32), 0.0, 1.0)
+    best_first = np.argsort(-fused.max(1), kind="stable")
+    return SoftDetections(np.array(fused_boxes, np.float32)[best_first], fused[best_first])
+
+
+def _clusters(boxes: FloatArray, confidence: NDArray[np.float64], iou: float) -> list[tuple[FloatArray, list[int]]]:
+    """Cluster one class's boxes, given by descending confidence: (fused box, member rows) each."""
+    fused = np.zeros_like(boxes)
+    sums = np.zeros((len(boxes), 5))
+    members: list[list[int]] = []
+    for row in range(len(boxes)):
+        count = len(members)
+        overlaps = iou_matrix(boxes[row : row + 1], fused[:count])[0]
+        home = int(overlaps.argmax()) if count else 0
+        if not count or overlaps[home] <= iou:
+            home = count
+            members.append([])
+        members[home].append(row)
+        sums[home, :4] += confidence[row] * boxes[row]
+        sums[home, 4] += confidence[row]
+        fused[home] = sums[home, :4] / sums[home, 4] if sums[home, 4] > 0 else boxes[row]
+    return [(fused[index], rows) for index, rows in enumerate(members)]
