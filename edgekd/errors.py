@@ -7,6 +7,8 @@ a traceback is shown only for exceptions outside this tree, which are bugs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class EdgeKDError(Exception):
     """Base of all deliberate errors; `exit_code` is what the command line exits with.
@@ -17,9 +19,7 @@ class EdgeKDError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, got: object = None, expected: object = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
         self.what = what
         self.got = None if got is None else str(got)
         self.expected = None if expected is None else str(expected)
@@ -41,7 +41,19 @@ class UserError(EdgeKDError):
 
 
 class RecipeError(UserError):
-    """A recipe does not validate. Carries every problem found, not only the first."""
+    """A recipe does not validate. `problems` has every problem found, each with its place, not only the first."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        fix: str | None = None,
+        problems: Sequence[object] = (),
+    ) -> None:
+        super().__init__(what, got=got, expected=expected, fix=fix)
+        self.problems = tuple(problems)
 
 
 class DataError(UserError):

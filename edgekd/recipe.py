@@ -5,9 +5,36 @@ Every default here is meant to be good: a recipe names its data, its student, it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+MODELS: tuple[str, ...] = (
+    "vgg16-ssd",
+    "vgg11-ssd",
+    "mobilenetv1-ssd-lite",
+    "mobilenetv2-ssd-lite",
+    "efficientnet-lite0-ssd-lite",
+    "efficientnet-lite1-ssd-lite",
+    "yolov3",
+    "yolov3-tiny",
+    "yolo-nano",
+    "yolo-small",
+)
+"""The names in `edgekd.detectors.DETECTORS`, written out so that checking a recipe needs no torch."""
+
+LOSSES: tuple[str, ...] = ("response", "feature")
+"""The names in `edgekd.losses.TERMS`, likewise."""
+
+TEACHER_KINDS = ("train", "checkpoint", "onnx", "module", "torchvision")
+"""The keys of which a teacher has exactly one: what it comes from."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""A name that is safe in a file name."""
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
@@ -20,9 +47,11 @@ class DataConfig(_Section):
     root: str = Field(description="Folder of the data set (VOC, COCO or YOLO layout).")
     format: Literal["auto", "voc", "coco", "yolo"] = "auto"
     train: str = Field("train", description="Split to train on.")
-    val: str = Field("val", description="Split for choosing the best checkpoint and for every reported figure.")
-    classes: tuple[str, ...] | None = Field(None, description="Class names in label order; found in the data if left out.")
-    workers: int | Literal["auto"] = Field("auto", description="Loader processes; auto keeps the step fed.")
+    val: str = Field("val", description="Split that every reported figure is measured on.")
+    classes: tuple[str, ...] | None = Field(
+        None, description="Class names in label order; found in the data if left out."
+    )
+    workers: Count | Literal["auto"] = Field("auto", description="Loader processes; auto keeps the step fed.")
     cache_mib: int = Field(1024, ge=0, description="Memory for decoded images; 0 decodes every time.")
     limit_train: int | None = Field(None, ge=1, description="Use only the first N training images.")
     limit_val: int | None = Field(None, ge=1, description="Use only the first N validation images.")
@@ -44,10 +73,14 @@ class AugmentConfig(_Section):
 class ModelConfig(_Section):
     """A native detector."""
 
-    model: str = Field(description="A name from `edgekd.detectors.DETECTORS`, such as mobilenetv2-ssd-lite.")
+    model: str = Field(
+        description="A native detector, such as mobilenetv2-ssd-lite.", json_schema_extra={"enum": list(MODELS)}
+    )
     input_size: int = Field(320, ge=64, le=1280, description="Side of the square input, pixels.")
     width: float = Field(1.0, gt=0, le=2, description="Channel multiplier.")
-    weights: str | None = Field(None, description="Backbone weights: a path, 'imagenet' for the official ones, or none.")
+    weights: str | None = Field(
+        None, description="Backbone weights: a path, 'imagenet' for the official ones, or none."
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="Model-specific settings, such as min_scale.")
 
 
@@ -62,25 +95,38 @@ class TrainConfig(_Section):
     backbone_lr_factor: float = Field(1.0, ge=0, description="Backbone's learning rate as a share of lr; 0 freezes it.")
     weight_decay: float = Field(0.01, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum.")
-    warmup_steps: int | Literal["auto"] = Field("auto", description="Linear warm-up; auto is a tenth of the first epochs.")
+    warmup_steps: Count | Literal["auto"] = Field(
+        "auto", description="Linear warm-up; auto is 5 % of all steps, at most 1000."
+    )
     schedule: Literal["cosine", "constant"] = "cosine"
     final_lr_factor: float = Field(0.01, ge=0, le=1)
     ema: float = Field(0.998, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
     clip_norm: float = Field(10.0, ge=0, description="Largest gradient norm; 0 is off.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU."
+    )
     channels_last: bool = True
     deterministic: bool = False
-    eval_every: int | Literal["auto"] = Field("auto", description="Epochs between evaluations.")
-    checkpoint_every: int | Literal["auto"] = Field("auto", description="Steps between checkpoints; auto: each epoch.")
+    eval_every: Positive | Literal["auto"] = Field("auto", description="Epochs between evaluations.")
+    checkpoint_every: Positive | Literal["auto"] = Field(
+        "auto", description="Steps between checkpoints; auto: each epoch."
+    )
+    select: Literal["last", "best"] = Field(
+        "last",
+        description="What ships as model.pt: the last averaged weights, or the best on `data.val`. With best, figures "
+        "on that same split are optimistic.",
+    )
     difficult: bool = Field(False, description="Train on objects marked difficult.")
 
 
 class TrainedTeacher(_Section):
     """A native teacher that `edgekd run` trains itself before distilling."""
 
-    name: str
+    name: Name
     train: ModelConfig
-    settings: TrainConfig | None = Field(None, description="Its own training settings; the recipe's `train` if left out.")
+    settings: TrainConfig | None = Field(
+        None, description="Its own training settings; the recipe's `train` if left out."
+    )
     weight: float = Field(1.0, gt=0)
     seed: int | None = None
 
@@ -88,7 +134,7 @@ class TrainedTeacher(_Section):
 class CheckpointTeacher(_Section):
     """A native teacher from a checkpoint or a run folder."""
 
-    name: str
+    name: Name
     checkpoint: str
     weight: float = Field(1.0, gt=0)
     class_map: dict[str, str] | None = Field(None, description="Teacher class to student class; by name if left out.")
@@ -97,7 +143,7 @@ class CheckpointTeacher(_Section):
 class OnnxTeacher(_Section):
     """Any detector as an ONNX file, run by ONNX Runtime."""
 
-    name: str
+    name: Name
     onnx: str
     output: Literal["auto", "yolo", "yolo-objectness", "boxes-scores", "detections"] = "auto"
     class_names: tuple[str, ...] | Literal["auto", "coco", "voc"] = "auto"
@@ -116,7 +162,7 @@ class OnnxTeacher(_Section):
 class ModuleTeacher(_Section):
     """A torch module of the user's own, through an adapter factory 'package.module:function'."""
 
-    name: str
+    name: Name
     module: str
     args: dict[str, Any] = Field(default_factory=dict)
     class_map: dict[str, str] | None = None
@@ -126,7 +172,7 @@ class ModuleTeacher(_Section):
 class TorchvisionTeacher(_Section):
     """A torchvision detection model, where torchvision works."""
 
-    name: str
+    name: Name
     torchvision: str
     weights: str | None = Field(None, description="A path, or a torchvision weights name such as DEFAULT.")
     class_map: dict[str, str] | None = None
@@ -136,20 +182,44 @@ class TorchvisionTeacher(_Section):
 TeacherConfig = TrainedTeacher | CheckpointTeacher | OnnxTeacher | ModuleTeacher | TorchvisionTeacher
 
 
+def teacher_kind(teacher: object) -> str | None:
+    """Which of `TEACHER_KINDS` a teacher is, by the one key it has; None when it has none or several."""
+    present = teacher if isinstance(teacher, Mapping) else getattr(type(teacher), "model_fields", ())
+    kinds = [kind for kind in TEACHER_KINDS if kind in present]
+    return f"teacher:{kinds[0]}" if len(kinds) == 1 else None
+
+
+# Tagged by that key, so that a mistake in one teacher is not reported once for every kind of teacher there is.
+_AnyTeacher = Annotated[
+    Annotated[TrainedTeacher, Tag("teacher:train")]
+    | Annotated[CheckpointTeacher, Tag("teacher:checkpoint")]
+    | Annotated[OnnxTeacher, Tag("teacher:onnx")]
+    | Annotated[ModuleTeacher, Tag("teacher:module")]
+    | Annotated[TorchvisionTeacher, Tag("teacher:torchvision")],
+    Discriminator(teacher_kind),
+]
+
+
 class EnsembleConfig(_Section):
     """How several teachers become one answer."""
 
     fusion: Literal["wbf", "nms", "soft-nms", "mean-outputs"] = "wbf"
     iou: float = Field(0.55, gt=0, lt=1)
-    weights: Literal["given", "learned"] = Field("given", description="learned: fitted to mAP on held-out training images.")
+    weights: Literal["given", "learned"] = Field(
+        "given", description="learned: fitted to mAP on held-out training images."
+    )
 
 
 class TermConfig(_Section):
     """One distillation term."""
 
-    loss: str = Field(description="A name from `edgekd.losses.TERMS`, such as response or feature.")
+    loss: str = Field(
+        description="A distillation term, such as response or feature.", json_schema_extra={"enum": list(LOSSES)}
+    )
     weight: float | None = Field(None, ge=0, description="Multiplier; the term's own default if left out.")
-    gradient_ratio: float | None = Field(None, gt=0, description="Instead of weight: target gradient norm as a share of the detection loss's.")
+    gradient_ratio: float | None = Field(
+        None, gt=0, description="Instead of weight: target gradient norm as a share of the detection loss's."
+    )
     student_taps: tuple[str, ...] | Literal["auto"] = "auto"
     teacher_taps: tuple[str, ...] | Literal["auto"] = "auto"
     params: dict[str, Any] = Field(default_factory=dict)
@@ -200,13 +270,13 @@ class BenchConfig(_Section):
 class Recipe(_Section):
     """A whole recipe: `edgekd run` does all of it, the other commands the part they are named for."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Name
     seed: int = Field(0, ge=0)
     data: DataConfig
     student: ModelConfig
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
-    teachers: tuple[TeacherConfig, ...] = ()
+    teachers: tuple[_AnyTeacher, ...] = ()
     ensemble: EnsembleConfig = EnsembleConfig()
     distill: DistillConfig = DistillConfig()
     export: ExportConfig = ExportConfig()
