@@ -1,0 +1,309 @@
+"""Batches for training: every image of an epoch once, in a drawn order, through a drawn view.
+
+Order and views are a pure function of (seed, epoch, image), so a run that was cut off goes on with exactly the batches
+it would have had, whatever the number of workers or of ranks.
+
+Workers are threads, not processes: decoding, resizing and colour tables are OpenCV's and release the interpreter
+lock, and threads share one cache of decoded images where processes would each fill their own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgekd.data.views import View, boxes_in_view, render_view, sample_view, view_rng
+from edgekd.detectors.base import SoftTargets, Targets
+from edgekd.errors import DataError, EdgeKDError, RecipeError
+from edgekd.recipe import AugmentConfig
+from edgekd.types import Dataset, FloatArray, ImageArray, ImageRecord, IntArray, PreprocessSpec, SoftDetections
+
+_MAX_AUTO_WORKERS = 8
+_PREFETCH_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch.
+
+    Attributes:
+        images_u8: (B, 3, H, W) uint8 RGB in channels-last memory, what `normalise` of the student's spec expects.
+        teacher_images_u8: the same views at other sizes, (h, w) to (B, 3, h, w) uint8.
+        targets: ground truth in input pixels.
+        soft: for each mapping of answers, the teacher's boxes in input pixels.
+        image_ids: the images, in order; of a mosaic, its first.
+        views: what was drawn, to replay or to map more boxes.
+    """
+
+    images_u8: Tensor
+    teacher_images_u8: Mapping[tuple[int, int], Tensor]
+    targets: Targets
+    soft: tuple[SoftTargets, ...]
+    image_ids: tuple[str, ...]
+    views: tuple[View, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on another device."""
+        return Batch(
+            self.images_u8.to(device, non_blocking=True),
+            {hw: images.to(device, non_blocking=True) for hw, images in self.teacher_images_u8.items()},
+            self.targets.to(device),
+            tuple(soft.to(device) for soft in self.soft),
+            self.image_ids,
+            self.views,
+        )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    pictures: Mapping[tuple[int, int], ImageArray]
+    boxes: FloatArray
+    labels: IntArray
+    soft: tuple[tuple[FloatArray, FloatArray], ...]
+    image_id: str
+    view: View
+
+
+class _ImageCache:
+    """Decoded images, kept from first use until the budget is full, and never evicted.
+
+    An epoch visits every image once, so evicting the least recently used would drop each image just before its next
+    use; keeping whichever came first makes (budget / data set) of all reads free. Pixels are kept as decoded, never
+    downscaled: a crop must see what the file holds.
+    """
+
+    def __init__(self, records: Sequence[ImageRecord], budget_bytes: int) -> None:
+        self._records = records
+        self._free_bytes = budget_bytes
+        self._images: dict[int, ImageArray] = {}
+        self._lock = threading.Lock()
+
+    def load(self, index: int) -> ImageArray:
+        """The image of a record, (H, W, 3) uint8 RGB, read-only.
+
+        Raises:
+            DataError: it cannot be read, or has another size than its record says.
+        """
+        cached = self._images.get(index)
+        if cached is not None:
+            return cached
+        image = _read(self._records[index])
+        with self._lock:
+            if index not in self._images and image.nbytes <= self._free_bytes:
+                self._free_bytes -= image.nbytes
+                self._images[index] = image
+        return image
+
+
+def _read(record: ImageRecord) -> ImageArray:
+    from edgekd.data.images import load_image
+
+    try:
+        image = np.ascontiguousarray(load_image(record.path))
+    except EdgeKDError:
+        raise
+    except Exception as error:
+        raise DataError(f"{record.path}: the image cannot be read", got=f"{type(error).__name__}: {error}") from error
+    if image.shape[:2] != record.image_hw:
+        raise DataError(
+            f"{record.path}: the image has another size than when the data set was read",
+            got=f"{image.shape[1]} x {image.shape[0]} pixels",
+            expected=f"{record.image_hw[1]} x {record.image_hw[0]}",
+            fix="check the data set with `edgekd data check`",
+        )
+    image.setflags(write=False)
+    return image
+
+
+class TrainLoader:
+    """Batches of augmented images with their targets; see the module's docstring.
+
+    Args:
+        dataset: the training split, in memory as annotations.
+        preprocess: the student's; its `resize` decides whether windows keep their aspect, its `pad_value` the fill.
+        augment: what to draw views from.
+        batch_size: images a step, over all ranks together.
+        seed: of order and views.
+        epochs: how many there will be; the last `augment.close_mosaic_epochs` go without mosaic.
+        workers: threads; 0 renders in the caller's thread, "auto" fits the machine.
+        cache_mib: memory for decoded images, at most.
+        difficult: also learn from objects marked difficult (never from crowds).
+        extra_hw: further (height, width) at which each view is rendered, for teachers that run online.
+        answers: for each teacher, image id to its answer in original pixels, mapped through each view.
+        drop_last: leave out an epoch's incomplete last batch, unless it is the only one.
+        rank: this process's place among `world_size`; each gets every `world_size`-th image of each batch.
+        world_size: how many processes share the batches.
+
+    Raises:
+        DataError: the data set is empty, or an image has no answer.
+        RecipeError: the batch size is not divisible by `world_size`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        preprocess: PreprocessSpec,
+        augment: AugmentConfig,
+        batch_size: int,
+        seed: int,
+        epochs: int,
+        workers: int | Literal["auto"] = "auto",
+        cache_mib: int = 1024,
+        difficult: bool = False,
+        extra_hw: Sequence[tuple[int, int]] = (),
+        answers: Sequence[Mapping[str, SoftDetections]] = (),
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check(dataset, answers, batch_size, world_size)
+        self._dataset = dataset
+        self._preprocess = preprocess
+        self._augment = augment
+        self._augment_late = augment.model_copy(update={"mosaic": 0.0})
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epochs = epochs
+        self._workers = _auto_workers() if workers == "auto" else workers
+        self._cache_bytes = cache_mib * 2**20
+        self._cache = _ImageCache(dataset.records, self._cache_bytes)
+        self._sizes = tuple(dict.fromkeys([preprocess.input_hw, *extra_hw]))
+        self._extra_hw = tuple(dict.fromkeys(extra_hw))
+        self._answers = tuple(answers)
+        self._drop_last = drop_last and len(dataset) >= batch_size
+        self._rank, self._world_size = rank, world_size
+        self._pool: ThreadPoolExecutor | None = None
+        used = [~record.crowd if difficult else record.trainable for record in dataset.records]
+        self._boxes = [record.boxes_xyxy[use] for record, use in zip(dataset.records, used, strict=True)]
+        self._labels = [record.labels[use] for record, use in zip(dataset.records, used, strict=True)]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches an epoch, the same on every rank; at least 1."""
+        whole, rest = divmod(len(self._dataset), self._batch_size)
+        return whole + (0 if self._drop_last or not rest else 1)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch (from 0), from `start_batch` on.
+
+        Raises:
+            DataError: an image cannot be read; names it. Raised when its batch is due.
+        """
+        batches = self._batches(epoch)[start_batch:]
+        if self._workers == 0:
+            for indices in batches:
+                yield self._collate([self._sample(epoch, index) for index in indices])
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="edgekd-loader")
+        ahead = _PREFETCH_BATCHES + self._workers // self._batch_size
+        due: deque[list[Future[_Sample]]] = deque()
+        try:
+            for indices in batches:
+                due.append([self._pool.submit(self._sample, epoch, index) for index in indices])
+                if len(due) > ahead:
+                    yield self._collate([future.result() for future in due.popleft()])
+            while due:
+                yield self._collate([future.result() for future in due.popleft()])
+        finally:  # also when the caller stops early: nothing may go on rendering for nobody
+            for futures in due:
+                for future in futures:
+                    future.cancel()
+
+    def close(self) -> None:
+        """Stop the workers and free the cache; another `epoch` would start both again."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        self._cache = _ImageCache(self._dataset.records, self._cache_bytes)
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """This rank's record indices, one list a batch."""
+        order = np.random.default_rng(np.random.SeedSequence([self._seed, epoch])).permutation(len(self._dataset))
+        batches = []
+        for step in range(self.steps_per_epoch):
+            batch = order[step * self._batch_size : (step + 1) * self._batch_size]
+            # Ranks must stay in step, so an incomplete batch is filled up with its own images, at most world_size - 1.
+            batch = np.resize(batch, -(-len(batch) // self._world_size) * self._world_size)
+            batches.append(batch[self._rank :: self._world_size].tolist())
+        return batches
+
+    def _sample(self, epoch: int, index: int) -> _Sample:
+        record, spec = self._dataset.records[index], self._preprocess
+        h, w = spec.input_hw
+        view = sample_view(
+            index,
+            self._dataset,
+            self._augment if epoch < self._epochs - self._augment.close_mosaic_epochs else self._augment_late,
+            view_rng(self._seed, epoch, record.image_id),
+            aspect=None if spec.resize == "stretch" else w / h,
+            fill=spec.pad_value,
+        )
+        shown = {part.record_index for part in view.parts}
+        boxes, rows = boxes_in_view(view, {i: self._boxes[i] for i in shown}, spec.input_hw)
+        labels = np.array([self._labels[i][row] for i, row in rows], np.int64)
+        pictures = {hw: render_view(view, self._cache.load, hw) for hw in self._sizes}
+        soft = tuple(self._soft(view, shown, answers) for answers in self._answers)
+        return _Sample(pictures, boxes, labels, soft, record.image_id, view)
+
+    def _soft(
+        self, view: View, shown: set[int], answers: Mapping[str, SoftDetections]
+    ) -> tuple[FloatArray, FloatArray]:
+        found = {i: answers[self._dataset.records[i].image_id] for i in shown}
+        boxes, rows = boxes_in_view(view, {i: a.boxes_xyxy for i, a in found.items()}, self._preprocess.input_hw)
+        empty = next(iter(found.values())).class_probs[:0]
+        return boxes, np.concatenate([empty, *(found[i].class_probs[None, row] for i, row in rows)])
+
+    def _collate(self, samples: Sequence[_Sample]) -> Batch:
+        def stack(hw: tuple[int, int]) -> Tensor:
+            return torch.from_numpy(np.stack([sample.pictures[hw] for sample in samples])).permute(0, 3, 1, 2)
+
+        soft = tuple(
+            SoftTargets(
+                [torch.from_numpy(sample.soft[k][0]) for sample in samples],
+                [torch.from_numpy(sample.soft[k][1]) for sample in samples],
+            )
+            for k in range(len(self._answers))
+        )
+        images = {hw: stack(hw) for hw in self._sizes}
+        return Batch(
+            images[self._preprocess.input_hw],
+            {hw: images[hw] for hw in self._extra_hw},
+            Targets([torch.from_numpy(s.boxes) for s in samples], [torch.from_numpy(s.labels) for s in samples]),
+            soft,
+            tuple(sample.image_id for sample in samples),
+            tuple(sample.view for sample in samples),
+        )
+
+
+def _check(dataset: Dataset, answers: Sequence[Mapping[str, SoftDetections]], batch_size: int, world_size: int) -> None:
+    if not len(dataset):
+        raise DataError(f"{dataset.root}: split {dataset.split!r} has no images to train on")
+    for mapping in answers:
+        missing = [record.image_id for record in dataset.records if record.image_id not in mapping]
+        if missing:
+            raise DataError(
+                f"a teacher's answers lack {len(missing)} of {len(dataset)} images",
+                got=f"none for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
+                fix="let the teacher answer this data set again",
+            )
+    if batch_size % world_size:
+        raise RecipeError(
+            "the batch cannot be shared equally",
+            got=f"batch_size {batch_size} for {world_size} processes",
+            expected=f"a multiple of {world_size}",
+        )
+
+
+def _auto_workers() -> int:
+    return min(_MAX_AUTO_WORKERS, max(1, len(os.sched_getaffinity(0)) - 1))
