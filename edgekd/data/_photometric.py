@@ -56,12 +56,12 @@ def sample_photometric(rng: np.random.Generator, chance: float) -> Photometric |
 
 
 def distort(image: ImageArray, drawn: Photometric) -> ImageArray:
-    """A distorted copy of an (H, W, 3) uint8 RGB image; rounds to uint8 between steps, so tables can do the work."""
+    """An (H, W, 3) uint8 RGB image distorted, itself untouched; rounds to uint8 between steps: tables do the work."""
     values = np.arange(256, dtype=np.float64)
     first = values + drawn.brightness
     if not drawn.contrast_last:
         first = first * drawn.contrast
-    out = cv2.LUT(np.ascontiguousarray(image), _table(first))
+    out = cv2.LUT(image, _table(first)) if drawn.brightness or drawn.contrast != 1.0 else image
     if drawn.saturation != 1.0 or drawn.hue_degrees != 0.0:
         hsv = cv2.cvtColor(out, cv2.COLOR_RGB2HSV)  # 8-bit hue counts in steps of 2 degrees, 0..179
         tables = np.stack(

@@ -306,4 +306,6 @@ def _check(dataset: Dataset, answers: Sequence[Mapping[str, SoftDetections]], ba
 
 
 def _auto_workers() -> int:
-    return min(_MAX_AUTO_WORKERS, max(1, len(os.sched_getaffinity(0)) - 1))
+    """Threads that help: on one or two cores the training step wants them all, and rendering in between is faster."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores <= 2 else min(_MAX_AUTO_WORKERS, cores // 2)

@@ -245,7 +245,7 @@ def render_view(view: View, load: Callable[[int], ImageArray], out_hw: tuple[int
     placed = [(part, axes) for part in view.parts if (axes := _axes(part, out_hw)) is not None]
     covered = sum((x.place[1] - x.place[0]) * (y.place[1] - y.place[0]) for _, (x, y) in placed)
     if covered < out_hw[0] * out_hw[1]:
-        out[:] = view.fill
+        out.reshape(out_hw[0], -1)[:] = np.tile(np.array(view.fill, np.uint8), out_hw[1])  # whole rows copy fast
     for part, (x, y) in placed:
         image = load(part.record_index)
         if image.shape[:2] != part.image_hw:
