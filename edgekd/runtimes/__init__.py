@@ -1,0 +1,1 @@
+"""What runs a detector as a black box, and what its outputs mean."""
