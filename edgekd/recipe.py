@@ -109,7 +109,7 @@ class TrainConfig(_Section):
     deterministic: bool = False
     eval_every: Positive | Literal["auto"] = Field("auto", description="Epochs between evaluations.")
     checkpoint_every: Positive | Literal["auto"] = Field(
-        "auto", description="Steps between checkpoints; auto: each epoch."
+        "auto", description="Steps between checkpoints; auto: epochs."
     )
     select: Literal["last", "best"] = Field(
         "last",

@@ -7,8 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgekd.errors import DistillationSetupError
+from edgekd.losses.adversarial import AdversarialTerm
 from edgekd.losses.base import DistillBatch, Pair, TeacherView, Term
+from edgekd.losses.cwd import CWDTerm
+from edgekd.losses.decoupled import DecoupledTerm
 from edgekd.losses.feature import FeatureTerm
+from edgekd.losses.fgd import FGDTerm
+from edgekd.losses.gkd import GKDTerm
+from edgekd.losses.information_map import InformationMapTerm
+from edgekd.losses.masked import AMDTerm, MGDTerm
+from edgekd.losses.pkd import PKDTerm
 from edgekd.losses.response import ResponseTerm
 from edgekd.recipe import TermConfig
 
@@ -26,6 +34,17 @@ class TermEntry:
 TERMS: dict[str, TermEntry] = {
     "response": TermEntry(ResponseTerm, 1.0),
     "feature": TermEntry(FeatureTerm, 1.0),
+    # The five published systems.
+    "adversarial": TermEntry(AdversarialTerm, 1.0),
+    "information_map": TermEntry(InformationMapTerm, 1.0),
+    "amd": TermEntry(AMDTerm, 2e-5),
+    "gkd": TermEntry(GKDTerm, 1.0),
+    "decoupled": TermEntry(DecoupledTerm, 1.0),
+    # Baselines that the field compares with.
+    "cwd": TermEntry(CWDTerm, 1.0),
+    "mgd": TermEntry(MGDTerm, 2e-5),
+    "fgd": TermEntry(FGDTerm, 1.0),
+    "pkd": TermEntry(PKDTerm, 1.0),
 }
 
 

@@ -105,6 +105,10 @@ class Term(nn.Module):
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch's first step."""
 
+    def warning(self) -> str | None:
+        """Something the user should know, said once; polled after `statistics`."""
+        return None
+
     def statistics(self) -> dict[str, float]:
         """Figures worth a log line since the last call, such as a discriminator's accuracy."""
         return {}

@@ -1,11 +1,14 @@
-"""Feature distillation: the student's maps, through 1x1 adapters, imitate the teachers' (FitNets).
+"""Feature distillation: what all feature terms share, and the plainest of them.
 
-Source: A. Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015. Reading (ours): teacher maps are standardised
-per channel over the batch by default, so that one weight carries over between backbones whose activations differ in scale.
+Source of the plain term: A. Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015. Reading (ours): teacher maps are
+standardised per channel over the batch by default, so that one weight carries over between backbones whose activations
+differ in scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
@@ -13,8 +16,10 @@ from torch.nn import functional
 
 from edgekd.detectors.base import TapKind
 from edgekd.errors import DistillationSetupError
-from edgekd.losses.base import DistillBatch, Pair, Term
+from edgekd.losses.base import DistillBatch, Pair, TeacherView, Term
 from edgekd.losses.levels import LevelPair, TapChoice, match_levels
+
+Normalise = Literal["channel", "none"]
 
 
 def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
@@ -24,13 +29,29 @@ def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
     return (features - mean) / (variance + eps).sqrt()
 
 
-def adapter(level: LevelPair) -> nn.Conv2d:
-    """The 1x1 convolution from the student's channels to the teacher's; dropped at export."""
-    return nn.Conv2d(level.student.channels, level.teacher.channels, 1)
+@dataclass(frozen=True)
+class LevelMaps:
+    """One level of one teacher, ready to compare.
+
+    Attributes:
+        view: the teacher. teacher_index, level_index: where in the term's lists.
+        share: weight of this level in the sum: the teacher's weight over its number of levels.
+        student: (B, C_teacher, H, W) the student's map through its 1x1 adapter.
+        raw_student: (B, C_student, H, W) before the adapter.
+        teacher: (B, C_teacher, H, W) on the student's grid, detached, standardised if the term asks for it.
+    """
+
+    view: TeacherView
+    teacher_index: int
+    level_index: int
+    share: float
+    student: Tensor
+    raw_student: Tensor
+    teacher: Tensor
 
 
-class FeatureTerm(Term):
-    """Mean squared error between adapted student maps and each teacher's, averaged over levels.
+class LevelTerm(Term):
+    """Base of the terms that compare feature maps level by level: matching, 1x1 adapters, alignment.
 
     Args:
         pair: student and teachers; every teacher must offer taps.
@@ -43,8 +64,6 @@ class FeatureTerm(Term):
         DistillationSetupError: a teacher offers no level that matches; lists both sides' grids and channels.
     """
 
-    name = "feature"
-
     def __init__(
         self,
         pair: Pair,
@@ -52,12 +71,12 @@ class FeatureTerm(Term):
         student_taps: TapChoice = "auto",
         teacher_taps: TapChoice = "auto",
         kinds: tuple[TapKind, ...] = ("neck", "backbone"),
-        normalise: Literal["channel", "none"] = "channel",
+        normalise: Normalise = "channel",
     ) -> None:
         super().__init__()
         if normalise not in ("channel", "none"):
-            raise DistillationSetupError("feature: unknown normalise", got=normalise, expected="channel or none")
-        self.normalise = normalise
+            raise DistillationSetupError(f"{self.name}: unknown normalise", got=normalise, expected="channel or none")
+        self.normalise, self.input_hw = normalise, pair.input_hw
         self.levels: list[list[LevelPair]] = [
             match_levels(
                 pair.student.tap_specs,
@@ -65,23 +84,56 @@ class FeatureTerm(Term):
                 student_taps=student_taps,
                 teacher_taps=teacher_taps,
                 kinds=kinds,
-                who=f"feature term, teacher {teacher.name}",
+                who=f"{self.name} term, teacher {teacher.name}",
             )
             for teacher in pair.teachers
         ]
         self.student_taps = tuple(dict.fromkeys(level.student.name for levels in self.levels for level in levels))
         self.teacher_taps = tuple(tuple(level.teacher.name for level in levels) for levels in self.levels)
-        self.adapters = nn.ModuleList(nn.ModuleList(adapter(level) for level in levels) for levels in self.levels)
+        self.adapters = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(level.student.channels, level.teacher.channels, 1) for level in levels)
+            for levels in self.levels
+        )
 
-    def forward(self, batch: DistillBatch) -> Tensor:
-        """Average over levels, weighted over teachers."""
-        total = batch.images.new_zeros(())
-        for view, levels, adapters in zip(batch.teachers, self.levels, self.adapters, strict=True):
-            assert isinstance(adapters, nn.ModuleList)
-            for level, adapt in zip(levels, adapters, strict=True):
-                student_map = adapt(batch.output.taps[level.student.name])
+    def per_level(self, build: type[nn.Module]) -> nn.ModuleList:
+        """A `build(channels)` for each teacher and level, channels being the teacher's."""
+        return nn.ModuleList(nn.ModuleList(build(level.teacher.channels) for level in ls) for ls in self.levels)
+
+    def level_maps(self, batch: DistillBatch) -> Iterator[LevelMaps]:
+        """Every (teacher, level) of the batch."""
+        for t, (view, levels) in enumerate(zip(batch.teachers, self.levels, strict=True)):
+            for i, level in enumerate(levels):
+                raw = batch.output.taps[level.student.name]
+                student_map = at(self.adapters, t, i)(raw)
                 teacher_map = level.align(view.taps[level.teacher.name].detach(), student_map)
                 if self.normalise == "channel":
                     teacher_map = standardise(teacher_map)
-                total = total + view.weight / len(levels) * functional.mse_loss(student_map, teacher_map)
+                yield LevelMaps(view, t, i, view.weight / len(levels), student_map, raw, teacher_map)
+
+    def forward(self, batch: DistillBatch) -> Tensor:
+        """Levels averaged, teachers weighted."""
+        total = batch.images.new_zeros(())
+        for maps in self.level_maps(batch):
+            total = total + maps.share * self.level_loss(maps, batch)
         return total
+
+    def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> Tensor:
+        """The scalar loss of one level; what a subclass adds."""
+        raise NotImplementedError
+
+
+def at(modules: nn.ModuleList, teacher_index: int, level_index: int) -> nn.Module:
+    """The module of one teacher and level in a nested list."""
+    inner = modules[teacher_index]
+    assert isinstance(inner, nn.ModuleList)
+    return inner[level_index]
+
+
+class FeatureTerm(LevelTerm):
+    """Mean squared error between adapted student maps and each teacher's."""
+
+    name = "feature"
+
+    def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> Tensor:
+        """Mean squared error."""
+        return functional.mse_loss(maps.student, maps.teacher)

@@ -1,0 +1,236 @@
+"""One Distiller: it gathers what the teachers say about a batch and turns it into weighted terms.
+
+Answers (boxes with class probabilities) come from the image store, mapped through the view by the loader, or from
+teachers run online on the very view; features and raw outputs always come from teachers run online. Online teachers see
+the student's window stretched to their own input size, so every map covers the same part of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgekd.data.loader import Batch
+from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, Targets
+from edgekd.errors import DistillationSetupError
+from edgekd.losses import DistillBatch, Pair, TeacherView, Term, build_term
+from edgekd.recipe import DistillConfig
+from edgekd.teachers.base import Teacher, TeacherOutput
+from edgekd.types import SoftDetections
+
+Answers = Mapping[str, SoftDetections]
+Fuse = Callable[[Sequence[SoftDetections]], SoftDetections]
+
+
+@dataclass(frozen=True)
+class TeacherSet:
+    """The teachers of a run and how they become one.
+
+    Attributes:
+        teachers: at least one.
+        weights: one a teacher, summing to 1.
+        fuse: the ensemble's fusion on answers in one frame.
+        answers: per teacher, its answer to every training image; empty when teachers run online only.
+        fused_answers: the fused answer to every training image.
+    """
+
+    teachers: tuple[Teacher, ...]
+    weights: tuple[float, ...]
+    fuse: Fuse
+    answers: tuple[Answers, ...] = ()
+    fused_answers: Answers | None = None
+
+
+@dataclass(frozen=True)
+class WeightedTerm:
+    """A term with how it is weighted: a fixed number, or a gradient-norm ratio to the detection loss."""
+
+    label: str
+    term: Term
+    weight: float
+    gradient_ratio: float | None
+
+
+class Distiller(nn.Module):
+    """The terms of a recipe, built for one student and its teachers.
+
+    Raises:
+        DistillationSetupError: no teachers, no terms, or a term that the pair cannot meet.
+    """
+
+    ratio_weights: Tensor
+
+    def __init__(self, student: Detector, teacher_set: TeacherSet, config: DistillConfig) -> None:
+        super().__init__()
+        if not teacher_set.teachers:
+            raise DistillationSetupError("distillation needs teachers", fix="list at least one under `teachers`")
+        if not config.terms:
+            raise DistillationSetupError("distillation needs terms", fix="list at least one under `distill.terms`")
+        self.config, self.set = config, teacher_set
+        self.terms = _weighted_terms(config, Pair(student, teacher_set.teachers))
+        self.modules_of_terms = nn.ModuleList(entry.term for entry in self.terms)
+        # Weights of terms that follow a gradient ratio: part of the state, so that a resumed run goes on with them.
+        self.register_buffer("ratio_weights", torch.zeros(len(self.terms)))
+        self.online = config.answers == "online" or any(entry.term.needs_online_teachers for entry in self.terms)
+        self.answers_from_images = config.answers != "online"
+        if self.answers_from_images and not teacher_set.answers:
+            raise DistillationSetupError("answers to the training images were not collected")
+
+    @property
+    def student_taps(self) -> tuple[str, ...]:
+        """The student's taps that any term reads."""
+        return tuple(dict.fromkeys(name for entry in self.terms for name in entry.term.student_taps))
+
+    @property
+    def loader_answers(self) -> tuple[Answers, ...]:
+        """What the loader must map through each view: every teacher's answers, then the fused ones."""
+        if not self.answers_from_images or self.set.fused_answers is None:
+            return ()
+        return (*self.set.answers, self.set.fused_answers)
+
+    @property
+    def loader_hw(self) -> tuple[tuple[int, int], ...]:
+        """Sizes at which the loader must render each view for online teachers."""
+        if not self.online:
+            return ()
+        return tuple(dict.fromkeys(teacher.preprocess.input_hw for teacher in self.set.teachers))
+
+    def weight_of(self, index: int) -> float:
+        """The present multiplier of a term."""
+        entry = self.terms[index]
+        if entry.gradient_ratio is None:
+            return entry.weight
+        return float(self.ratio_weights[index]) or 1.0  # 0 means not measured yet
+
+    def update_ratio_weights(self, detection_norm: float, term_norms: Sequence[float | None]) -> None:
+        """Move ratio weights towards their targets, given gradient norms of the unweighted losses."""
+        for index, (entry, norm) in enumerate(zip(self.terms, term_norms, strict=True)):
+            if entry.gradient_ratio is None or norm is None or norm <= 0 or detection_norm <= 0:
+                continue
+            wanted = entry.gradient_ratio * detection_norm / norm
+            old = float(self.ratio_weights[index])
+            # The geometric mean, since a weight is a ratio: half-way each time damps the noise of one batch.
+            self.ratio_weights[index] = wanted if old == 0 else float(np.sqrt(old * wanted))
+
+    def adversary_parameters(self) -> list[nn.Parameter]:
+        """Parameters of discriminators, which have an optimiser of their own."""
+        return [p for entry in self.terms for p in entry.term.adversary_parameters()]
+
+    def gather(
+        self, batch: Batch, images: Tensor, output: DetectorOutput, targets: Targets, clock: Clock
+    ) -> DistillBatch:
+        """Everything the terms are given for one batch."""
+        device = images.device
+        outputs = self._ask_online(batch, device)
+        views = []
+        for index, teacher in enumerate(self.set.teachers):
+            answer = outputs[index] if outputs else None
+            if self.answers_from_images:
+                soft = batch.soft[index].to(device)
+            else:
+                assert answer is not None
+                soft = _scaled(answer.soft, teacher.preprocess.input_hw, (images.shape[-2], images.shape[-1]))
+            views.append(
+                TeacherView(
+                    teacher.name,
+                    self.set.weights[index],
+                    soft,
+                    None if answer is None else answer.dense,
+                    {} if answer is None else answer.taps,
+                )
+            )
+        fused = (
+            batch.soft[-1].to(device) if self.answers_from_images else self._fuse_batch([v.soft for v in views], device)
+        )
+        return DistillBatch(images, output, targets, views, fused, clock.epoch, clock.epochs, clock.step)
+
+    def forward(self, batch: DistillBatch) -> list[Tensor | None]:
+        """Each term's unweighted loss; None for a term of weight 0, which is not computed at all.
+
+        Raises:
+            DistillationSetupError: a term gives a loss that does not depend on the student.
+        """
+        losses: list[Tensor | None] = []
+        for entry in self.terms:
+            if entry.gradient_ratio is None and entry.weight == 0:
+                losses.append(None)
+                continue
+            loss = entry.term(batch)
+            if not loss.requires_grad:
+                raise DistillationSetupError(
+                    f"term {entry.label} does not depend on the student: it would silently do nothing"
+                )
+            losses.append(loss)
+        return losses
+
+    def _ask_online(self, batch: Batch, device: torch.device) -> list[TeacherOutput]:
+        if not self.online:
+            return []
+        answers = []
+        for index, teacher in enumerate(self.set.teachers):
+            names = dict.fromkeys(
+                name for entry in self.terms if entry.term.teacher_taps for name in entry.term.teacher_taps[index]
+            )
+            images = batch.teacher_images_u8[teacher.preprocess.input_hw].to(device, non_blocking=True)
+            with torch.no_grad():
+                answers.append(teacher.respond(images, tuple(names)))
+        return answers
+
+    def _fuse_batch(self, softs: Sequence[SoftTargets], device: torch.device) -> SoftTargets:
+        if len(softs) == 1:
+            return softs[0]
+        boxes, probs = [], []
+        for index in range(len(softs[0].boxes_xyxy)):
+            fused = self.set.fuse(
+                [SoftDetections(s.boxes_xyxy[index].cpu().numpy(), s.class_probs[index].cpu().numpy()) for s in softs]
+            )
+            boxes.append(torch.from_numpy(fused.boxes_xyxy).to(device))
+            probs.append(torch.from_numpy(fused.class_probs).to(device))
+        return SoftTargets(boxes, probs)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training is: epoch from 0, epochs in all, optimiser steps so far."""
+
+    epoch: int
+    epochs: int
+    step: int
+
+
+def fuse_answers(teacher_answers: Sequence[Answers], fuse: Fuse) -> Answers:
+    """The ensemble's answer to every image that the teachers answered."""
+    if len(teacher_answers) == 1:
+        return teacher_answers[0]
+    return {image_id: fuse([answers[image_id] for answers in teacher_answers]) for image_id in teacher_answers[0]}
+
+
+def _weighted_terms(config: DistillConfig, pair: Pair) -> list[WeightedTerm]:
+    from edgekd.losses import TERMS
+
+    entries: list[WeightedTerm] = []
+    for term_config in config.terms:
+        term = build_term(term_config, pair)
+        used = sum(entry.term.name == term.name for entry in entries)
+        label = term.name if not used else f"{term.name}-{used + 1}"
+        default = TERMS[term_config.loss].default_weight
+        weight = default if term_config.weight is None else term_config.weight
+        entries.append(WeightedTerm(label, term, weight, term_config.gradient_ratio))
+    return entries
+
+
+def _scaled(soft: SoftTargets, from_hw: tuple[int, int], to_hw: tuple[int, int]) -> SoftTargets:
+    scale = [to_hw[1] / from_hw[1], to_hw[0] / from_hw[0]] * 2
+    return SoftTargets([b * b.new_tensor(scale) for b in soft.boxes_xyxy], soft.class_probs)
+
+
+def term_parameters(distiller: Distiller | None) -> Iterable[nn.Parameter]:
+    """Adapters and generation blocks, which train with the student; discriminators are left out."""
+    if distiller is None:
+        return []
+    adversaries = {id(p) for p in distiller.adversary_parameters()}
+    return [p for p in distiller.parameters() if id(p) not in adversaries]

@@ -1,0 +1,149 @@
+"""Decoupled foreground and background with an adaptive gate.
+
+Source: a thesis advised by Yen Shwu-Huey. Published: cosine similarity on foreground feature vectors (a small KL can hide
+very different directions), KL on the background's predictions, and the student learns from the teacher only where the
+teacher does better than the student. One-stage detectors.
+Reading (ours): L = sum_fg g_i (1 - cos(phi S_i, T_i)) / N + w * sum_bg g_i KL_i / N, g_i = 1[loss_T,i < loss_S,i]. With
+several teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none.
+An object's loss is -log of max over rows (score of its class x IoU), which any detector can be asked, black boxes too; a
+background row's is the binary cross-entropy of its highest class score against 0. Background rows are the student's rows that
+overlap no object by 0.5 or more; the teachers' prediction there is that of their box that fits the row (IoU >= 0.5), else
+nothing. The KL is binary per class, on the rows where the student errs most (3 an object, at least 32).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from edgekd.losses.base import DistillBatch, Pair
+from edgekd.losses.feature import LevelTerm, Normalise
+from edgekd.losses.levels import TapChoice
+from edgekd.losses.objects import object_maps, object_quality, pairwise_iou
+
+_EPS = 1e-4
+
+
+def choose_teachers(student_loss: Tensor, teacher_losses: Tensor) -> Tensor:
+    """(N,) and (teachers, N) losses to (N,) int64: the teacher with the lowest loss, or -1 where the student is better."""
+    best, index = teacher_losses.min(0)
+    return torch.where(best < student_loss, index, torch.full_like(index, -1))
+
+
+def background_kl(student_scores: Tensor, teacher_scores: Tensor) -> Tensor:
+    """(R, K) scores to (R,): KL(Bernoulli(teacher) || Bernoulli(student)) summed over classes."""
+    s, t = (x.float().clamp(_EPS, 1 - _EPS) for x in (student_scores, teacher_scores))
+    return (t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()).sum(-1)
+
+
+class DecoupledTerm(LevelTerm):
+    """Cosine on the foreground's features, KL on the background's predictions, both gated.
+
+    Args:
+        pair: student and teachers; every teacher must offer taps.
+        background_weight: w.
+        student_taps: see `LevelTerm`.
+        teacher_taps: see `LevelTerm`.
+        normalise: see `LevelTerm`.
+    """
+
+    name = "decoupled"
+
+    def __init__(
+        self,
+        pair: Pair,
+        *,
+        background_weight: float = 1.0,
+        student_taps: TapChoice = "auto",
+        teacher_taps: TapChoice = "auto",
+        normalise: Normalise = "none",
+    ) -> None:
+        super().__init__(pair, student_taps=student_taps, teacher_taps=teacher_taps, normalise=normalise)
+        self.student = [pair.student]
+        self.background_weight = background_weight
+        self._objects, self._gated = 0, 0
+
+    def forward(self, batch: DistillBatch) -> Tensor:
+        """Foreground plus weighted background."""
+        boxes, scores = self.student[0].decode(batch.output)
+        choices = self._choices(batch, boxes.detach(), scores.detach())
+        foreground = self._foreground(batch, choices)
+        return foreground + self.background_weight * self._background(batch, boxes.detach(), scores)
+
+    def statistics(self) -> dict[str, float]:
+        """The share of objects from whose teacher the student learned."""
+        if not self._objects:
+            return {}
+        share = 1 - self._gated / self._objects
+        self._objects = self._gated = 0
+        return {"gate_open": share}
+
+    def _choices(self, batch: DistillBatch, boxes: Tensor, scores: Tensor) -> list[Tensor]:
+        """For each image (N_i,): which teacher teaches each object, -1 for none."""
+        choices = []
+        for i, (gt, labels) in enumerate(zip(batch.targets.boxes_xyxy, batch.targets.labels, strict=True)):
+            own = -(object_quality(boxes[i], scores[i], gt, labels)[0] + _EPS).log()
+            theirs = [
+                -(object_quality(v.soft.boxes_xyxy[i], v.soft.class_probs[i], gt, labels)[0] + _EPS).log()
+                for v in batch.teachers
+            ]
+            choice = choose_teachers(own, torch.stack(theirs))
+            self._objects += len(choice)
+            self._gated += int((choice < 0).sum())
+            choices.append(choice)
+        return choices
+
+    def _foreground(self, batch: DistillBatch, choices: list[Tensor]) -> Tensor:
+        total = batch.images.new_zeros(())
+        gt = list(batch.targets.boxes_xyxy)
+        for maps in self.level_maps(batch):
+            grid_hw = (maps.student.shape[-2], maps.student.shape[-1])
+            owner = object_maps(gt, grid_hw, self.input_hw)
+            gate = torch.stack([_gate_map(o, c == maps.teacher_index) for o, c in zip(owner, choices, strict=True)])
+            distance = 1 - functional.cosine_similarity(maps.student.float(), maps.teacher.float(), dim=1)
+            # Averaged over all foreground cells, gated or not, so that a closed gate weakens the pull.
+            total = total + (gate * distance).sum() / (owner >= 0).sum().clamp(min=1) / len(
+                self.levels[maps.teacher_index]
+            )
+        return total
+
+    def _background(self, batch: DistillBatch, boxes: Tensor, scores: Tensor) -> Tensor:
+        total = batch.images.new_zeros(())
+        priors = self.student[0].prior_boxes().to(boxes.device)
+        rows_xyxy = torch.cat([priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2], 1)
+        for i, gt in enumerate(batch.targets.boxes_xyxy):
+            free = torch.ones(len(rows_xyxy), dtype=torch.bool, device=boxes.device)
+            if len(gt):
+                free = (pairwise_iou(rows_xyxy, gt) < 0.5).all(1) & (pairwise_iou(boxes[i], gt) < 0.5).all(1)
+            worst = scores[i].detach().amax(-1).masked_fill(~free, -1.0)
+            count = min(int(free.sum()), max(32, 3 * len(gt)))
+            if not count:
+                continue
+            rows = worst.topk(count).indices
+            student = scores[i][rows]
+            teacher = self._teacher_scores(batch, i, boxes[i][rows], student.shape[-1])
+            gate = (teacher.amax(-1) < student.detach().amax(-1)).float()
+            total = total + (gate * background_kl(student, teacher)).sum() / max(1, len(gt))
+        return total / len(batch.targets.boxes_xyxy)
+
+    def _teacher_scores(self, batch: DistillBatch, image: int, boxes: Tensor, classes: int) -> Tensor:
+        """The lowest-loss teacher's scores for (R, 4) background boxes: (R, K)."""
+        answers = []
+        for view in batch.teachers:
+            theirs, probs = view.soft.boxes_xyxy[image], view.soft.class_probs[image]
+            if not len(theirs):
+                answers.append(boxes.new_zeros(len(boxes), classes))
+                continue
+            overlap, index = pairwise_iou(boxes, theirs).max(1)
+            answers.append(probs[index] * (overlap >= 0.5)[:, None])
+        stacked = torch.stack(answers)
+        best = stacked.amax(-1).argmin(0)
+        return stacked[best, torch.arange(len(boxes), device=boxes.device)]
+
+
+def _gate_map(owner: Tensor, open_objects: Tensor) -> Tensor:
+    """(H, W) owners and (N,) bool to (H, W): 1 in the cells of objects whose gate is open."""
+    if not len(open_objects):
+        return torch.zeros(owner.shape, device=owner.device)
+    return (open_objects[owner.clamp(min=0)] & (owner >= 0)).float()

@@ -1,0 +1,82 @@
+"""Arithmetic on objects that several methods share: which cells lie in a box, a box's pooled features, how well a detector
+sees an object. Plain tensors, any architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of (N, 4) and (M, 4) xyxy boxes: (N, M)."""
+    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])
+    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    overlap = (bottom_right - top_left).clamp(min=0).prod(-1)
+    area_a, area_b = ((x[:, 2:] - x[:, :2]).clamp(min=0).prod(-1) for x in (a, b))
+    return overlap / (area_a[:, None] + area_b[None] - overlap).clamp(min=1e-9)
+
+
+def cell_overlaps(boxes_xyxy: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """How much of each grid row and column a box covers, in cells: (N, H) and (N, W), each in [0, 1]."""
+
+    def along(low: Tensor, high: Tensor, cells: int, size: int) -> Tensor:
+        edges = torch.arange(cells + 1, device=low.device, dtype=low.dtype) * (size / cells)
+        covered = torch.minimum(high[:, None], edges[None, 1:]) - torch.maximum(low[:, None], edges[None, :-1])
+        return covered.clamp(min=0) * (cells / size)
+
+    return (
+        along(boxes_xyxy[:, 1], boxes_xyxy[:, 3], grid_hw[0], input_hw[0]),
+        along(boxes_xyxy[:, 0], boxes_xyxy[:, 2], grid_hw[1], input_hw[1]),
+    )
+
+
+def pool_boxes(features: Tensor, boxes_xyxy: Tensor, input_hw: tuple[int, int]) -> Tensor:
+    """Mean of a (C, H, W) map over each of (N, 4) boxes, cells weighted by how much of them is covered: (N, C)."""
+    rows, columns = cell_overlaps(boxes_xyxy.to(features.dtype), (features.shape[1], features.shape[2]), input_hw)
+    area = rows.sum(1) * columns.sum(1)
+    pooled = torch.einsum("nh,chw,nw->nc", rows, features, columns)
+    return pooled / area.clamp(min=1e-6)[:, None]
+
+
+def object_map(boxes_xyxy: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> Tensor:
+    """(H, W) int64: for each cell the index of the smallest box that covers at least half a cell of it, -1 for none.
+
+    A box too small to cover half of any cell takes the cell of its centre, so that no object is lost on a coarse grid.
+    """
+    owner = torch.full(grid_hw, -1, dtype=torch.int64, device=boxes_xyxy.device)
+    if not len(boxes_xyxy):
+        return owner
+    rows, columns = cell_overlaps(boxes_xyxy, grid_hw, input_hw)
+    covered = rows[:, :, None] * columns[:, None, :] >= 0.5
+    centre = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
+    x = (centre[:, 0] * grid_hw[1] / input_hw[1]).long().clamp(0, grid_hw[1] - 1)
+    y = (centre[:, 1] * grid_hw[0] / input_hw[0]).long().clamp(0, grid_hw[0] - 1)
+    covered[torch.arange(len(boxes_xyxy), device=boxes_xyxy.device), y, x] = True
+    area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(-1)
+    for index in area.argsort(descending=True).tolist():
+        owner[covered[index]] = index
+    return owner
+
+
+def object_maps(boxes: Sequence[Tensor], grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> Tensor:
+    """`object_map` of each image: (B, H, W)."""
+    return torch.stack([object_map(b, grid_hw, input_hw) for b in boxes])
+
+
+def object_quality(boxes: Tensor, scores: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How well a detector sees each object: max over its rows of score[label] * IoU, and the row that gives it.
+
+    Args:
+        boxes: (P, 4) xyxy. scores: (P, K) in [0, 1]. gt_boxes: (N, 4). gt_labels: (N,).
+
+    Returns:
+        quality (N,) in [0, 1] and row (N,) int64; 0 and -1 where the detector has no rows.
+    """
+    count = len(gt_boxes)
+    if not len(boxes) or not count:
+        return gt_boxes.new_zeros(count), gt_labels.new_full((count,), -1)
+    value = pairwise_iou(boxes, gt_boxes) * scores[:, gt_labels]
+    quality, row = value.max(0)
+    return quality, row

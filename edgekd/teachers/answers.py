@@ -1,0 +1,117 @@
+"""What teachers say about each training image, asked once and kept on disk.
+
+An answer is a teacher's `SoftDetections` on the whole image, in the image's own pixels. Augmentation maps it through each
+view as it maps ground truth, so any number of teachers, at any input size, cost nothing a step.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.artifact import atomic_path, is_current, sha256_file, sha256_json, write_manifest
+from edgekd.data.images import load_image
+from edgekd.errors import DistillationSetupError
+from edgekd.teachers.base import Teacher
+from edgekd.types import Dataset, ImageRecord, SoftDetections
+
+SHARD_IMAGES = 256
+"""Images a shard: what is lost at most when the machine is cut off."""
+
+Progress = Callable[[int, int], None]
+
+
+def collect_answers(
+    teacher: Teacher, dataset: Dataset, folder: Path, identity: Mapping[str, Any], progress: Progress | None = None
+) -> dict[str, SoftDetections]:
+    """The teacher's answer to every image of `dataset`, by image id; from `folder` where they are there already.
+
+    Args:
+        teacher: asked image by image through `Teacher.answer`.
+        dataset: the training split.
+        folder: where shards are kept. Shards of the same identity are reused, so a run cut off goes on where it was.
+        identity: what decides the answers besides the images: the teacher's file hash and settings.
+        progress: called with (images done, images in all).
+
+    Raises:
+        DistillationSetupError: the teacher finds nothing in any image, so there is nothing to learn from it.
+    """
+    inputs = {
+        "identity": dict(identity),
+        "classes": list(teacher.student_class_names),
+        "images": [[record.image_id, *_file_facts(record)] for record in dataset.records],
+    }
+    key = sha256_json(inputs)[:16]
+    shards = [dataset.records[start : start + SHARD_IMAGES] for start in range(0, len(dataset), SHARD_IMAGES)]
+    names = [f"{key}-{index:05d}.npz" for index in range(len(shards))]
+    finished = is_current(folder, "answers", inputs)
+    answers: dict[str, SoftDetections] = {}
+    for name, records in zip(names, shards, strict=True):
+        path = folder / name
+        found = _read_shard(path, len(teacher.student_class_names)) if path.is_file() else None
+        if found is None:
+            finished = False
+            found = {
+                record.image_id: teacher.answer(load_image(record.path))
+                for record in _counted(records, answers, len(dataset), progress)
+            }
+            _write_shard(path, found)
+        answers.update(found)
+        if progress is not None:
+            progress(len(answers), len(dataset))
+    if not any(len(answer) for answer in answers.values()):
+        raise DistillationSetupError(
+            f"teacher {teacher.name} finds nothing in any of the {len(dataset)} training images",
+            expected="boxes of the student's classes",
+            fix="check its class map, preprocessing and output format with `edgekd predict`",
+        )
+    if not finished:
+        for stale in sorted(set(folder.glob("*.npz")) - {folder / name for name in names}):
+            stale.unlink()
+        write_manifest(folder, "answers", inputs, names, {"teacher": teacher.name, "images": len(dataset)})
+    return answers
+
+
+def _counted(records: tuple[ImageRecord, ...], done: Mapping[str, object], total: int, progress: Progress | None):  # type: ignore[no-untyped-def]
+    for offset, record in enumerate(records):
+        yield record
+        if progress is not None:
+            progress(len(done) + offset + 1, total)
+
+
+def _file_facts(record: ImageRecord) -> tuple[int, str]:
+    """Size and content hash: a changed image must be asked about again even if its name and date stay."""
+    return record.path.stat().st_size, sha256_file(record.path)[:16]
+
+
+def _write_shard(path: Path, answers: Mapping[str, SoftDetections]) -> None:
+    counts = np.array([len(answer) for answer in answers.values()], np.int64)
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        np.savez(
+            stream,
+            ids=np.array(list(answers), dtype=np.str_),
+            counts=counts,
+            boxes=np.concatenate([answer.boxes_xyxy for answer in answers.values()]),
+            # Half precision is finer than any teacher's calibration and halves the disk.
+            probs=np.concatenate([answer.class_probs for answer in answers.values()]).astype(np.float16),
+        )
+
+
+def _read_shard(path: Path, num_classes: int) -> dict[str, SoftDetections] | None:
+    """A shard's answers, or None when it is damaged (it is then made again)."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            ids, counts, boxes, probs = data["ids"], data["counts"], data["boxes"], data["probs"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    if probs.shape[-1] != num_classes or counts.sum() != len(boxes) or len(ids) != len(counts):
+        return None
+    ends = np.cumsum(counts)
+    return {
+        str(name): SoftDetections(boxes[end - count : end], probs[end - count : end].astype(np.float32))
+        for name, end, count in zip(ids, ends, counts, strict=True)
+    }
