@@ -1,0 +1,110 @@
+"""Weights and compute in float16, with float32 inputs and outputs, and decoding in float32.
+
+Our own conversion, since the known ones put a float16 round trip between every two nodes that are to stay float32,
+and pixel coordinates suffer: float16 has steps of half a pixel between 512 and 1024.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgekd.errors import ExportError
+from edgekd.export.graph import GraphIndex, copy_of, prune, raw_tensors, replace_nodes, set_metadata
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+_FLOAT_OPERATORS = ("ReduceL2", "ReduceSumSquare", "ReduceSum", "ReduceMean", "Pow", "Sqrt", "Exp", "Softmax", "Cast")
+"""Sums of squares pass float16's 65,504 easily (SSD's L2Norm over 512 channels does), so these stay float32."""
+
+_FLOAT_INPUTS = {"Resize": (1, 2)}
+"""Inputs that the operator defines as float32 whatever the data's type."""
+
+
+def to_float16(model: ModelProto) -> ModelProto:
+    """A copy of an fp32 model whose detector (all that its raw outputs depend on) computes in float16.
+
+    Raises:
+        ExportError: a weight does not fit in float16, or the result does not pass the checker.
+    """
+    from onnx import checker, shape_inference
+
+    copy = copy_of(model)
+    _Converter(shape_inference.infer_shapes(copy, strict_mode=True)).convert(copy)
+    prune(copy)
+    del copy.graph.value_info[:]
+    try:
+        checker.check_model(copy, full_check=True)
+    except (checker.ValidationError, RuntimeError) as error:
+        raise ExportError("converting to fp16 failed", got=f"{type(error).__name__}: {error}") from error
+    set_metadata(copy, {"edgekd.precision": "fp16"})
+    return copy
+
+
+class _Converter:
+    def __init__(self, typed: ModelProto) -> None:
+        from onnx import TensorProto
+
+        self.index = GraphIndex(typed)
+        infos = (*typed.graph.value_info, *typed.graph.input, *typed.graph.output)
+        self.floats = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
+        self.floats |= {tensor.name for tensor in typed.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+        body = self.index.before(raw_tensors(typed))
+        self.half = {node.name for node in typed.graph.node if node.name in body and self._can_be_half(node)}
+        self.nodes: list[NodeProto] = []
+        self.made: dict[tuple[str, bool], str] = {}
+
+    def _can_be_half(self, node: NodeProto) -> bool:
+        return node.op_type not in _FLOAT_OPERATORS and all(name in self.floats for name in node.output if name)
+
+    def convert(self, model: ModelProto) -> None:
+        """Rewrite the model's nodes: casts where float16 begins and ends, float16 copies of weights."""
+        for node in model.graph.node:
+            half = node.name in self.half
+            copy = type(node).FromString(node.SerializeToString())
+            fixed = _FLOAT_INPUTS.get(node.op_type, ())
+            for position, name in enumerate(node.input):
+                if name in self.floats:
+                    copy.input[position] = self._as(model, name, half and position not in fixed)
+            for position, name in enumerate(node.output):
+                if half and name in self.index.outputs:
+                    copy.output[position] = f"{name}_half"
+            self.nodes.append(copy)
+            for name in node.output:
+                if half and name in self.index.outputs:
+                    self._cast(f"{name}_half", name, half=False)
+        replace_nodes(model, self.nodes)
+
+    def _as(self, model: ModelProto, tensor: str, half: bool) -> str:
+        """The name under which a tensor is there in this type, made where it is not yet."""
+        maker = self.index.producer.get(tensor)
+        is_half = maker is not None and maker.name in self.half and tensor not in self.index.outputs
+        if is_half == half:
+            return tensor
+        if (tensor, half) not in self.made:
+            name = f"{tensor}_{'half' if half else 'float'}"
+            if self.index.is_constant(tensor):
+                self._constant(model, tensor, name)
+            else:
+                self._cast(tensor, name, half=half)
+            self.made[tensor, half] = name
+        return self.made[tensor, half]
+
+    def _constant(self, model: ModelProto, tensor: str, name: str) -> None:
+        from onnx import numpy_helper
+
+        value = self.index.constant(tensor)
+        limit = float(np.finfo(np.float16).max)
+        if value.size and not float(np.abs(value).max()) <= limit:
+            raise ExportError(
+                "a weight does not fit in float16", got=f"{tensor}: up to {np.abs(value).max():g}", expected=limit
+            )
+        model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float16), name))
+
+    def _cast(self, source: str, name: str, *, half: bool) -> None:
+        from onnx import TensorProto, helper
+
+        to = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        self.nodes.append(helper.make_node("Cast", [source], [name], name=f"{name}_cast", to=to))

@@ -1,0 +1,213 @@
+"""From a detector to an ONNX file that needs nothing else: decoded boxes and scores, or finished detections."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.artifact import atomic_path, source_commit, versions
+from edgekd.detectors.base import Detector
+from edgekd.errors import ExportError
+from edgekd.export.graph import RAW_KEY, name_nodes, opset_of, prune, set_metadata, strip_notes
+from edgekd.export.nms import Thresholds, append_nms
+from edgekd.recipe import ExportConfig
+from edgekd.types import FloatArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+SCHEMA = "edgekd.onnx/1"
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class _Deployed(nn.Module):
+    """A detector as it is exported: image tensor to boxes, scores, then the raw outputs that decoding starts from."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        output = self.detector(images)
+        boxes, scores = self.detector.decode(output)
+        raw = (output.cls_logits, output.bbox_regression)
+        return (boxes, scores, *raw) if output.objectness is None else (boxes, scores, *raw, output.objectness)
+
+
+def trace(detector: Detector, *, opset: int = 17, dynamic_batch: bool = False) -> ModelProto:
+    """The detector as an fp32 ONNX model: "images" (1, 3, H, W) to "boxes" (1, P, 4) and "scores" (1, P, K).
+
+    Works on a copy in eval mode on the CPU, so the caller's detector is untouched. BatchNorm is folded away. With
+    `dynamic_batch` the first dimension is named "batch" throughout.
+
+    Raises:
+        ExportError: the exporter failed, left a BatchNorm, or gave another opset than was asked for.
+    """
+    h, w = detector.spec.preprocess.input_hw
+    module = _Deployed(copy.deepcopy(detector).float().cpu().eval())
+    images = torch.zeros(2 if dynamic_batch else 1, 3, h, w)  # 2, since the exporter takes a 1 for a constant
+    with torch.no_grad():
+        raw = ["cls_logits", "bbox_regression", "objectness"][: len(module(images)) - 2]
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (images,),
+                dynamo=True,
+                optimize=True,
+                opset_version=opset,
+                input_names=["images"],
+                output_names=["boxes", "scores", *(f"raw_{name}" for name in raw)],
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(
+            f"torch's exporter failed on {detector.spec.model}", got=f"{type(error).__name__}: {error}"
+        ) from error
+    if program is None:
+        raise ExportError(f"torch's exporter gave nothing for {detector.spec.model}")
+    return _finish(program.model_proto, opset, {name: f"raw_{name}" for name in raw})
+
+
+def _finish(model: ModelProto, opset: int, raw: Mapping[str, str]) -> ModelProto:
+    """Keep two outputs, remember where the raw ones are, and check what the exporter may do silently."""
+    from onnx import checker, helper
+
+    model = _at_opset(model, opset)
+    strip_notes(model)
+    name_nodes(model)
+    outputs = [output for output in model.graph.output if output.name in ("boxes", "scores")]
+    kept = [type(output).FromString(output.SerializeToString()) for output in outputs]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    prune(model)
+    left = sorted({node.op_type for node in model.graph.node if node.op_type == "BatchNormalization"})
+    if left:
+        raise ExportError("BatchNormalization is left in the exported graph: it was not optimised", got=left)
+    # The oldest file version that fits: older runtimes (TensorRT 8, ONNX Runtime 1.1x) then read it too.
+    model.ir_version = max(8, helper.find_min_ir_version_for(list(model.opset_import)))
+    made = {name for node in model.graph.node for name in node.output}
+    set_metadata(model, {RAW_KEY: {name: tensor for name, tensor in raw.items() if tensor in made}})
+    checker.check_model(model, full_check=True)
+    return model
+
+
+def _at_opset(model: ModelProto, opset: int) -> ModelProto:
+    """The model at this opset: the exporter may give a newer one without a word, so convert, and check again."""
+    from onnx import version_converter
+
+    found = opset_of(model)
+    if found != opset:
+        try:
+            model = version_converter.convert_version(model, opset)
+        except Exception as error:
+            raise ExportError(
+                "the exporter gave another opset, and converting failed",
+                got=f"opset {found}; {type(error).__name__}: {error}",
+                expected=f"opset {opset}",
+                fix=f"ask for opset {found}",
+            ) from error
+    if opset_of(model) != opset:
+        raise ExportError(
+            "the exporter gave another opset", got=opset_of(model), expected=opset, fix=f"ask for opset {found}"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the exporter's progress lines and notes about packages that are not needed."""
+    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "torch.onnx._internal.exporter._compat")
+    loggers = [logging.getLogger(name) for name in (*names, "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def describe(
+    model: ModelProto,
+    detector: Detector,
+    *,
+    precision: Precision,
+    target: str,
+    thresholds: Thresholds,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write into a model's metadata all that `bench` and `predict` need, and where it came from."""
+    set_metadata(
+        model,
+        {
+            "edgekd.schema": SCHEMA,
+            "edgekd.spec": detector.spec.to_dict(),
+            "edgekd.output": {"kind": "boxes-scores"},
+            "edgekd.precision": precision,
+            "edgekd.target": target,
+            "edgekd.thresholds": thresholds.to_dict(),
+            "edgekd.provenance": {"versions": versions(), "commit": source_commit(), **(facts or {})},
+        },
+    )
+    model.producer_name = "edgekd"
+
+
+def detections_form(model: ModelProto, thresholds: Thresholds) -> ModelProto:
+    """The same model with NMS inside, and its metadata saying so."""
+    complete = append_nms(model, thresholds)
+    set_metadata(complete, {"edgekd.output": {"kind": "detections"}, "edgekd.thresholds": thresholds.to_dict()})
+    return complete
+
+
+def write_model(model: ModelProto, out: Path) -> Path:
+    """Write a model file atomically."""
+    with atomic_path(out) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+    return Path(out)
+
+
+def export_onnx(
+    detector: Detector,
+    out: Path,
+    *,
+    config: ExportConfig | None = None,
+    precision: Precision = "fp32",
+    nms: bool = False,
+    thresholds: Thresholds | None = None,
+    calibration: Sequence[FloatArray] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Export one file, written atomically. No parity gate: `edgekd.export.export_run` is this with one.
+
+    Args:
+        config: target, opset, dynamic batch, calibration method.
+        nms: the form that ends in detections.
+        calibration: int8 only: prepared training images, each (1, 3, H, W) float32.
+        facts: what to add to the provenance, plain JSON types.
+
+    Raises:
+        ExportError: the exporter failed.
+        UserError: int8 without calibration images, or NMS with a dynamic batch.
+    """
+    from edgekd.export.precision import convert
+
+    config, thresholds = config or ExportConfig(), thresholds or Thresholds()
+    model = trace(detector, opset=config.opset, dynamic_batch=config.dynamic_batch)
+    describe(model, detector, precision=precision, target=config.target, thresholds=thresholds, facts=facts)
+    model = convert(model, precision, config, calibration)
+    return write_model(detections_form(model, thresholds) if nms else model, out)

@@ -1,0 +1,104 @@
+"""Which layers int8 hurts, measured; and keeping the worst of them in float until the mAP budget holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgekd.export.calibration import Ranges
+from edgekd.export.graph import GraphIndex, open_session, raw_tensors, with_outputs
+from edgekd.export.qdq import Target, int8_nodes, is_weighted, quantise
+from edgekd.types import FloatArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Evaluate = Callable[[bytes], float]
+"""A serialised ONNX model with decoded outputs to its AP50 in [0, 1]."""
+
+MEASURED_IMAGES = 4
+LARGEST_SHARE = 0.5
+"""At most this share of the convolutions may stay in float: beyond it the file would be int8 in name alone."""
+
+
+@dataclass(frozen=True)
+class LayerDamage:
+    """One layer's own damage: relative squared error of the raw outputs when this layer alone runs in int8."""
+
+    node: str
+    damage: float
+
+
+def output_damage(reference: ModelProto, candidate: ModelProto, images: Sequence[FloatArray]) -> float:
+    """Relative squared error of the raw outputs, summed over outputs, averaged over images."""
+    truth = raw_values(reference, images)
+    return _damage(truth, raw_values(candidate, images))
+
+
+def raw_values(model: ModelProto, images: Sequence[FloatArray]) -> list[list[FloatArray]]:
+    """The detector's raw outputs (class logits, boxes, ...) for each image, as float32."""
+    names = [name for name in raw_tensors(model) if name in GraphIndex(model).producer]
+    session = open_session(with_outputs(model, names))
+    return [list(session.run(names, {"images": image})) for image in images]
+
+
+def _damage(truth: list[list[FloatArray]], found: list[list[FloatArray]]) -> float:
+    errors = [
+        sum(float(((b - a) ** 2).sum() / max(float((a**2).sum()), 1e-12)) for a, b in zip(one, other, strict=True))
+        for one, other in zip(truth, found, strict=True)
+    ]
+    return float(np.mean(errors))
+
+
+def rank_layers(
+    model: ModelProto, ranges: Ranges, images: Sequence[FloatArray], target: Target, *, reduce_range: bool = False
+) -> list[LayerDamage]:
+    """Every convolution's damage, worst first: each in turn is quantised alone and the outputs are compared.
+
+    Args:
+        model: fp32. images: a few prepared inputs, each (1, 3, H, W) float32.
+    """
+    index = GraphIndex(model)
+    names = set(int8_nodes(model, target))
+    layers = [node.name for node in model.graph.node if node.name in names and is_weighted(node, index)]
+    few = images[:MEASURED_IMAGES]
+    truth = raw_values(model, few)
+    found = [
+        LayerDamage(
+            layer, _damage(truth, raw_values(quantise(model, ranges, {layer}, target, reduce_range=reduce_range), few))
+        )
+        for layer in layers
+    ]
+    return sorted(found, key=lambda entry: (-entry.damage, entry.node))
+
+
+def keep_worst(
+    model: ModelProto,
+    ranges: Ranges,
+    nodes: Set[str],
+    ranking: Sequence[LayerDamage],
+    target: Target,
+    *,
+    reduce_range: bool = False,
+) -> Iterator[tuple[tuple[str, ...], ModelProto]]:
+    """Int8 models with the worst 1, 2, 4, 8, ... layers left in float, up to `LARGEST_SHARE` of them."""
+    limit = max(1, int(len(ranking) * LARGEST_SHARE))
+    counts = [2**power for power in range(limit.bit_length()) if 2**power < limit]
+    for count in (*counts, limit):
+        kept = tuple(entry.node for entry in ranking[:count])
+        yield kept, quantise(model, ranges, without(model, nodes, kept), target, reduce_range=reduce_range)
+
+
+def without(model: ModelProto, nodes: Set[str], kept: Collection[str]) -> set[str]:
+    """`nodes` less the kept layers, and less weightless nodes that then stand among floats alone."""
+    index = GraphIndex(model)
+    left = set(nodes) - set(kept)
+    for node in model.graph.node:
+        if node.name in left and not is_weighted(node, index):
+            makers = [index.producer.get(name) for name in index.activations(node)]
+            if makers and all(maker is not None and maker.name in kept for maker in makers):
+                left.discard(node.name)
+    return left
