@@ -67,7 +67,7 @@ def build_detector(spec: DetectorSpec) -> Detector:
 
 def _family_defaults(config: ModelConfig) -> tuple[PreprocessSpec, Mapping[str, Any]]:
     if config.model.endswith(("-ssd", "-ssd-lite")):
-        from edgekd.detectors.ssd import ssd_spec_defaults
+        from edgekd.detectors.ssd_options import ssd_spec_defaults
 
         return ssd_spec_defaults(config)
     from edgekd.detectors.yolo import yolo_spec_defaults

@@ -1,0 +1,75 @@
+"""What all SSD backbones share: the base class, channel scaling, the convolution unit and the initialisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+BN_MOMENTUM = 0.03
+"""Share of each batch in BatchNorm's running statistics. torch's 0.1 remembers about ten batches, and the coarsest
+levels of a detector see a handful of cells a batch, so the statistics that deployment uses would be noisy; TensorFlow's
+0.003 does not arrive within a short fine-tuning. torchvision's SSD-lite found 0.03 in between."""
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """A feature map that a backbone returns: its name ("s8": stride 8) and its channels."""
+
+    name: str
+    channels: int
+
+
+class Backbone(nn.Module):
+    """Base of SSD backbones.
+
+    Attributes:
+        maps: what `forward` returns, fine to coarse.
+    """
+
+    maps: tuple[MapSpec, ...]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) to one (B, channels, H / stride, W / stride) map for each of `maps`; sizes round up."""
+        raise NotImplementedError
+
+
+def scaled_channels(channels: int, width: float, floor: int = 8) -> int:
+    """`channels` times `width`, rounded to a multiple of 8, never below `floor` nor below 90 % of the exact product.
+
+    This is the rounding of the MobileNet and EfficientNet papers' code.
+    """
+    exact = channels * width
+    rounded = int(exact + 4) // 8 * 8
+    if rounded < 0.9 * exact:
+        rounded += 8
+    return max(floor, rounded)
+
+
+class ConvUnit(nn.Sequential):
+    """Convolution without bias, batch norm, ReLU6: (B, in, H, W) to (B, out, ceil(H / stride), ceil(W / stride))."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, groups: int = 1, eps: float = 1e-5
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
+            nn.BatchNorm2d(out_channels, eps=eps, momentum=BN_MOMENTUM),
+            nn.ReLU6(inplace=True),
+        )
+
+
+def initialise(module: nn.Module) -> None:
+    """Kaiming initialisation of every convolution (by its true fan-out, so depthwise ones are not a hundredfold too
+    small), zero biases, neutral batch norms.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            fan_out = math.prod(layer.kernel_size) * layer.out_channels // layer.groups
+            nn.init.normal_(layer.weight, std=math.sqrt(2.0 / fan_out))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,75 @@
+"""Which prior learns which box, and which background priors are worth learning from (SSD, sections 2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgekd.detectors.assignment import PaddedTargets
+from edgekd.detectors.box_losses import pairwise_iou
+
+_MAX_OVERLAPS = 1 << 23
+"""Most (image, box, prior) triples at a time: bounds memory at a few hundred MB for crowded batches."""
+
+
+@dataclass(frozen=True)
+class PriorMatch:
+    """What each of P priors learns.
+
+    Attributes:
+        positive: (B, P) bool, whether it learns a box.
+        box: (B, P) int64, which, as an index into `PaddedTargets`; 0 where it learns none.
+    """
+
+    positive: Tensor
+    box: Tensor
+
+
+@torch.no_grad()
+def match_priors(priors_xyxy: Tensor, targets: PaddedTargets, min_iou: float = 0.5) -> PriorMatch:
+    """SSD's rule: each box takes its best prior, and every prior of at least `min_iou` with a box takes that box.
+
+    A prior that several boxes want goes to the box that has it as its best prior before any other, and among those to
+    the one of largest IoU times confidence (ground truth has confidence 1; boxes of confidence 0 take no part).
+
+    Args:
+        priors_xyxy: (P, 4), pixels.
+    """
+    images, boxes = targets.confidence.shape
+    share = max(1, _MAX_OVERLAPS // (boxes * len(priors_xyxy)))
+    parts = [
+        _match(
+            priors_xyxy, targets.boxes_xyxy[start : start + share], targets.confidence[start : start + share], min_iou
+        )
+        for start in range(0, images, share)
+    ]
+    return PriorMatch(torch.cat([positive for positive, _ in parts]), torch.cat([box for _, box in parts]))
+
+
+def _match(priors_xyxy: Tensor, boxes_xyxy: Tensor, confidence: Tensor, min_iou: float) -> tuple[Tensor, Tensor]:
+    overlap = pairwise_iou(boxes_xyxy, priors_xyxy)
+    best, best_prior = overlap.max(dim=-1)
+    # Compared rather than scattered: the same on every device, and two boxes may share their best prior.
+    is_best = torch.arange(len(priors_xyxy), device=overlap.device) == best_prior.unsqueeze(-1)
+    is_best &= (best > 0).unsqueeze(-1)
+    claim = torch.where(is_best, overlap + 2.0, torch.where(overlap >= min_iou, overlap, 0.0))
+    strength, box = (claim * confidence.unsqueeze(-1)).max(dim=1)
+    positive = strength > 0
+    return positive, torch.where(positive, box, 0)
+
+
+@torch.no_grad()
+def hard_negatives(loss: Tensor, positive: Tensor, count: Tensor) -> Tensor:
+    """The `count` background priors of largest loss in each image, as a (B, P) mask.
+
+    Args:
+        loss: (B, P), of calling each prior background.
+        positive: (B, P) bool, priors that are not background.
+        count: (B,) int64.
+    """
+    order = loss.masked_fill(positive, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.arange(loss.shape[1], device=loss.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, ranks)
+    return (rank < count.unsqueeze(1)) & ~positive

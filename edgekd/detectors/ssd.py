@@ -1,0 +1,291 @@
+"""SSD (Liu et al., 2016, arXiv 1512.02325) and SSD-lite (Sandler et al., 2018, arXiv 1801.04381, section 6.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from edgekd.detectors.anchors import PriorLayout, decode_boxes, even_scales
+from edgekd.detectors.assignment import pad_soft_targets, pad_targets
+from edgekd.detectors.backbones.efficientnet_lite import EfficientNetLite
+from edgekd.detectors.backbones.layers import Backbone, ConvUnit, initialise, scaled_channels
+from edgekd.detectors.backbones.mobilenet_v1 import MobileNetV1
+from edgekd.detectors.backbones.mobilenet_v2 import MobileNetV2
+from edgekd.detectors.backbones.vgg import VGG
+from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, TapSpec, Targets
+from edgekd.detectors.ssd_losses import NEGATIVES_A_POSITIVE, multibox_losses, soft_multibox_losses
+from edgekd.detectors.ssd_options import FAMILIES, LEVELS, check_width, read_options, ssd_spec_defaults
+from edgekd.errors import RecipeError
+from edgekd.types import DetectorSpec
+
+__all__ = ["SSD", "build_ssd", "ssd_spec_defaults"]
+
+_LITE_EPS = 1e-3  # TensorFlow's, in which SSD-lite was published; steadier than 1e-5 where a batch has few cells
+
+
+class L2Norm(nn.Module):
+    """Each cell's channels scaled to unit length times a learned scale (SSD, section 3.1), which starts at 20."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((channels,), 20.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        # Shrunk first: squares of VGG's activations, summed over 512 channels, pass the largest fp16.
+        return F.normalize(x / 64, dim=1) * self.scale.view(1, -1, 1, 1)
+
+
+class SsdNeck(nn.Module):
+    """The paper's extra levels behind VGG: 1x1 then 3x3 convolutions with ReLU, two of stride 2, two unpadded."""
+
+    def __init__(self, fine_channels: int, coarse_channels: int, coarse_hw: tuple[int, int], width: float) -> None:
+        super().__init__()
+        self.norm = L2Norm(fine_channels)
+        self.extras = nn.ModuleList()
+        self.channels = [fine_channels, coarse_channels]
+        grid_hw = coarse_hw
+        for out, stride in ((512, 2), (256, 2), (256, 1), (256, 1)):
+            out_channels = scaled_channels(out, width, 64)
+            # Unpadded, the last two take a cell off each side: 5, 3, 1 at 300 pixels. Small inputs have none to give.
+            padding = 1 if stride == 2 or min(grid_hw) < 3 else 0
+            squeezed = out_channels // 2
+            self.extras.append(
+                nn.Sequential(
+                    nn.Conv2d(self.channels[-1], squeezed, 1),
+                    nn.ReLU(inplace=True),
+                    nn.Conv2d(squeezed, out_channels, 3, stride, padding),
+                    nn.ReLU(inplace=True),
+                )
+            )
+            self.channels.append(out_channels)
+            grid_hw = ((grid_hw[0] + 2 * padding - 3) // stride + 1, (grid_hw[1] + 2 * padding - 3) // stride + 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The backbone's two maps to six levels, fine to coarse."""
+        levels = [self.norm(maps[0]), maps[1]]
+        for extra in self.extras:
+            levels.append(extra(levels[-1]))
+        return levels
+
+
+class SsdLiteNeck(nn.Module):
+    """Four extra levels: 1x1 to half the channels, 3x3 depthwise of stride 2, 1x1. A 1x1 grid stays 1x1."""
+
+    def __init__(self, fine_channels: int, coarse_channels: int, width: float) -> None:
+        super().__init__()
+        self.extras = nn.ModuleList()
+        self.channels = [fine_channels, coarse_channels]
+        for out in (512, 256, 256, 128):
+            out_channels = scaled_channels(out, width, 64)
+            squeezed = out_channels // 2
+            self.extras.append(
+                nn.Sequential(
+                    ConvUnit(self.channels[-1], squeezed, 1, eps=_LITE_EPS),
+                    ConvUnit(squeezed, squeezed, 3, 2, groups=squeezed, eps=_LITE_EPS),
+                    ConvUnit(squeezed, out_channels, 1, eps=_LITE_EPS),
+                )
+            )
+            self.channels.append(out_channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The backbone's maps to six levels, fine to coarse, of which the backbone's last two are the first."""
+        levels = [maps[-2], maps[-1]]
+        for extra in self.extras:
+            levels.append(extra(levels[-1]))
+        return levels
+
+
+class SsdHead(nn.Module):
+    """For each level a class and a box predictor: 3x3 convolutions, in SSD-lite depthwise-separable ones."""
+
+    def __init__(self, channels: Sequence[int], priors_a_cell: Sequence[int], num_classes: int, lite: bool) -> None:
+        super().__init__()
+        self.columns = num_classes + 1
+        pairs = list(zip(channels, priors_a_cell, strict=True))
+        self.classes = nn.ModuleList(_predictor(c, n * self.columns, lite) for c, n in pairs)
+        self.boxes = nn.ModuleList(_predictor(c, n * 4, lite) for c, n in pairs)
+
+    def initialise_outputs(self) -> None:
+        """Small output weights, and the bias at which an untrained head already has the loss's share of background.
+
+        Of the priors that learn, three in four are background. With the bias for that, the first steps go into telling
+        classes apart.
+        """
+        for predictor in chain(self.classes, self.boxes):
+            nn.init.normal_(_last_conv(predictor).weight, std=0.01)
+        for predictor in self.classes:
+            bias = _last_conv(predictor).bias
+            assert bias is not None
+            with torch.no_grad():
+                bias.view(-1, self.columns)[:, 0] = math.log(NEGATIVES_A_POSITIVE * (self.columns - 1))
+
+    def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The levels to class logits (B, P, classes + 1) and box offsets (B, P, 4)."""
+        logits = [_rows(predict(x), self.columns) for predict, x in zip(self.classes, levels, strict=True)]
+        offsets = [_rows(predict(x), 4) for predict, x in zip(self.boxes, levels, strict=True)]
+        return torch.cat(logits, dim=1), torch.cat(offsets, dim=1)
+
+
+def _predictor(in_channels: int, out_channels: int, lite: bool) -> nn.Module:
+    if not lite:
+        return nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    depthwise = ConvUnit(in_channels, in_channels, 3, groups=in_channels, eps=_LITE_EPS)
+    return nn.Sequential(depthwise, nn.Conv2d(in_channels, out_channels, 1))
+
+
+def _last_conv(predictor: nn.Module) -> nn.Conv2d:
+    last = predictor if isinstance(predictor, nn.Conv2d) else list(predictor.children())[-1]
+    assert isinstance(last, nn.Conv2d)
+    return last
+
+
+def _rows(x: Tensor, columns: int) -> Tensor:
+    """(B, priors * columns, H, W) to (B, H * W * priors, columns); free when channels come last in memory."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, columns)
+
+
+class SSD(Detector):
+    """An SSD or SSD-lite: backbone, extra levels, a predictor on each level. Softmax scores, background first.
+
+    Taps: "backbone.s8", "backbone.s16", "backbone.s32" (by stride; VGG has no s32) and "neck.l0" ... "neck.l5", the six
+    levels that the head reads. The names do not depend on the input size; `TapSpec.grid_hw` has the grids.
+    """
+
+    score_activation = "softmax"
+    priors: Tensor
+
+    def __init__(self, spec: DetectorSpec) -> None:
+        super().__init__()
+        check_width(spec.model, spec.width)
+        lite = FAMILIES[spec.model].lite
+        options = read_options(spec.model, spec.options)
+        input_hw = spec.preprocess.input_hw
+        self.spec = spec
+        self.backbone = _backbone(spec.model, spec.width)
+        maps = self._meta_maps(input_hw)
+        fine, coarse = (m.channels for m in self.backbone.maps[-2:])
+        self.neck: SsdLiteNeck | SsdNeck
+        if lite:
+            self.neck = SsdLiteNeck(fine, coarse, spec.width)
+        else:
+            self.neck = SsdNeck(fine, coarse, _grid(maps[-1]), spec.width)
+        grids = tuple(_grid(level) for level in _on_meta(self.neck, maps))
+        few, all_ratios = options.aspect_ratios[:1], options.aspect_ratios
+        ratios = (all_ratios,) * LEVELS if lite else (few, all_ratios, all_ratios, all_ratios, few, few)
+        scales = even_scales(options.min_scale, options.max_scale, LEVELS, half_level_first=not lite)
+        self.prior_layout = PriorLayout(grids, scales, ratios)
+        self.head = SsdHead(self.neck.channels, self.prior_layout.priors_a_cell, len(spec.class_names), lite)
+        initialise(self.neck)
+        initialise(self.head)
+        self.head.initialise_outputs()
+        self.register_buffer("priors", self.prior_layout.priors(input_hw), persistent=False)
+        self.tap_specs = self._list_taps(maps)
+        self._has_single_cell_norm = lite and (1, 1) in grids
+
+    def forward(self, images: Tensor, taps: Sequence[str] = ()) -> DetectorOutput:
+        """Run the network; see `Detector.forward`.
+
+        Raises:
+            KeyError: an unknown tap.
+            ValueError: images of another size than the priors were made for.
+            RecipeError: training on a single image, for which batch norm is not defined on a 1x1 level.
+        """
+        for name in taps:
+            if name not in self.tap_specs:
+                raise KeyError(f"unknown tap {name!r}; there are {', '.join(self.tap_specs)}")
+        if tuple(images.shape[-2:]) != self.spec.preprocess.input_hw:
+            raise ValueError(f"images are {tuple(images.shape)}, the detector takes {self.spec.preprocess.input_hw}")
+        if self.training and self._has_single_cell_norm and images.shape[0] == 1:
+            raise RecipeError(
+                f"{self.spec.model} cannot train on one image at a time: its coarsest level has one cell, of which batch "
+                "norm has no variance",
+                fix="set train.batch_size to 2 or more",
+            )
+        maps = self.backbone(images)
+        levels = self.neck(maps)
+        cls_logits, offsets = self.head(levels)
+        found = {f"backbone.{m.name}": x for m, x in zip(self.backbone.maps, maps, strict=True)}
+        found |= {f"neck.l{index}": x for index, x in enumerate(levels)}
+        return DetectorOutput(cls_logits, offsets, taps={name: found[name] for name in taps})
+
+    def decode(self, output: DetectorOutput) -> tuple[Tensor, Tensor]:
+        """Boxes (B, P, 4) xyxy pixels and softmax scores (B, P, classes) without the background column."""
+        boxes = decode_boxes(output.bbox_regression.float(), self.priors)
+        return boxes, output.cls_logits.float().softmax(-1)[..., 1:]
+
+    def detection_losses(self, output: DetectorOutput, targets: Targets) -> dict[str, Tensor]:
+        """{"cls", "box"}: see `ssd_losses.multibox_losses`."""
+        padded = pad_targets(targets, len(self.spec.class_names), self.priors.device)
+        return multibox_losses(output.cls_logits, output.bbox_regression, self.priors, padded)
+
+    def soft_losses(self, output: DetectorOutput, soft: SoftTargets, temperature: float = 1.0) -> dict[str, Tensor]:
+        """{"cls", "box"}: see `ssd_losses.soft_multibox_losses`."""
+        padded = pad_soft_targets(soft, len(self.spec.class_names), self.priors.device)
+        return soft_multibox_losses(output.cls_logits, output.bbox_regression, self.priors, padded, temperature)
+
+    def prior_boxes(self) -> Tensor:
+        """(P, 4) float32 cxcywh, input pixels; not clipped to the image."""
+        return self.priors
+
+    def layout(self) -> tuple[object, ...]:
+        """Grids, prior scales and aspect ratios. Relative to the input, so two input sizes may share a layout."""
+        layout = self.prior_layout
+        return ("ssd", layout.grids_hw, layout.scales, layout.aspect_ratios)
+
+    def _meta_maps(self, input_hw: tuple[int, int]) -> tuple[Tensor, ...]:
+        # Two images: batch norm in training mode refuses one value a channel.
+        maps: tuple[Tensor, ...] = _on_meta(self.backbone, torch.empty(2, 3, *input_hw, device="meta"))
+        return maps
+
+    def _list_taps(self, maps: Sequence[Tensor]) -> dict[str, TapSpec]:
+        specs = [
+            TapSpec(f"backbone.{m.name}", "backbone", m.channels, _grid(x))
+            for m, x in zip(self.backbone.maps, maps, strict=True)
+        ]
+        levels = zip(self.neck.channels, self.prior_layout.grids_hw, strict=True)
+        specs += [TapSpec(f"neck.l{index}", "neck", c, grid) for index, (c, grid) in enumerate(levels)]
+        return {tap.name: tap for tap in specs}
+
+
+def build_ssd(spec: DetectorSpec) -> SSD:
+    """The SSD of `spec`, freshly initialised.
+
+    Raises:
+        RecipeError: a bad option or width.
+    """
+    return SSD(spec)
+
+
+def _backbone(model: str, width: float) -> Backbone:
+    match model:
+        case "vgg16-ssd":
+            return VGG(16, width)
+        case "vgg11-ssd":
+            return VGG(11, width)
+        case "mobilenetv1-ssd-lite":
+            return MobileNetV1(width)
+        case "mobilenetv2-ssd-lite":
+            return MobileNetV2(width)
+        case "efficientnet-lite0-ssd-lite":
+            return EfficientNetLite(0, width)
+        case "efficientnet-lite1-ssd-lite":
+            return EfficientNetLite(1, width)
+    raise RecipeError("not an SSD", got=repr(model), expected="one of " + ", ".join(FAMILIES))
+
+
+def _on_meta(module: nn.Module, inputs: object) -> tuple[Tensor, ...]:
+    """What `module` returns, as tensors that have a shape but no values: the real grids, at no cost."""
+    tensors = chain(module.named_parameters(), module.named_buffers())
+    state = {name: torch.empty_like(value, device="meta") for name, value in tensors}
+    return tuple(functional_call(module, state, (inputs,)))
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    return int(x.shape[-2]), int(x.shape[-1])

@@ -1,0 +1,125 @@
+"""What a recipe may set of an SSD, with each family's defaults. Imports no torch, so that checking a recipe is quick."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from edgekd.errors import RecipeError
+from edgekd.recipe import ModelConfig
+from edgekd.types import PreprocessSpec
+
+LEVELS = 6
+MIN_WIDTH, MAX_WIDTH = 0.25, 1.4
+
+
+@dataclass(frozen=True)
+class SsdOptions:
+    """The priors of an SSD.
+
+    Attributes:
+        min_scale, max_scale: side of the square prior on the finest and the coarsest level, as a share of the input's;
+            levels between are spaced evenly. VGG's extra fine level (stride 8) has half of `min_scale`, and the even
+            spacing starts behind it, as in the paper.
+        aspect_ratios: of the other priors; each is used upright too.
+    """
+
+    min_scale: float
+    max_scale: float
+    aspect_ratios: tuple[float, ...] = (2.0, 3.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as they stand in `DetectorSpec.options`."""
+        return {**asdict(self), "aspect_ratios": list(self.aspect_ratios)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one SSD apart from another before torch comes in.
+
+    Attributes:
+        lite: SSD-lite (depthwise-separable neck and head, levels from stride 16) or the paper's SSD (from stride 8).
+        mean, std: the normalisation that its published backbone weights were trained with.
+        options: defaults.
+    """
+
+    lite: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    options: SsdOptions
+
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LITE_MEAN, _LITE_STD = 127 / 255, 128 / 255  # EfficientNet-Lite's: (pixel - 127) / 128
+_SSD = Family(False, *_IMAGENET, SsdOptions(0.2, 0.88))
+_SSD_LITE = Family(True, *_IMAGENET, SsdOptions(0.1, 0.95))
+_EFFICIENTNET = Family(True, (_LITE_MEAN,) * 3, (_LITE_STD,) * 3, _SSD_LITE.options)
+
+FAMILIES: dict[str, Family] = {
+    "vgg16-ssd": _SSD,
+    "vgg11-ssd": _SSD,
+    "mobilenetv1-ssd-lite": _SSD_LITE,
+    "mobilenetv2-ssd-lite": _SSD_LITE,
+    "efficientnet-lite0-ssd-lite": _EFFICIENTNET,
+    "efficientnet-lite1-ssd-lite": _EFFICIENTNET,
+}
+
+
+def ssd_spec_defaults(config: ModelConfig) -> tuple[PreprocessSpec, dict[str, Any]]:
+    """Preprocessing and complete options of the SSD that a recipe asks for.
+
+    Raises:
+        RecipeError: an unknown option, a bad value of one, or a width outside 0.25 ... 1.4.
+    """
+    check_width(config.model, config.width)
+    family = FAMILIES[config.model]
+    preprocess = PreprocessSpec((config.input_size, config.input_size), "stretch", family.mean, family.std)
+    return preprocess, read_options(config.model, config.options).to_dict()
+
+
+def check_width(model: str, width: float) -> None:
+    """Refuse a width multiplier that the SSDs are not made for.
+
+    Raises:
+        RecipeError: it is outside 0.25 ... 1.4.
+    """
+    if not MIN_WIDTH <= width <= MAX_WIDTH:
+        raise RecipeError(f"{model}: width out of range", got=width, expected=f"{MIN_WIDTH} to {MAX_WIDTH}")
+
+
+def read_options(model: str, given: Mapping[str, Any]) -> SsdOptions:
+    """The family's defaults with what was given in their place.
+
+    Raises:
+        RecipeError: an unknown name or a value that cannot be meant.
+    """
+    defaults = FAMILIES[model].options
+    names = [field.name for field in fields(SsdOptions)]
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            fix = f"did you mean {near[0]!r}?" if near else None
+            raise RecipeError(
+                f"{model}: unknown option", got=repr(name), expected="one of " + ", ".join(names), fix=fix
+            )
+    values: dict[str, Any] = {**asdict(defaults), **given}
+    min_scale, max_scale = (_number(model, name, values[name]) for name in ("min_scale", "max_scale"))
+    if min_scale > max_scale:
+        raise RecipeError(f"{model}: min_scale is larger than max_scale", got=f"{min_scale} and {max_scale}")
+    ratios = values["aspect_ratios"]
+    if isinstance(ratios, str) or not hasattr(ratios, "__iter__") or not (ratios := tuple(ratios)):
+        raise RecipeError(f"{model}: aspect_ratios must be a list", got=repr(ratios), expected="such as [2, 3]")
+    ratios = tuple(_number(model, "aspect_ratios", ratio, low=1.0, high=20.0) for ratio in ratios)
+    if len(set(ratios)) != len(ratios) or 1.0 in ratios:
+        raise RecipeError(
+            f"{model}: aspect_ratios repeat", got=list(ratios), expected="different ratios above 1 (1 is always there)"
+        )
+    return SsdOptions(min_scale, max_scale, ratios)
+
+
+def _number(model: str, name: str, value: object, low: float = 0.01, high: float = 1.5) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise RecipeError(f"{model}: bad {name}", got=repr(value), expected=f"a number from {low:g} to {high:g}")
+    return float(value)
