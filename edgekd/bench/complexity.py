@@ -1,0 +1,202 @@
+"""What a file is before it runs: its size, hash, precision, parameters and multiply-accumulates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from edgekd.artifact import sha256_file
+from edgekd.errors import ArtifactError, EdgeKDError
+
+CountedFrom = Literal["detector", "graph"]
+
+
+@dataclass(frozen=True)
+class ArtifactFacts:
+    """Facts of one artefact; None where a count would be a guess.
+
+    Attributes:
+        file: what is deployed: the artefact itself, or the detector in a run folder.
+        size_bytes: of it, with the external data of an ONNX file.
+        precision: "fp32", "fp16" or "int8": of most weights.
+        parameters: trainable ones of the detector, or of the graph's layers (BatchNorm is folded into those).
+        macs: multiply-accumulates of convolutions and matrix products, one image.
+        counted_from: the native detector's definition, or the graph.
+    """
+
+    file: Path
+    sha256: str
+    size_bytes: int
+    precision: str
+    parameters: int | None
+    macs: int | None
+    counted_from: CountedFrom | None
+
+
+def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> ArtifactFacts:
+    """Read what there is to know of an ONNX file, checkpoint or run folder without running it.
+
+    Args:
+        path: the artefact.
+        input_hw: the size it runs at where the graph leaves it open; its MACs depend on it.
+
+    Raises:
+        ArtifactError: it is missing or cannot be read.
+    """
+    file = deployed_file(path)
+    sha256 = sha256_file(file)
+    if file.suffix != ".onnx":
+        return ArtifactFacts(file, sha256, file.stat().st_size, "fp32", *_native_counts(file))
+    import onnx
+
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except Exception as error:  # protobuf's errors share no useful base class
+        raise ArtifactError(f"{file}: not a readable ONNX file", got=str(error).splitlines()[0][:200]) from error
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    size = file.stat().st_size + sum(part.stat().st_size for part in _external_files(file, model))
+    counts = _spec_counts(metadata) or _graph_counts(model, input_hw)
+    precision = metadata.get("edgekd.precision") or _graph_precision(model)
+    return ArtifactFacts(file, sha256, size, precision, *counts)
+
+
+def deployed_file(path: Path) -> Path:
+    """The file that is run: `path` itself, or the detector in a run folder.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    if path.is_dir():
+        from edgekd.checkpoint import detector_file
+
+        return detector_file(path)
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file", expected="an ONNX file, a checkpoint or a finished run folder")
+    return path
+
+
+_Counts = tuple[int | None, int | None, CountedFrom | None]
+
+
+def _native_counts(file: Path) -> _Counts:
+    from edgekd.checkpoint import load_detector
+    from edgekd.detectors.complexity import count_macs, count_parameters
+
+    detector = load_detector(file)
+    return count_parameters(detector), count_macs(detector), "detector"
+
+
+def _spec_counts(metadata: Mapping[str, str]) -> _Counts | None:
+    """Counts of the native detector that an ONNX file of ours was exported from."""
+    if "edgekd.spec" not in metadata:
+        return None
+    from edgekd.detectors import build_detector
+    from edgekd.detectors.complexity import count_macs, count_parameters
+    from edgekd.types import DetectorSpec
+
+    try:
+        detector = build_detector(DetectorSpec.from_dict(json.loads(metadata["edgekd.spec"])))
+        return count_parameters(detector), count_macs(detector), "detector"
+    except (EdgeKDError, ValueError):
+        return None  # a family that this version does not know; the graph can still be counted
+
+
+_WEIGHTED = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": (0, 1), "PRelu": (1,)}
+"""Operators with learnt inputs, and which inputs those may be."""
+
+
+def _graph_counts(model: Any, input_hw: tuple[int, int] | None) -> _Counts:
+    """Parameters and MACs as the graph's own layers have them; MACs None where a shape is open."""
+    import onnx
+
+    _fix_input(model.graph, input_hw)
+    try:
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception:  # shape inference is a courtesy: a graph that it rejects may still run
+        graph = model.graph
+    shapes = _shapes(graph)
+    stored = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    stored.update({node.output[0]: _constant_shape(node) for node in graph.node if node.op_type == "Constant"})
+    for node in graph.node:  # a quantised weight reaches its layer through a DequantizeLinear
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            stored[node.output[0]] = stored[node.input[0]]
+    learnt: dict[str, int] = {}
+    macs: int | None = 0
+    for node in graph.node:
+        for position in _WEIGHTED.get(node.op_type, ()):
+            if position < len(node.input) and node.input[position] in stored:
+                learnt[node.input[position]] = prod(stored[node.input[position]])
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            node_macs = _node_macs(node, shapes, stored)
+            macs = None if macs is None or node_macs is None else macs + node_macs
+    return sum(learnt.values()) or None, macs or None, "graph"
+
+
+def _fix_input(graph: Any, input_hw: tuple[int, int] | None) -> None:
+    """Give the open dimensions of an image input their values, and drop what was derived from them."""
+    for info in graph.input:
+        dims = info.type.tensor_type.shape.dim
+        if len(dims) != 4 or all(d.dim_value for d in dims):
+            continue
+        for dim, value in zip(dims, (1, 3, *(input_hw or (0, 0))), strict=True):
+            if not dim.dim_value and value:
+                dim.dim_value = value
+        del graph.value_info[:]
+        for output in graph.output:
+            output.type.tensor_type.ClearField("shape")
+
+
+_Shape = tuple[int, ...]
+
+
+def _node_macs(node: Any, shapes: Mapping[str, _Shape], stored: Mapping[str, _Shape]) -> int | None:
+    weight = stored.get(node.input[1]) or shapes.get(node.input[1])
+    source, out = shapes.get(node.input[0]) or stored.get(node.input[0]), shapes.get(node.output[0])
+    if not weight or not source or not out:
+        return None
+    if node.op_type == "Conv":
+        return prod(out) * prod(weight[1:])
+    if node.op_type == "ConvTranspose":
+        return prod(source) * prod(weight[1:])
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return prod(out) * source[-2 if transposed else -1]
+
+
+def _shapes(graph: Any) -> dict[str, _Shape]:
+    """Static shapes by tensor name, batch of one where only the batch is open."""
+    found = {}
+    for info in (*graph.value_info, *graph.input, *graph.output):
+        dims = [d.dim_value if d.HasField("dim_value") else 0 for d in info.type.tensor_type.shape.dim]
+        if dims and dims[0] == 0:
+            dims[0] = 1
+        if dims and all(dims):
+            found[info.name] = tuple(dims)
+    return found
+
+
+def _constant_shape(node: Any) -> _Shape:
+    return next((tuple(a.t.dims) for a in node.attribute if a.name == "value"), ())
+
+
+def _graph_precision(model: Any) -> str:
+    """The type of most weights: "int8", "fp16" or "fp32"."""
+    import onnx
+
+    names = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8", onnx.TensorProto.FLOAT16: "fp16"}
+    volumes = {"fp32": 0, "fp16": 0, "int8": 0}
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT or tensor.data_type in names:
+            volumes[names.get(tensor.data_type, "fp32")] += prod(tensor.dims)
+    return max(volumes, key=lambda name: volumes[name])
+
+
+def _external_files(file: Path, model: Any) -> list[Path]:
+    """Files beside an ONNX file that hold its large tensors."""
+    places = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    return [part for part in (file.parent / place for place in sorted(places)) if part.is_file()]

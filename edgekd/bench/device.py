@@ -1,0 +1,118 @@
+"""What this machine is: facts a figure depends on. Whatever cannot be read is None."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from edgekd.artifact import versions
+
+_CPU = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+_RAPL = Path("/sys/class/powercap")
+
+
+def device_facts() -> dict[str, Any]:
+    """CPU, memory, load, GPU, operating system and versions, as plain JSON types."""
+    memory = psutil.virtual_memory()
+    return {
+        "cpu": cpu_model(),
+        "machine": platform.machine(),
+        "cores": psutil.cpu_count(logical=False),
+        "threads": psutil.cpu_count(logical=True),
+        "usable_threads": usable_threads(),
+        "governor": _read(_CPU / "scaling_governor"),
+        "clock_mhz": _clock_mhz(),
+        "memory_bytes": memory.total,
+        "memory_available_bytes": memory.available,
+        "load": load(),
+        "gpu": gpu_facts(),
+        "board": _read(Path("/sys/firmware/devicetree/base/model")),
+        "power_sensors": power_sensors(),
+        "os": _os_name(),
+        "versions": versions(),
+    }
+
+
+def cpu_model() -> str | None:
+    """The processor's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model") and value.strip():
+                return value.strip()
+    return platform.processor() or None
+
+
+def usable_threads() -> int:
+    """Logical CPUs that this process may run on: its affinity, cut by a container's quota."""
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        allowed = os.cpu_count() or 1
+    quota = (_read(Path("/sys/fs/cgroup/cpu.max")) or "max").split()
+    if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
+        allowed = min(allowed, max(1, int(quota[0]) // int(quota[1])))
+    return allowed
+
+
+def load() -> list[float] | None:
+    """Load averages over 1, 5 and 15 minutes."""
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except OSError:
+        return None
+
+
+def gpu_facts() -> dict[str, Any] | None:
+    """The first CUDA device as torch sees it; None without one."""
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        properties = torch.cuda.get_device_properties(0)
+        return {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "count": torch.cuda.device_count(),
+        }
+    except (ImportError, RuntimeError, AssertionError):
+        return None
+
+
+def power_sensors() -> list[str]:
+    """Names of the RAPL energy counters that can be read here."""
+    names = []
+    with contextlib.suppress(OSError):
+        for zone in sorted(_RAPL.glob("intel-rapl:*")):
+            if _read(zone / "energy_uj") is not None:
+                names.append(_read(zone / "name") or zone.name)
+    return names
+
+
+def _clock_mhz() -> dict[str, float | None]:
+    def mhz(name: str) -> float | None:
+        text = _read(_CPU / name)
+        return int(text) / 1000 if text and text.isdigit() else None
+
+    return {"now": mhz("scaling_cur_freq"), "max": mhz("cpuinfo_max_freq")}
+
+
+def _os_name() -> str:
+    with contextlib.suppress(OSError, AttributeError):  # freedesktop_os_release: Linux, Python 3.10
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.system()} {platform.release()}"
+    return platform.platform()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\x00\n ") or None
+    except OSError:
+        return None
