@@ -28,7 +28,7 @@ class OutputFormat:
         kind: "boxes-scores": a box and a score a class in every row; "yolo": one array of 4 + K values a candidate;
             "yolo-objectness": 5 + K values; "detections": finished, one label a row, after the detector's own NMS.
         names: the arrays by role. boxes-scores: (boxes, scores). detections: (boxes, scores, labels) or
-            (boxes, scores, labels, count), or one array of rows. yolo: one array.
+            (boxes, scores, labels, count), or (boxes with scores, labels), or one array of rows. yolo: one array.
         num_classes: K, without background.
         box_format: coding of the boxes; "normalised" means shares of the input's width and height.
         activation: what turns the scores into probabilities.
@@ -61,7 +61,7 @@ def decode(
 ) -> tuple[FloatArray, FloatArray]:
     """One image's outputs to (boxes_xyxy (P, 4) float32 input pixels, scores (P, K) float32 in [0, 1]).
 
-    Finished detections come back the same way, with one score a row set.
+    Finished detections come back the same way, with a single score in each row above 0.
 
     Args:
         outputs: the arrays of one inference.
@@ -142,6 +142,10 @@ def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[ND
         rows = _rows_of(outputs[form.names[0]], form, item)
         table = rows[:, list(form.columns)]
         boxes, scores, labels = table[:, :4], table[:, 4], table[:, 5]
+    elif len(form.names) == 2:
+        table = item_of(outputs[form.names[0]], item, 2).reshape(-1, 5)
+        boxes, scores = table[:, :4], table[:, 4]
+        labels = _column(outputs[form.names[1]], item, len(table))
     else:
         boxes = item_of(outputs[form.names[0]], item, 2).reshape(-1, 4)
         scores, labels = (_column(outputs[name], item, len(boxes)) for name in form.names[1:3])
@@ -149,23 +153,24 @@ def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[ND
             count = int(outputs[form.names[3]].reshape(-1)[item])
             boxes, scores, labels = boxes[:count], scores[:count], labels[:count]
     classes: IntArray = np.rint(labels).astype(np.int64) - (form.background == "first")
-    real = (classes >= 0) & (classes < form.num_classes) & (scores > 0)  # padding has no score or no label
+    confidence = activate(scores, form.activation)
+    real = (classes >= 0) & (classes < form.num_classes) & (confidence > 0)  # padding has no score or no label
     probs = np.zeros((int(real.sum()), form.num_classes), np.float32)
-    probs[np.arange(len(probs)), classes[real]] = activate(scores[real], form.activation)
+    probs[np.arange(len(probs)), classes[real]] = confidence[real]
     return boxes[real], probs
 
 
 def _rows_of(array: NDArray[Any], form: OutputFormat, item: int) -> NDArray[Any]:
     """One image's detection rows; an array over the whole batch names the image in its first column."""
-    if len(form.columns) and array.ndim == 2 and min(form.columns) == 1:
-        return array[np.rint(array[:, 0]) == item]
+    if array.ndim == 2 and min(form.columns) == 1:
+        rows: NDArray[Any] = array[np.rint(array[:, 0]) == item]
+        return rows
     return item_of(array, item, 2)
 
 
 def _column(array: NDArray[Any], item: int, rows: int) -> NDArray[Any]:
     """One value a detection, whatever single axes surround it."""
-    flat = array if array.ndim == 1 else array[item]
-    flat = flat.reshape(-1)
+    flat = (array if array.size == rows or array.ndim == 1 else array[item]).reshape(-1)
     if len(flat) != rows:
         raise ValueError(f"{len(flat)} values for {rows} boxes")
     return flat

@@ -28,7 +28,7 @@ class TorchRuntime:
     """
 
     name = "torch"
-    output_names = ("boxes", "scores")
+    output_names: tuple[str, ...] = ("boxes", "scores")
 
     def __init__(self, detector: Detector, device: str = "cpu", threads: int | None = None) -> None:
         if device.startswith("cuda") and not torch.cuda.is_available():

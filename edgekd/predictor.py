@@ -1,0 +1,315 @@
+"""A file as a deployed detector: an image goes in, detections come out, each stage apart so that it can be timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from edgekd import preprocess as _preprocess
+from edgekd.artifact import sha256_file
+from edgekd.errors import ArtifactError, MissingDependencyError, UserError
+from edgekd.labels import ClassMap, map_classes
+from edgekd.postprocess import select, select_soft
+from edgekd.preprocess import Geometry
+from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.base import Runtime
+from edgekd.runtimes.onnx_file import open_onnx
+from edgekd.runtimes.outputs import Arrays, OutputFormat, decode
+from edgekd.types import Detections, FloatArray, ImageArray, PreprocessSpec, SoftDetections
+
+RuntimeChoice = Literal["auto", "torch", "onnxruntime", "tensorrt"]
+
+LIGHT_NMS_IOU = 0.65
+"""For answers that are fused or taught: wider than a deployed detector's, since fusion merges what is left."""
+
+_ONNX_SUFFIXES = (".onnx", ".ort")
+_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
+_ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How candidates become detections.
+
+    Attributes:
+        score_threshold: candidates must score more than this.
+        nms_iou: boxes of one class that overlap a better one by more than this go; not used after a detector's own NMS.
+        max_detections: the best that are kept for an image.
+    """
+
+    score_threshold: float = 0.001
+    nms_iou: float = 0.5
+    max_detections: int = 100
+
+
+class Predictor:
+    """A detector with all that it needs to answer an image.
+
+    Args:
+        name: for tables and messages.
+        class_names: the labels of the runtime's outputs.
+        preprocess: how images are prepared.
+        runtime: what computes.
+        form: how the runtime's outputs are read.
+        selection: thresholds.
+        facts: what is known of the file: path, precision, notes of recognition.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        class_names: Sequence[str],
+        preprocess: PreprocessSpec,
+        runtime: Runtime,
+        form: OutputFormat,
+        *,
+        selection: Selection = Selection(),
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.preprocess = preprocess
+        self.runtime = runtime
+        self.form = form
+        self.selection = selection
+        self.facts = dict(facts or {})
+        self.source_class_names = tuple(class_names)
+        self.class_names = self.source_class_names
+        self.class_map: ClassMap | None = None
+
+    def prepare(self, image: ImageArray) -> tuple[FloatArray, Geometry]:
+        """(H, W, 3) uint8 RGB to the (1, 3, h, w) float32 input tensor, and the map between their pixels."""
+        return _preprocess.prepare(image, self.preprocess)
+
+    def infer(self, tensor: FloatArray) -> Arrays:
+        """Run the detector: the raw output arrays, valid until the next call.
+
+        Raises:
+            RuntimeFailure: the runtime failed.
+        """
+        return self.runtime.run(tensor)
+
+    def finish(self, raw: Arrays, geometry: Geometry) -> Detections:
+        """Raw outputs of one image to detections in its own pixels.
+
+        Raises:
+            RuntimeFailure: the outputs are not finite, or not of the format that was recognised.
+        """
+        boxes, scores = self.candidates(raw)
+        found = select(
+            boxes,
+            scores,
+            score_threshold=self.selection.score_threshold,
+            nms_iou=self._nms_iou(self.selection.nms_iou),
+            max_detections=self.selection.max_detections,
+        )
+        placed = geometry.to_source(found.boxes_xyxy)
+        inside = (placed[:, 2:] > placed[:, :2]).all(1)
+        return Detections(placed[inside], found.scores[inside], found.labels[inside])
+
+    def candidates(self, raw: Arrays, item: int = 0) -> tuple[FloatArray, FloatArray]:
+        """One image's (boxes (P, 4) input pixels, scores (P, classes)) before any selection, in `class_names`."""
+        boxes, scores = decode(raw, self.form, self.preprocess.input_hw, item)
+        return boxes, scores if self.class_map is None else self.class_map.project(scores)
+
+    def soft_candidates(self, raw: Arrays, item: int = 0) -> SoftDetections:
+        """One image's candidates after a light NMS with their class distributions, in input pixels."""
+        boxes, scores = self.candidates(raw, item)
+        return select_soft(
+            boxes,
+            scores,
+            score_threshold=self.selection.score_threshold,
+            nms_iou=self._nms_iou(LIGHT_NMS_IOU),
+            max_detections=self.selection.max_detections,
+        )
+
+    def _nms_iou(self, iou: float) -> float:
+        merged = self.class_map is not None and any(len(found) > 1 for found in self.class_map.sources)
+        return 1.0 if self.form.is_finished and not merged else iou
+
+    def soften(self, raw: Arrays, geometry: Geometry) -> SoftDetections:
+        """Like `finish`, but candidates with whole class distributions after a light NMS."""
+        found = self.soft_candidates(raw)
+        placed = geometry.to_source(found.boxes_xyxy)
+        inside = (placed[:, 2:] > placed[:, :2]).all(1)
+        return SoftDetections(placed[inside], found.class_probs[inside])
+
+    def detect(self, image: ImageArray) -> Detections:
+        """All three stages: detections in the image's own pixels, best first."""
+        tensor, geometry = self.prepare(image)
+        return self.finish(self.infer(tensor), geometry)
+
+    def answer(self, image: ImageArray) -> SoftDetections:
+        """All three stages, keeping class distributions: what fusion and distillation work on."""
+        tensor, geometry = self.prepare(image)
+        return self.soften(self.infer(tensor), geometry)
+
+    def warm(self, runs: int = 2) -> None:
+        """Run on a grey picture, so that the first timed run is not the first."""
+        height, width = self.preprocess.input_hw
+        tensor, _ = self.prepare(np.full((height, width, 3), 114, np.uint8))
+        for _ in range(runs):
+            self.infer(tensor)
+
+    def with_classes(self, class_names: Sequence[str], class_map: Mapping[str, str] | None = None) -> Predictor:
+        """The same detector answering in another label set; classes that it does not share are dropped.
+
+        The runtime is shared: closing either closes both.
+
+        Raises:
+            ClassMapError: nothing maps, or `class_map` names a class that is not there.
+        """
+        mapped = self._copy()
+        mapped.class_map = map_classes(self.source_class_names, class_names, class_map)
+        mapped.class_names = tuple(class_names)
+        if mapped.class_map.is_identity:
+            mapped.class_map = None
+        return mapped
+
+    def with_selection(
+        self, *, score_threshold: float | None = None, nms_iou: float | None = None, max_detections: int | None = None
+    ) -> Predictor:
+        """The same detector with other thresholds, sharing the runtime."""
+        changes = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
+        other = self._copy()
+        other.selection = replace(self.selection, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+        return other
+
+    def _copy(self) -> Predictor:
+        other = Predictor(
+            self.name,
+            self.source_class_names,
+            self.preprocess,
+            self.runtime,
+            self.form,
+            selection=self.selection,
+            facts=self.facts,
+        )
+        other.class_names, other.class_map = self.class_names, self.class_map
+        return other
+
+    def describe(self) -> dict[str, Any]:
+        """What this is, in plain JSON types: runtime, provider, precision, input, classes, output format, file, hash."""
+        path = self.facts.get("path")
+        file = Path(path) if path is not None else None
+        return {
+            "name": self.name,
+            "runtime": self.runtime.name,
+            "provider": self.runtime.provider,
+            "precision": self.facts.get("precision", "fp32"),
+            "input_hw": list(self.preprocess.input_hw),
+            "preprocess": self.preprocess.to_dict(),
+            "class_names": list(self.class_names),
+            "source_class_names": list(self.source_class_names),
+            "unknown_classes": list(self.class_map.unknown_classes) if self.class_map is not None else [],
+            "output": self.form.to_dict(),
+            "notes": list(self.facts.get("notes", ())),
+            "path": None if file is None else str(file),
+            "sha256": None if file is None else sha256_file(file),
+            "size_bytes": None if file is None else file.stat().st_size,
+        }
+
+    def close(self) -> None:
+        """Free the model."""
+        self.runtime.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_predictor(
+    path: str | Path,
+    *,
+    runtime: RuntimeChoice = "auto",
+    provider: str | None = None,
+    threads: int | None = None,
+    score_threshold: float = 0.001,
+    nms_iou: float = 0.5,
+    max_detections: int = 100,
+    options: OnnxTeacher | None = None,
+) -> Predictor:
+    """A predictor from an ONNX file (ours or foreign), a detector checkpoint, or a run folder.
+
+    Args:
+        path: the file or folder.
+        runtime: "auto" goes by what the file is.
+        provider: ONNX Runtime's provider, or torch's device; the CPU if left out.
+        threads: threads of one inference; the runtime's own choice if left out.
+        score_threshold: candidates must score more than this.
+        nms_iou: overlap above which the worse of two boxes of a class goes.
+        max_detections: the best that are kept for an image.
+        options: what is declared of a foreign ONNX file.
+
+    Raises:
+        ArtifactError: missing, damaged, or not a detector. UserError: a foreign file needs something declared.
+        MissingDependencyError: the runtime or provider is not there. RuntimeFailure: the provider fell back.
+    """
+    path = Path(path)
+    selection = Selection(score_threshold, nms_iou, max_detections)
+    choice = _runtime_for(path, runtime)
+    if choice == "onnxruntime":
+        opened = open_onnx(path, options, provider=provider or "cpu", threads=threads)
+        name = path.stem if options is None else options.name
+        return Predictor(
+            name,
+            opened.class_names,
+            opened.preprocess,
+            opened.runtime,
+            opened.form,
+            selection=selection,
+            facts=opened.facts,
+        )
+    return _torch_predictor(path, provider or "cpu", threads, selection)
+
+
+def _runtime_for(path: Path, runtime: RuntimeChoice) -> Literal["torch", "onnxruntime"]:
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such file or folder", expected="an ONNX file, a checkpoint or a run folder")
+    if runtime == "tensorrt" or (runtime == "auto" and suffix in _ENGINE_SUFFIXES):
+        raise MissingDependencyError(
+            f"{path}: engines are not supported by this version of edgekd",
+            expected="an ONNX file, a checkpoint or a run folder",
+        )
+    natural: Literal["torch", "onnxruntime"] | None = None
+    if suffix in _ONNX_SUFFIXES and path.is_file():
+        natural = "onnxruntime"
+    elif suffix in _TORCH_SUFFIXES or path.is_dir():
+        natural = "torch"
+    if natural is None:
+        raise ArtifactError(
+            f"{path}: not a kind of file that detects",
+            got=suffix or "a file without suffix",
+            expected=f"{_ONNX_SUFFIXES[0]}, {_TORCH_SUFFIXES[0]}, or a run folder",
+        )
+    if runtime not in ("auto", natural):
+        raise UserError(
+            f"{path}: the runtime does not fit the file",
+            got=f"runtime {runtime}",
+            expected=natural,
+            fix="leave the runtime out; `edgekd export` writes an ONNX file" if natural == "torch" else None,
+        )
+    return natural
+
+
+def _torch_predictor(path: Path, device: str, threads: int | None, selection: Selection) -> Predictor:
+    from edgekd.checkpoint import detector_file, load_detector
+    from edgekd.runtimes.torch_runtime import TorchRuntime
+
+    file = detector_file(path)
+    detector = load_detector(file)
+    spec = detector.spec
+    name = path.name if path.is_dir() else (file.parent.name or file.stem)
+    facts = {"path": str(file), "precision": "fp32", "model": spec.model, "notes": ("a native checkpoint",)}
+    form = OutputFormat("boxes-scores", ("boxes", "scores"), len(spec.class_names))
+    runtime = TorchRuntime(detector, device, threads)
+    return Predictor(name, spec.class_names, spec.preprocess, runtime, form, selection=selection, facts=facts)

@@ -1,0 +1,214 @@
+"""Open a detector in an ONNX file: ours, which says everything in its metadata, or a foreign one, which is asked.
+
+Files of ours follow the schema "edgekd.onnx/1". Of foreign ones, the class names and input size that Ultralytics' exporter
+writes are read; the rest is declared or recognised by running the file once on a picture.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.errors import ArtifactError, UserError
+from edgekd.preprocess import normalise
+from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.ort import OrtRuntime, with_extra_outputs
+from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.recognise import Probe, recognise
+from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
+
+SCHEMA = "edgekd.onnx/1"
+_ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class OnnxDetector:
+    """A detector in an ONNX file, with all that is needed to run it.
+
+    Attributes:
+        runtime: the open session.
+        class_names: in label order.
+        preprocess: how images are prepared.
+        form: how outputs are read.
+        facts: path, precision, target, provenance, and `notes` on what was recognised rather than declared.
+        tap_grids: per declared tap, (channels, (height, width)) of the tensor at the input size.
+    """
+
+    runtime: OrtRuntime
+    class_names: tuple[str, ...]
+    preprocess: PreprocessSpec
+    form: OutputFormat
+    facts: Mapping[str, Any]
+    tap_grids: Mapping[str, tuple[int, tuple[int, int]]] = field(default_factory=dict)
+
+
+def open_onnx(
+    path: Path, declared: OnnxTeacher | None = None, *, provider: str = "cpu", threads: int | None = None
+) -> OnnxDetector:
+    """Open an ONNX file; what `declared` says wins over what the file says.
+
+    Raises:
+        ArtifactError: missing, damaged, or not a detector. UserError: its outputs or size must be declared.
+        MissingDependencyError: ONNX Runtime or the provider is not there. RuntimeFailure: the provider fell back.
+    """
+    declared = declared or OnnxTeacher(name="detector", onnx=str(path))
+    model: Path | bytes = with_extra_outputs(path, list(declared.taps.values())) if declared.taps else path
+    runtime = OrtRuntime(model, provider, threads)
+    try:
+        metadata = runtime.metadata
+        if metadata.get("edgekd.schema"):
+            return _open_ours(path, runtime, metadata, declared)
+        return _open_foreign(path, runtime, metadata, declared)
+    except BaseException:
+        runtime.close()
+        raise
+
+
+def _open_ours(path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
+    if metadata["edgekd.schema"] != SCHEMA:
+        raise ArtifactError(
+            f"{path}: written by another version of edgekd", got=metadata["edgekd.schema"], expected=SCHEMA
+        )
+    try:
+        spec = DetectorSpec.from_dict(json.loads(metadata["edgekd.spec"]))
+        kind = json.loads(metadata["edgekd.output"])["kind"]
+        provenance = json.loads(metadata.get("edgekd.provenance", "{}"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: its metadata is damaged", got=f"{type(error).__name__}: {error}") from error
+    names = {"boxes-scores": ("boxes", "scores"), "detections": ("boxes", "scores", "labels")}.get(kind)
+    if names is None or not set(names) <= set(runtime.output_names):
+        raise ArtifactError(
+            f"{path}: its outputs are not what its metadata says",
+            got=f"kind {kind!r}, outputs {', '.join(runtime.output_names)}",
+            expected="boxes and scores, or boxes, scores and labels",
+        )
+    form = OutputFormat(kind, names, len(spec.class_names))
+    height, width = runtime.input_shape[2:]
+    input_hw = (height or spec.preprocess.input_hw[0], width or spec.preprocess.input_hw[1])
+    preprocess = _declared_preprocess(spec.preprocess, input_hw, declared)
+    facts = {
+        "path": str(path),
+        "precision": metadata.get("edgekd.precision", "fp32"),
+        "target": metadata.get("edgekd.target"),
+        "model": spec.model,
+        "provenance": provenance,
+        "notes": ("an edgekd export: format, preprocessing and classes from its metadata",),
+    }
+    class_names = spec.class_names
+    arrays = runtime.run(normalise(probe_picture(input_hw), preprocess)) if declared.taps else {}
+    return OnnxDetector(runtime, class_names, preprocess, form, facts, _tap_grids(path, arrays, declared.taps))
+
+
+def _open_foreign(path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
+    input_hw = _foreign_input_hw(path, runtime, metadata, declared)
+    picture = normalise(probe_picture(input_hw), PreprocessSpec(input_hw, "stretch", _ZERO, _ONE))
+    arrays = {
+        name: np.array(value) for name, value in runtime.run(np.repeat(picture, runtime.input_shape[0], 0)).items()
+    }
+    own = {name: array for name, array in arrays.items() if name not in declared.taps.values()}
+    found = recognise(Probe(str(path), own, input_hw), declared, names_in_metadata(metadata))
+    yolo = found.form.kind.startswith("yolo") or "stride" in metadata
+    base = PreprocessSpec(input_hw, "letterbox" if yolo else "stretch", _ZERO, _ONE)
+    preprocess = _declared_preprocess(base, input_hw, declared)
+    notes = [*found.notes]
+    if declared.resize == "auto":
+        notes.append(f"images resized by {preprocess.resize}, as is usual for such outputs; `resize` declares it")
+    if declared.mean is None and declared.std is None:
+        notes.append("pixels scaled to [0, 1], not declared; `mean` and `std` declare it")
+    facts = {"path": str(path), "precision": _precision(runtime), "notes": tuple(notes)}
+    grids = _tap_grids(path, arrays, declared.taps)
+    return OnnxDetector(runtime, found.class_names, preprocess, found.form, facts, grids)
+
+
+def _foreign_input_hw(
+    path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], declared: OnnxTeacher
+) -> tuple[int, int]:
+    """The graph's size where it is fixed, else the declared one, else the one in the metadata."""
+    height, width = runtime.input_shape[2:]
+    if height and width:
+        if declared.input_size is not None and (height, width) != (declared.input_size,) * 2:
+            raise UserError(
+                f"{path}: input_size does not fit the file",
+                got=declared.input_size,
+                expected=f"{height}x{width}, which is fixed in the graph",
+                fix="leave `input_size` out",
+            )
+        return height, width
+    if declared.input_size is not None:
+        return height or declared.input_size, width or declared.input_size
+    size = _literal(metadata.get("imgsz"))
+    if isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(v, int) and v > 0 for v in size):
+        return height or size[0], width or size[1]
+    raise UserError(
+        f"{path}: the file takes any input size and does not say which it was trained for",
+        got=f"input {runtime.inputs[0]}",
+        fix="declare `input_size`, such as 640",
+    )
+
+
+def _declared_preprocess(base: PreprocessSpec, input_hw: tuple[int, int], declared: OnnxTeacher) -> PreprocessSpec:
+    return PreprocessSpec(
+        input_hw,
+        base.resize if declared.resize == "auto" else declared.resize,
+        base.mean if declared.mean is None else declared.mean,
+        base.std if declared.std is None else declared.std,
+        base.pad_value,
+    )
+
+
+def _precision(runtime: OrtRuntime) -> str:
+    return "fp16" if any(info.type == "tensor(float16)" for info in runtime.inputs) else "fp32"
+
+
+def names_in_metadata(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
+    """Class names from Ultralytics' `names` entry, a dictionary or list written as text; None if there are none."""
+    names = _literal(metadata.get("names"))
+    if isinstance(names, dict) and names and all(isinstance(key, int) for key in names):
+        if sorted(names) != list(range(len(names))):
+            return None
+        names = [names[index] for index in range(len(names))]
+    if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    return None
+
+
+def _literal(text: str | None) -> object:
+    """A Python or JSON literal in a metadata string, or None; nothing is ever executed."""
+    if not text:
+        return None
+    try:
+        value: object = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return value
+
+
+def probe_picture(input_hw: tuple[int, int]) -> ImageArray:
+    """The same smooth, colourful noise at any time: a picture on which a detector gives typical raw outputs."""
+    height, width = input_hw
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return np.asarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), np.uint8)
+
+
+def _tap_grids(
+    path: Path, arrays: Mapping[str, NDArray[Any]], taps: Mapping[str, str]
+) -> dict[str, tuple[int, tuple[int, int]]]:
+    grids = {}
+    for tap, tensor in taps.items():
+        shape: Sequence[int] = arrays[tensor].shape
+        if len(shape) != 4:
+            raise UserError(
+                f"{path}: tap {tap!r} is not a feature map",
+                got=f"{tensor} of shape {tuple(shape)}",
+                expected="a tensor (B, C, H, W)",
+            )
+        grids[tap] = (int(shape[1]), (int(shape[2]), int(shape[3])))
+    return grids
