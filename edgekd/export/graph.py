@@ -164,13 +164,13 @@ def open_session(
 
 def with_outputs(model: ModelProto, tensors: Iterable[str]) -> ModelProto:
     """A copy of a model that also gives these inner tensors out, after its own outputs."""
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     copy = copy_of(model)
     present = {output.name for output in copy.graph.output}
     for name in tensors:
         if name not in present:
-            copy.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+            copy.graph.output.append(helper.make_empty_tensor_value_info(name))  # the runtime infers the type
             present.add(name)
     return copy
 

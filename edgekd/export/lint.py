@@ -15,7 +15,7 @@ from edgekd.export.qdq import Target, is_weighted
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-KEPT_KEY = "edgekd.int8"
+INT8_KEY = "edgekd.int8"
 """Metadata: JSON facts on an int8 model; "kept_float" lists nodes that are float on purpose."""
 
 
@@ -118,7 +118,7 @@ def _residual(node: NodeProto, index: GraphIndex) -> Iterator[Finding]:
 
 
 def _convolutions(model: ModelProto, index: GraphIndex, target: Target) -> Iterator[Finding]:
-    kept = set(json.loads(metadata_of(model).get(KEPT_KEY, "{}")).get("kept_float", ()))
+    kept = set(json.loads(metadata_of(model).get(INT8_KEY, "{}")).get("kept_float", ()))
     body = index.before(raw_tensors(model))
     for node in model.graph.node:
         if node.op_type not in ("Conv", "ConvTranspose") or node.name in kept or node.name not in body:

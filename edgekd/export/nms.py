@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import UserError
-from edgekd.postprocess import PRE_NMS_TOP_K
+from edgekd.postprocess import PRE_NMS_TOP_K, select
+from edgekd.types import Detections, FloatArray
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -31,6 +32,16 @@ class Thresholds:
     def to_dict(self) -> dict[str, float | int]:
         """Plain JSON types."""
         return asdict(self)
+
+    def select(self, boxes_xyxy: FloatArray, scores: FloatArray) -> Detections:
+        """`edgekd.postprocess.select` with these thresholds: boxes (P, 4), scores (P, K)."""
+        return select(
+            boxes_xyxy,
+            scores,
+            score_threshold=self.score_threshold,
+            nms_iou=self.nms_iou,
+            max_detections=self.max_detections,
+        )
 
 
 def append_nms(model: ModelProto, thresholds: Thresholds) -> ModelProto:

@@ -7,13 +7,13 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import DataError, ExportError
 from edgekd.export.calibration import METHODS, Method, Ranges, TensorStatistics, collect
 from edgekd.export.float16 import to_float16
 from edgekd.export.graph import set_metadata
-from edgekd.export.lint import KEPT_KEY, lint_qdq
+from edgekd.export.lint import INT8_KEY, lint_qdq
 from edgekd.export.qdq import Target, int8_nodes, quantise, tensors_to_quantise
 from edgekd.export.sensitivity import MEASURED_IMAGES, Evaluate, keep_worst, output_damage, rank_layers
 from edgekd.recipe import ExportConfig
@@ -62,6 +62,7 @@ class Int8Result:
         ap50: of the model, in [0, 1]; None where there was nothing to evaluate on.
         reference_ap50: of the fp32 model.
         kept_float: convolutions left in float because of what they cost, worst first.
+        images: how many it was calibrated on. reduce_range: whether weights have 7 bits.
     """
 
     model: ModelProto
@@ -70,6 +71,26 @@ class Int8Result:
     ap50: float | None = None
     reference_ap50: float | None = None
     kept_float: tuple[str, ...] = ()
+    images: int = 0
+    reduce_range: bool = False
+
+    @property
+    def ap50_pair(self) -> tuple[float, float] | None:
+        """AP50 of fp32 and of int8, where both were measured."""
+        return None if self.ap50 is None or self.reference_ap50 is None else (self.reference_ap50, self.ap50)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON types: everything but the model."""
+        return {
+            "calibration": self.method,
+            "calibration_images": self.images,
+            "tried": self.tried,
+            "reduce_range": self.reduce_range,
+            "kept_float": list(self.kept_float),
+            "ap50": self.ap50,
+            "reference_ap50": self.reference_ap50,
+        }
 
 
 def to_int8(
@@ -107,16 +128,8 @@ def to_int8(
     result = job.best_of(methods)
     if evaluate is not None:
         result = job.within_budget(result, evaluate, config.map_budget / 100.0)
-    facts = {
-        "calibration": result.method,
-        "calibration_images": len(images),
-        "tried": result.tried,
-        "reduce_range": narrow,
-        "kept_float": list(result.kept_float),
-        "ap50": result.ap50,
-        "reference_ap50": result.reference_ap50,
-    }
-    set_metadata(result.model, {"edgekd.precision": "int8", "edgekd.target": target, KEPT_KEY: facts})
+    result = replace(result, images=len(images), reduce_range=narrow)
+    set_metadata(result.model, {"edgekd.precision": "int8", "edgekd.target": target, INT8_KEY: result.facts})
     findings = lint_qdq(result.model, target)
     if findings:
         raise ExportError(

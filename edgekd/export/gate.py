@@ -1,0 +1,161 @@
+"""The parity gate of one export: which images, which mAP, and every comparison that an artefact has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from edgekd.detectors.base import Detector
+from edgekd.errors import ParityError
+from edgekd.export.images import PreparedImages, generated_images, spread
+from edgekd.export.nms import Thresholds
+from edgekd.export.parity import ParityReport, Run, compare, onnx_run, same_selection, torch_run, with_map, worst_layer
+from edgekd.preprocess import normalise
+from edgekd.types import Dataset, Detections, FloatArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from edgekd.export.onnx import Precision
+
+PARITY_IMAGES = 16
+MAP_IMAGES = 200
+_CACHE_MIB = 256
+
+
+class MapMeter:
+    """AP50 on (part of) a split, as a detector and as exported models; images are read and resized once.
+
+    Attributes:
+        images: how many the figures are from.
+    """
+
+    def __init__(self, dataset: Dataset, detector: Detector, thresholds: Thresholds) -> None:
+        from edgekd.validate import ResizedImages
+
+        step = max(1, len(dataset) // MAP_IMAGES)
+        self.dataset = replace(dataset, records=dataset.records[::step][:MAP_IMAGES])
+        self.images = len(self.dataset)
+        self._detector, self._thresholds = detector, thresholds
+        self._resized = ResizedImages(self.dataset, detector, _CACHE_MIB)
+
+    def of_model(self, model: bytes | ModelProto) -> float:
+        """AP50 in [0, 1] of an exported model with decoded outputs."""
+        return self._of(onnx_run(model))
+
+    def of_detector(self) -> float:
+        """AP50 in [0, 1] of the torch detector."""
+        return self._of(torch_run(self._detector))
+
+    def _of(self, run: Run) -> float:
+        from edgekd.bench.accuracy import evaluate
+
+        found = []
+        for index in range(self.images):
+            image, geometry = self._resized[index]
+            outputs = run(normalise(image, self._detector.spec.preprocess))
+            kept = self._thresholds.select(outputs["boxes"][0], outputs["scores"][0])
+            found.append(Detections(geometry.to_source(kept.boxes_xyxy), kept.scores, kept.labels))
+        return evaluate(self.dataset.records, found, self.dataset.class_names).ap50 or 0.0
+
+
+@dataclass
+class Gate:
+    """Compares an export with its original, step by step; every step either adds a report or raises.
+
+    Attributes:
+        images, names: prepared inputs (1, 3, H, W) and what messages call them. generated: they are scenes.
+        meter: mAP, where there is a split with the detector's classes.
+        map_budget: AP50 points that fp16 and int8 may lose.
+        reports, notes: what was found so far.
+    """
+
+    detector: Detector
+    thresholds: Thresholds
+    images: Sequence[FloatArray]
+    names: Sequence[str]
+    generated: bool
+    meter: MapMeter | None
+    map_budget: float
+    reports: list[ParityReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def against_torch(self, model: ModelProto, *, measure_map: bool) -> None:
+        """The fp32 model against the detector it was traced from.
+
+        Raises:
+            ParityError: they differ.
+        """
+        report = self._compare(torch_run(self.detector), onnx_run(model), "fp32", "torch")
+        if measure_map and self.meter is not None:
+            pair = self.meter.of_detector(), self.meter.of_model(model)
+            report = with_map(report, *pair, self.meter.images, self.map_budget)
+        self._pass(report)
+
+    def against_fp32(
+        self, base: ModelProto, model: ModelProto, precision: Precision, ap50: tuple[float, float] | None
+    ) -> None:
+        """A converted model against the fp32 one.
+
+        Args:
+            ap50: of both, where it is known already.
+
+        Raises:
+            ParityError: they differ too much; names the worst output, and the layer where they part most.
+        """
+        report = self._compare(onnx_run(base), onnx_run(model), precision, "the fp32 export")
+        if self.meter is not None:
+            pair = ap50 or (self.meter.of_model(base), self.meter.of_model(model))
+            report = with_map(report, *pair, self.meter.images, self.map_budget)
+        hint = None
+        if not report.ok and (worst := worst_layer(base, model, self.images[0])) is not None:
+            hint = f"they part most at tensor {worst[0]} (relative error +{worst[1]:.1%})"
+        self._pass(report, hint)
+
+    def nms_inside(self, decoded: ModelProto, complete: ModelProto) -> None:
+        """The form with NMS inside against selection outside.
+
+        Raises:
+            ParityError: they differ.
+        """
+        outside, inside = onnx_run(decoded), onnx_run(complete)
+        for name, image in zip(self.names, self.images, strict=True):
+            difference = same_selection(outside, inside, image, self.thresholds)
+            if difference is not None:
+                raise ParityError("NMS inside the file differs from NMS outside", got=f"{name}: {difference}")
+
+    def _compare(self, reference: Run, candidate: Run, precision: Precision, against: str) -> ParityReport:
+        return compare(
+            reference,
+            candidate,
+            self.images,
+            self.names,
+            precision=precision,
+            against=against,
+            thresholds=self.thresholds,
+            generated=self.generated,
+        )
+
+    def _pass(self, report: ParityReport, hint: str | None = None) -> None:
+        report.check(hint)
+        self.reports.append(report)
+        if not report.confident:
+            self.notes.append(f"{report.precision}: nothing scored over 0.3 on these images, so no detections to match")
+
+
+def make_gate(detector: Detector, dataset: Dataset | None, thresholds: Thresholds, map_budget: float) -> Gate:
+    """The gate on a split's images, or on generated scenes where there is none."""
+    spec = detector.spec.preprocess
+    if dataset is None or not len(dataset):
+        images, names = generated_images(spec)
+        gate = Gate(detector, thresholds, images, names, True, None, map_budget)
+        gate.notes.append("no data set at hand: compared on generated scenes, which says less than real images")
+        return gate
+    prepared = PreparedImages(spread(dataset.records, PARITY_IMAGES), spec)
+    same_classes = dataset.class_names == detector.spec.class_names
+    meter = MapMeter(dataset, detector, thresholds) if same_classes else None
+    gate = Gate(detector, thresholds, prepared, prepared.names, False, meter, map_budget)
+    if meter is None:
+        gate.notes.append("mAP was not compared: the data set's classes are not the detector's")
+    return gate

@@ -1,0 +1,59 @@
+"""Images as an exporter needs them: prepared one at a time, so that any number fits in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from edgekd.data.images import load_image
+from edgekd.preprocess import prepare
+from edgekd.types import FloatArray, ImageRecord, PreprocessSpec
+
+GENERATED_IMAGES = 8
+
+
+class PreparedImages(Sequence[FloatArray]):
+    """Image files as a detector's input tensors, each (1, 3, h, w) float32, read when asked for.
+
+    Attributes:
+        paths: the files. names: what messages call them.
+    """
+
+    def __init__(self, paths: Sequence[Path], spec: PreprocessSpec) -> None:
+        self.paths, self.spec = tuple(paths), spec
+        self.names = tuple(path.name for path in self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> FloatArray: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PreparedImages: ...
+
+    def __getitem__(self, index: int | slice) -> FloatArray | PreparedImages:
+        if isinstance(index, slice):
+            return PreparedImages(self.paths[index], self.spec)
+        return prepare(load_image(self.paths[index]), self.spec)[0]
+
+
+def spread(records: Sequence[ImageRecord], count: int) -> list[Path]:
+    """At most `count` image files, evenly over a data set, since sets are often sorted by content."""
+    at = np.unique(np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int))
+    return [records[i].path for i in at]
+
+
+def generated_images(spec: PreprocessSpec) -> tuple[list[FloatArray], list[str]]:
+    """A few generated scenes, prepared, with names: for a parity check where there is no data."""
+    from edgekd.data.scenes import make_scenes
+
+    with tempfile.TemporaryDirectory(prefix="edgekd-scenes-") as folder:
+        root = make_scenes(Path(folder), counts={"val": GENERATED_IMAGES}, seed=0)
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in (".png", ".jpg"))
+        prepared = PreparedImages(files[:GENERATED_IMAGES], spec)
+        return list(prepared), [f"generated scene {name}" for name in prepared.names]
