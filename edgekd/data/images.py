@@ -1,0 +1,161 @@
+"""Image files to RGB arrays: one reading for training, evaluation and the device.
+
+The rules: EXIF orientation is applied; grayscale is repeated into three channels; 16-bit images keep their high byte;
+alpha is dropped, leaving the stored colours (as OpenCV does); CMYK is converted without colour management; of
+animations the first frame is read. A truncated file is an error, never half a picture.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from edgekd.data.problems import printable
+from edgekd.errors import DataError
+from edgekd.types import ImageArray
+
+MAX_PIXELS = 89_000_000
+"""Larger images are refused: just below the size at which Pillow suspects a decompression bomb."""
+
+_MAX_BYTES = 1 << 30
+_EXIF_ORIENTATION = 0x0112
+
+
+def load_image(path: Path | str) -> ImageArray:
+    """Read an image file as (H, W, 3) uint8 RGB, upright.
+
+    Raises:
+        DataError: the file is missing, empty, truncated, no image, or larger than `MAX_PIXELS`.
+    """
+    path = Path(path)
+    data = _read(path)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(path, image)
+            orientation = _orientation(image)
+            pixels = _jpeg_pixels(data) if _is_plain_jpeg(image, data) else _pillow_pixels(image)
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise nearly anything on hostile bytes; to the user it is one thing
+        raise _unreadable(path, error) from error
+    return np.ascontiguousarray(_upright(pixels, orientation))
+
+
+def image_hw(path: Path | str) -> tuple[int, int]:
+    """(height, width) in pixels after EXIF orientation, from the header alone.
+
+    Raises:
+        DataError: the file is missing, empty, no image, or larger than `MAX_PIXELS`.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            _check_size(path, image)
+            width, height = image.size
+            return (width, height) if _orientation(image) >= 5 else (height, width)
+    except DataError:
+        raise
+    except Exception as error:  # see load_image
+        raise _unreadable(path, error) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise DataError(
+                f"{printable(path)}: too large for an image", got=f"{size:,} bytes", expected="at most 1 GiB"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    name = printable(path)
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{name}: there is no such image")
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return _too_large(path, str(error))
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            return DataError(f"{name}: the image file is empty (0 bytes)")
+    except OSError:
+        pass
+    if isinstance(error, UnidentifiedImageError):
+        return DataError(f"{name}: not an image, or of a kind that Pillow does not know")
+    return DataError(f"{name}: the image cannot be read", got=f"{type(error).__name__}: {error}")
+
+
+def _too_large(path: Path, got: str) -> DataError:
+    return DataError(
+        f"{printable(path)}: the image is too large to load safely",
+        got=got,
+        expected=f"at most {MAX_PIXELS:,} pixels",
+        fix="cut or shrink the image, and its boxes with it",
+    )
+
+
+def _check_size(path: Path, image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(path, f"{width} x {height} = {width * height:,} pixels")
+    if width < 1 or height < 1:
+        raise DataError(f"{printable(path)}: the image has no pixels", got=f"{width} x {height}")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1-8 that is still to be applied, from what stands before the pixels; damaged EXIF counts as 1."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, sizes included
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole file to look behind the pixels
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # EXIF is a side note written by anyone's camera: never a reason to refuse a sound picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(pixels: ImageArray, orientation: int) -> ImageArray:
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
+    """Whether OpenCV decodes it to the same pixels as Pillow, only faster.
+
+    The end marker must be in its place: OpenCV fills what is missing of a cut file with grey and says nothing.
+    """
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and data.endswith(b"\xff\xd9")
+
+
+def _jpeg_pixels(data: bytes) -> ImageArray:
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is None:
+        raise ValueError("the JPEG data is damaged")
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def _pillow_pixels(image: Image.Image) -> ImageArray:
+    image.load()
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        # Mode "I" also holds 8-bit values in some formats; only what exceeds them is taken as 16-bit.
+        gray = wide >> 8 if image.mode != "I" or wide.max(initial=0) > 255 else wide
+        return np.repeat(np.clip(gray, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("floating-point images have no agreed range; save it as 8 or 16 bits")
+    if image.mode in ("P", "PA", "LA", "La", "RGBa"):
+        image = image.convert("RGBA")
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)

@@ -1,0 +1,143 @@
+"""What can be wrong with a data set: every kind of problem, how grave it is, and what reading does about it.
+
+`read_dataset` and `data check` walk the same code and gather the same `Problem`s. They differ only in what they do with
+them: reading raises where a rule says `stops` and otherwise goes on as the rule states; check lists everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgekd.errors import DataError
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of problem is treated.
+
+    Attributes:
+        severity: "error" where training or its figures would be wrong, so that `data check` exits 2.
+        stops: whether `read_dataset` raises rather than going on.
+        treatment: what reading does, in words.
+    """
+
+    severity: Severity
+    stops: bool
+    treatment: str
+
+
+RULES: dict[str, Rule] = {
+    # files
+    "bad-annotation": Rule("error", True, "the annotation cannot be understood: reading stops"),
+    "bad-layout": Rule("error", True, "the data set's own description is wrong: reading stops"),
+    "missing-annotation": Rule("error", True, "the split names an image without annotation: reading stops"),
+    "missing-image": Rule("error", True, "the image is not there: reading stops"),
+    "bad-image": Rule("error", True, "the image cannot be opened: reading stops"),
+    "broken-pixels": Rule("error", False, "the header is sound, the pixels are not: found by check, stops in training"),
+    "duplicate-id": Rule("error", True, "two images claim one id: reading stops"),
+    "repeated-image": Rule("warning", False, "the split lists an image twice: read once"),
+    "repeated-annotation-id": Rule("warning", False, "two COCO annotations share an id: both are read"),
+    "orphan-annotation": Rule("error", False, "the annotation belongs to no listed image: left out"),
+    "orphan-label": Rule("warning", False, "a label file without its image: left out"),
+    "ambiguous-image": Rule(
+        "warning", False, "several images have the annotation's name: the one it names, or the first"
+    ),
+    "stale-sidecar": Rule("warning", False, "edgekd.json no longer fits the label file: its flags are ignored"),
+    "size-mismatch": Rule("error", False, "the annotated size is not the image's: the image's own is used"),
+    "no-size": Rule("warning", False, "the annotated size is missing or zero: the image's own is used"),
+    # objects
+    "unknown-class": Rule("error", True, "the class is not among the data set's or the ones asked for: reading stops"),
+    "non-finite-box": Rule("error", False, "NaN or infinite: refused"),
+    "inverted-box": Rule("error", False, "x2 < x1 or y2 < y1: refused"),
+    "outside-box": Rule("error", False, "wholly outside the image: refused"),
+    "unnormalised-box": Rule("error", False, "YOLO coordinates that are no shares of the image: refused"),
+    "empty-box": Rule("warning", False, "less than 0.1 px wide or high after clipping: refused"),
+    "tiny-box": Rule("warning", False, "at most 1 px wide or high: kept"),
+    "clipped-box": Rule("warning", False, "more than 1 px beyond the image: clipped to it"),
+    "duplicate-box": Rule("warning", False, "the same box and class twice in one image: both kept"),
+    # whole splits
+    "empty-split": Rule("error", False, "no images, or training images without a single object"),
+    "absent-class": Rule("warning", False, "a class without an object in the training split"),
+    "duplicate-image": Rule("warning", False, "the same pixels twice in one split"),
+    "leak": Rule("error", False, "the same pixels in two splits: figures on one would be too good"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where.
+
+    Attributes:
+        kind: a key of `RULES`.
+        path: the file to mend.
+        message: what is wrong with it.
+        line: 1-based line in `path`, where the format has lines.
+        item: the entry in `path`, where it has none, such as "annotations[3] (id 17)".
+        split: the split in which it was found; empty if it concerns the whole data set.
+    """
+
+    kind: str
+    path: Path
+    message: str
+    line: int | None = None
+    item: str = ""
+    split: str = ""
+
+    @property
+    def rule(self) -> Rule:
+        """How this kind is treated."""
+        return RULES[self.kind]
+
+    @property
+    def where(self) -> str:
+        """`file:line`, or `file: entry`."""
+        text = printable(self.path)
+        if self.line is not None:
+            text += f":{self.line}"
+        return f"{text}: {self.item}" if self.item else text
+
+    def __str__(self) -> str:
+        return f"{self.where}: {printable(self.message)} [{self.kind}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "kind": self.kind,
+            "severity": self.rule.severity,
+            "file": printable(self.path),
+            "line": self.line,
+            "item": self.item,
+            "split": self.split,
+            "message": printable(self.message),
+            "treatment": self.rule.treatment,
+        }
+
+
+def printable(text: object) -> str:
+    r"""Text that any UTF-8 stream takes: bytes of a file name that are not UTF-8 become \xNN."""
+    try:
+        str(text).encode("utf-8")
+    except UnicodeEncodeError:
+        return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return str(text)
+
+
+def raise_if_stopped(problems: Sequence[Problem], what: str, shown: int = 10) -> None:
+    """Raise for the problems that reading cannot pass over, naming the first `shown`.
+
+    Raises:
+        DataError: at least one problem's rule says `stops`.
+    """
+    stopping = [problem for problem in problems if problem.rule.stops]
+    if not stopping:
+        return
+    lines = [f"{what}: {len(stopping)} problem{'s' * (len(stopping) > 1)} that must be mended first"]
+    lines += [f"  {problem}" for problem in stopping[:shown]]
+    if len(stopping) > shown:
+        lines.append(f"  ... and {len(stopping) - shown} more")
+    raise DataError("\n".join(lines), fix="`edgekd data check` lists every problem of the data set")

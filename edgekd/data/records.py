@@ -1,0 +1,165 @@
+"""From annotations as files state them to `ImageRecord`s: the one place where boxes are clipped or refused.
+
+The rules, in order, for each box, in pixels of the upright image (`problems.RULES` says how grave each is):
+
+1. NaN or infinite values: refused. YOLO shares beyond 2: refused, since they are pixels.
+2. x2 < x1 or y2 < y1: refused.
+3. Wholly outside the image: refused. Otherwise it is clipped to the image, silently up to 1 px.
+4. Less than `MIN_SIDE_PX` wide or high by then: refused.
+
+Coordinates are rounded to 1e-9 px as they are read, which is finer than float32, coarser than the error of any sum in
+float64, and so makes conversion between formats exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.data.images import image_hw
+from edgekd.data.layout import RawImage, RawObject
+from edgekd.data.problems import Problem
+from edgekd.errors import DataError
+from edgekd.types import ImageRecord
+
+MIN_SIDE_PX = 0.1
+SILENT_OVERHANG_PX = 1.0
+_DIGITS = 9
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A record beside what conversion needs over it.
+
+    Attributes:
+        record: the image as everything else sees it.
+        boxes: (N, 4) float64, the record's boxes before rounding to float32.
+        name: the image's file name within its split or image folder.
+    """
+
+    record: ImageRecord
+    boxes: NDArray[np.float64]
+    name: str
+
+
+def resolve(
+    raws: Sequence[RawImage], class_names: Sequence[str], split: str, problems: list[Problem]
+) -> list[Resolved]:
+    """Judge every image and box by the rules above; what is wrong goes to `problems`, images that cannot be read drop out."""
+    index = {name: label for label, name in enumerate(class_names)}
+    resolved = []
+    for raw in raws:
+        try:
+            hw = image_hw(raw.path)
+        except DataError as error:
+            problems.append(Problem("bad-image", raw.path, str(error).replace("\n", ";"), split=split))
+            continue
+        resolved.append(_resolve_one(_Judge(raw, hw, index, split, problems)))
+    return resolved
+
+
+def _resolve_one(judge: _Judge) -> Resolved:
+    judge.size()
+    kept: list[tuple[RawObject, int, Box]] = []
+    for obj in judge.raw.objects:
+        label, box = judge.label(obj), judge.box(obj)
+        if label is not None and box is not None:
+            judge.repeat(obj, label, box)
+            kept.append((obj, label, box))
+    boxes = np.array([box for _, _, box in kept], np.float64).reshape(-1, 4)
+    record = ImageRecord(
+        judge.raw.image_id,
+        judge.raw.path,
+        judge.hw,
+        boxes.astype(np.float32),
+        np.array([label for _, label, _ in kept], np.int64),
+        np.array([obj.difficult for obj, _, _ in kept], np.bool_),
+        np.array([obj.crowd for obj, _, _ in kept], np.bool_),
+    )
+    return Resolved(record, boxes, judge.raw.name)
+
+
+@dataclass
+class _Judge:
+    """The rules applied to one image."""
+
+    raw: RawImage
+    hw: tuple[int, int]
+    index: Mapping[str, int]
+    split: str
+    problems: list[Problem]
+    seen: set[tuple[int, Box]] = field(default_factory=set)
+
+    def size(self) -> None:
+        declared = self.raw.declared_hw
+        if declared is None or declared == self.hw:
+            return
+        h, w = self.hw
+        if min(declared) <= 0:
+            self._report("no-size", f"no usable image size; the image is {w} x {h}", None)
+            return
+        turned = "; EXIF turns the image, the annotation does not" if declared == (w, h) else ""
+        self._report("size-mismatch", f"says {declared[1]} x {declared[0]}, the image is {w} x {h}{turned}", None)
+
+    def label(self, obj: RawObject) -> int | None:
+        if isinstance(obj.label, int):
+            if 0 <= obj.label < len(self.index):
+                return obj.label
+            self._report("unknown-class", f"class id {obj.label} is not within 0..{len(self.index) - 1}", obj)
+            return None
+        if obj.label not in self.index:
+            names = ", ".join(list(self.index)[:20]) + (", ..." if len(self.index) > 20 else "")
+            self._report("unknown-class", f"class {obj.label!r} is none of: {names}", obj)
+            return None
+        return self.index[obj.label]
+
+    def box(self, obj: RawObject) -> Box | None:
+        """The clipped box, or None with the reason reported."""
+        if not all(map(math.isfinite, obj.box)):
+            return self._refuse("non-finite-box", f"box {_show(obj.box)}", obj)
+        h, w = self.hw
+        x1, y1, x2, y2 = obj.box
+        if self.raw.normalised:
+            if max(map(abs, obj.box)) > 2:
+                return self._refuse("unnormalised-box", f"corners at {_show(obj.box)} of the image's sides", obj)
+            x1, y1, x2, y2 = x1 * w, y1 * h, x2 * w, y2 * h
+        x1, y1, x2, y2 = (round(value, _DIGITS) for value in (x1, y1, x2, y2))
+        shown = f"box {_show((x1, y1, x2, y2))} in an image of {w} x {h}"
+        if x2 < x1 or y2 < y1:
+            return self._refuse("inverted-box", shown, obj)
+        if x1 >= w or y1 >= h or x2 <= 0 or y2 <= 0:
+            return self._refuse("outside-box", shown, obj)
+        overhang = max(-x1, -y1, x2 - w, y2 - h)
+        clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(w)), min(y2, float(h)))
+        side = min(clipped[2] - clipped[0], clipped[3] - clipped[1])
+        if side < MIN_SIDE_PX:
+            return self._refuse("empty-box", shown, obj)
+        if side <= 1:
+            self._report("tiny-box", shown, obj)
+        if overhang > SILENT_OVERHANG_PX:
+            self._report("clipped-box", shown, obj)
+        return clipped
+
+    def repeat(self, obj: RawObject, label: int, box: Box) -> None:
+        if (label, box) in self.seen:
+            self._report("duplicate-box", f"{obj.label!r} at {_show(box)} stands in this image before", obj)
+        self.seen.add((label, box))
+
+    def _refuse(self, kind: str, message: str, obj: RawObject) -> Box | None:
+        self._report(kind, message, obj)
+        return None
+
+    def _report(self, kind: str, message: str, obj: RawObject | None) -> None:
+        line = obj.line if obj else None
+        item = obj.item if obj else self.raw.item
+        self.problems.append(Problem(kind, self.raw.annotation, message, line, item, self.split))
+
+
+def _show(box: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in box) + ")"

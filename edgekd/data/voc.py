@@ -1,0 +1,321 @@
+"""Pascal VOC: one XML file an image (Everingham et al., 2010, "The Pascal Visual Object Classes Challenge").
+
+Frame: VOC counts pixels from 1 and includes both ends, so xmin, ymin, xmax, ymax become x1 = xmin - 1, y1 = ymin - 1,
+x2 = xmax, y2 = ymax, for whole and fractional numbers alike, in every VOC layout; `data convert` writes by the inverse.
+Only an object's own <bndbox> is read: boxes of its <part>s are not objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from edgekd.data.layout import (
+    IMAGE_SUFFIXES,
+    Format,
+    RawImage,
+    RawObject,
+    files_under,
+    index_by_stem,
+    numbered_lines,
+    require_split,
+    stem_of,
+)
+from edgekd.data.problems import Problem, printable
+from edgekd.data.sidecar import read_sidecar
+from edgekd.data.xml_tree import Element, XmlError, parse_xml
+from edgekd.errors import DataError
+
+_ANNOTATIONS = ("Annotations", "annotations", "Annotation", "xml")
+_IMAGES = ("JPEGImages", "Images", "images", "img", "imgs", "PNGImages")
+_TRUE, _FALSE = {"1", "true", "yes"}, {"", "0", "false", "no", "unspecified"}
+
+
+class AnnotationError(ValueError):
+    """An annotation breaks the format; `line` is where."""
+
+    def __init__(self, message: str, line: int | None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def voc_bases(root: Path) -> list[Path]:
+    """The folders in VOC layout at `root`: itself, or nested ones such as VOCdevkit/VOC2007."""
+    if not root.is_dir():
+        return []
+    if _is_base(root):
+        return [root]
+    for parent in (root, root / "VOCdevkit"):
+        if parent.is_dir():
+            nested = [child for child in _folders(parent) if _has_image_sets(child)]
+            if nested:
+                return nested
+    if _split_folders(root):
+        return [root]
+    return [child for child in _folders(root) if _is_base(child)]
+
+
+class VocSource:
+    """A folder in VOC layout.
+
+    Splits are the files of ImageSets/Main. Without them, each subfolder with XML files is a split, and a folder with
+    nothing but annotations and images is one split, "all".
+    """
+
+    format: Format = "voc"
+
+    def __init__(self, root: Path) -> None:
+        """Find the layout at `root`.
+
+        Raises:
+            DataError: none or several are there.
+        """
+        bases = voc_bases(root)
+        if not bases:
+            raise DataError(f"{printable(root)} is not in VOC layout", expected="Annotations/*.xml and JPEGImages/")
+        if len(bases) > 1:
+            choices = ", ".join(printable(base) for base in bases)
+            raise DataError(f"{printable(root)} holds several VOC data sets", expected=f"one of {choices}")
+        self.root = root
+        self.base = bases[0]
+        self._sidecar = read_sidecar(self.base)
+        self._lists = _split_lists(self.base)
+        self._folders = {} if self._lists else {folder.name: folder for folder in _split_folders(self.base)}
+        self._annotations: dict[Path, dict[str, list[Path]]] = {}
+        self._images: dict[Path, dict[str, list[Path]]] = {}
+
+    def splits(self) -> tuple[str, ...]:
+        """File names of ImageSets/Main, or folder names, or ("all",)."""
+        return tuple(self._lists) or tuple(self._folders) or ("all",)
+
+    def class_names(self) -> tuple[str, ...]:
+        """The order that `data convert` kept, or the names found over all splits, sorted (VOC's own order as well)."""
+        if self._sidecar.class_names:
+            return self._sidecar.class_names
+        found: set[str] = set()
+        for split in self.splits():
+            for key in dict.fromkeys(key for key, _ in self._entries(split)):
+                try:
+                    found.update(_object_names(self._annotation_path(split, key)))
+                except (OSError, XmlError):  # reported by whoever scans that split
+                    continue
+        return tuple(sorted(found))
+
+    def category_ids(self) -> Mapping[str, int] | None:
+        """The ids of the COCO data set that this was converted from."""
+        return self._sidecar.category_ids
+
+    def scan(self, split: str, problems: list[Problem], limit: int | None = None) -> list[RawImage]:
+        """See `layout.Source.scan`."""
+        require_split(split, self.splits(), self.root)
+        listing = self._lists.get(split)
+        found: dict[str, RawImage] = {}
+        seen: dict[str, int | None] = {}
+        for key, line in self._entries(split)[:limit]:
+            if key in seen:
+                assert listing is not None  # a folder names nothing twice
+                message = f"{key!r} stands in line {seen[key]} already"
+                problems.append(Problem("repeated-image", listing, message, line, split=split))
+                continue
+            seen[key] = line
+            raw = self._read(split, key, line, problems)
+            if raw is None:
+                continue
+            if raw.image_id in found:
+                problems.append(Problem("duplicate-id", raw.annotation, f"id {raw.image_id!r} again", split=split))
+                continue
+            found[raw.image_id] = raw
+        return list(found.values())
+
+    def _read(self, split: str, key: str, line: int | None, problems: list[Problem]) -> RawImage | None:
+        path = self._annotation_path(split, key)
+        blame = (self._lists[split], line) if split in self._lists else (path, None)
+        if not path.is_file():
+            message = f"{key!r} has no annotation {printable(path)}"
+            problems.append(Problem("missing-annotation", blame[0], message, blame[1], split=split))
+            return None
+        try:
+            declared, file_name, objects = read_annotation(path)
+        except (XmlError, AnnotationError) as error:
+            problems.append(Problem("bad-annotation", path, str(error), error.line, split=split))
+            return None
+        except OSError as error:
+            problems.append(Problem("bad-annotation", path, str(error.strerror), split=split))
+            return None
+        image = self._find_image(split, key, file_name, path, problems)
+        if image is None:
+            message = f"no image for {key!r} in {printable(self._image_folder(split))}"
+            problems.append(Problem("missing-image", blame[0], message, blame[1], split=split))
+            return None
+        note = self._sidecar.note(split, printable(key))
+        image_id = note.image_id if note and note.image_id is not None else printable(key)
+        name = printable(key + image.suffix)
+        return RawImage(image_id, name, image, path, declared, objects)
+
+    def _entries(self, split: str) -> list[tuple[str, int | None]]:
+        """(image key, line in the split's file) in order."""
+        if split in self._lists:
+            return [(self._key(split, text), line) for line, text in numbered_lines(self._lists[split])]
+        return [(key, None) for key in self._annotation_index(split)]
+
+    def _key(self, split: str, text: str) -> str:
+        """An image key out of a line, which may carry a flag (as class_split.txt do) or a file suffix."""
+        if self._annotation_path(split, text).is_file():
+            return text
+        key = text.rsplit(None, 1)[0] if re.search(r"\s-?[01]$", text) else text
+        trimmed = re.sub(r"\.(jpe?g|png|xml)$", "", key, flags=re.IGNORECASE)
+        return trimmed if self._annotation_path(split, trimmed).is_file() else key
+
+    def _annotation_index(self, split: str) -> dict[str, list[Path]]:
+        base = self._folders.get(split, self.base)
+        if base not in self._annotations:
+            folder = _annotation_folder(base)
+            self._annotations[base] = index_by_stem(folder, {".xml"}) if folder else {}
+        return self._annotations[base]
+
+    def _annotation_path(self, split: str, key: str) -> Path:
+        found = self._annotation_index(split).get(printable(key))
+        return found[0] if found else self._folders.get(split, self.base) / "Annotations" / (key + ".xml")
+
+    def _image_folder(self, split: str) -> Path:
+        base = self._folders.get(split, self.base)
+        return next((base / name for name in _IMAGES if (base / name).is_dir()), base)
+
+    def _find_image(
+        self, split: str, key: str, file_name: str, annotation: Path, problems: list[Problem]
+    ) -> Path | None:
+        folder = self._image_folder(split)
+        if folder not in self._images:
+            self._images[folder] = index_by_stem(folder, IMAGE_SUFFIXES)
+        by_stem = self._images[folder]
+        choices = by_stem.get(printable(key)) or by_stem.get(stem_of(file_name) if file_name else "") or []
+        if len(choices) <= 1:
+            return choices[0] if choices else None
+        named = [path for path in choices if path.name == file_name]
+        chosen = (named or choices)[0]
+        names = ", ".join(printable(path.name) for path in choices)
+        message = f"images {names} share the name; {printable(chosen.name)} is used"
+        problems.append(Problem("ambiguous-image", annotation, message, split=split))
+        return chosen
+
+
+def read_annotation(path: Path) -> tuple[tuple[int, int], str, tuple[RawObject, ...]]:
+    """((height, width) as stated, or zeros; <filename>; objects in edgekd's frame).
+
+    Raises:
+        XmlError: no XML.
+        AnnotationError: XML, but no VOC annotation.
+        OSError: the file cannot be read.
+    """
+    stat = path.stat()
+    return _read_annotation(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=32768)
+def _read_annotation(path: Path, mtime_ns: int, size: int) -> tuple[tuple[int, int], str, tuple[RawObject, ...]]:
+    root = parse_xml(path)
+    if root.tag != "annotation":
+        raise AnnotationError(f"the root element is <{root.tag}>, not <annotation>", root.line)
+    objects = tuple(_object(element) for element in root.all("object"))
+    name = root.first("filename")
+    return _declared_hw(root.first("size")), name.text if name else "", objects
+
+
+def _object_names(path: Path) -> set[str]:
+    try:
+        return {str(obj.label) for obj in read_annotation(path)[2]}
+    except AnnotationError:
+        return set()
+
+
+def _declared_hw(size: Element | None) -> tuple[int, int]:
+    try:
+        h, w = (int(float(_child(size, key).text)) if size else 0 for key in ("height", "width"))
+    except (AnnotationError, ValueError, OverflowError):
+        return 0, 0
+    return h, w
+
+
+def _object(element: Element) -> RawObject:
+    name = _child(element, "name")
+    if not name.text:
+        raise AnnotationError("an object has an empty <name>", name.line)
+    box = _child(element, "bndbox")
+    xmin, ymin, xmax, ymax = (_number(_child(box, key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+    return RawObject(
+        (xmin - 1, ymin - 1, xmax, ymax),
+        name.text,
+        difficult=_flag(element, "difficult"),
+        crowd=_flag(element, "crowd"),
+        line=box.line,
+    )
+
+
+def _child(element: Element, tag: str) -> Element:
+    child = element.first(tag)
+    if child is None:
+        raise AnnotationError(f"<{element.tag}> has no <{tag}>", element.line)
+    return child
+
+
+def _number(element: Element) -> float:
+    try:
+        return float(element.text)
+    except ValueError:
+        raise AnnotationError(f"<{element.tag}> is no number: {element.text!r}", element.line) from None
+
+
+def _flag(element: Element, tag: str) -> bool:
+    child = element.first(tag)
+    text = child.text.lower() if child else ""
+    if child and text not in _TRUE | _FALSE:
+        raise AnnotationError(f"<{tag}> is neither 0 nor 1: {child.text!r}", child.line)
+    return text in _TRUE
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def _has_image_sets(folder: Path) -> bool:
+    return bool(_list_files(folder))
+
+
+def _list_files(base: Path) -> list[Path]:
+    for folder in (base / "ImageSets" / "Main", base / "ImageSets"):
+        if folder.is_dir() and (files := sorted(folder.glob("*.txt"))):
+            return files
+    return []
+
+
+def _split_lists(base: Path) -> dict[str, Path]:
+    """Split -> its file, leaving out the files a class of the official sets (aeroplane_train.txt)."""
+    files = {path.stem: path for path in _list_files(base)}
+    return {split: path for split, path in files.items() if not _is_class_list(split, path, files)}
+
+
+def _is_class_list(split: str, path: Path, files: Mapping[str, Path]) -> bool:
+    if "_" not in split or split.rsplit("_", 1)[1] not in files:
+        return False
+    lines = numbered_lines(path)
+    return bool(lines) and re.search(r"\s-?[01]$", lines[0][1]) is not None
+
+
+def _annotation_folder(folder: Path) -> Path | None:
+    for name in _ANNOTATIONS:
+        if (folder / name).is_dir() and any(path.suffix.lower() == ".xml" for path in files_under(folder / name)):
+            return folder / name
+    return folder if any(path.suffix.lower() == ".xml" for path in folder.iterdir()) else None
+
+
+def _is_base(folder: Path) -> bool:
+    return _has_image_sets(folder) or _annotation_folder(folder) is not None
+
+
+def _split_folders(base: Path) -> list[Path]:
+    """Subfolders that are splits of their own: XML files beside images, as some labelling services export."""
+    if _annotation_folder(base) is not None:
+        return []
+    return [child for child in _folders(base) if _annotation_folder(child) is not None]

@@ -1,0 +1,94 @@
+"""XML with line numbers, and without the parts of XML that let a small file exhaust a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.parsers import expat
+
+_MAX_BYTES = 32 << 20
+_MAX_DEPTH = 64
+
+
+class XmlError(ValueError):
+    """The file is no XML that edgekd reads; `line` is 1-based, None if it concerns the whole file."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+@dataclass
+class Element:
+    """One element: its tag, its own text (stripped at the ends), its children in order, its 1-based line."""
+
+    tag: str
+    line: int
+    text: str = ""
+    children: list[Element] = field(default_factory=list)
+
+    def all(self, tag: str) -> list[Element]:
+        """The direct children with this tag."""
+        return [child for child in self.children if child.tag == tag]
+
+    def first(self, tag: str) -> Element | None:
+        """The first direct child with this tag."""
+        return next((child for child in self.children if child.tag == tag), None)
+
+
+def parse_xml(path: Path) -> Element:
+    """Parse a file into its root element. Entity declarations are refused, unread.
+
+    Raises:
+        XmlError: empty, too large, too deep, malformed, or with entity declarations.
+        OSError: the file cannot be read.
+    """
+    data = path.read_bytes()
+    if not data.strip():
+        raise XmlError("the file is empty")
+    if len(data) > _MAX_BYTES:
+        raise XmlError(f"the file has {len(data):,} bytes; annotations over 32 MiB are refused")
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+    builder = _Builder(parser)
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.text
+    parser.EntityDeclHandler = builder.entity
+    try:
+        parser.Parse(data, True)
+    except expat.ExpatError as error:
+        raise XmlError(f"malformed XML: {expat.ErrorString(error.code)}", error.lineno) from error
+    except (ValueError, LookupError) as error:
+        if isinstance(error, XmlError):
+            raise
+        raise XmlError(f"its encoding is not understood: {error}", 1) from error
+    assert builder.root is not None  # expat has refused documents without a root element
+    return builder.root
+
+
+class _Builder:
+    def __init__(self, parser: expat.XMLParserType) -> None:
+        self.parser = parser
+        self.root: Element | None = None
+        self.open: list[Element] = []
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        element = Element(tag, self.parser.CurrentLineNumber)
+        if len(self.open) >= _MAX_DEPTH:
+            raise XmlError(f"more than {_MAX_DEPTH} levels of elements", element.line)
+        if self.open:
+            self.open[-1].children.append(element)
+        else:
+            self.root = element
+        self.open.append(element)
+
+    def end(self, tag: str) -> None:
+        element = self.open.pop()
+        element.text = element.text.strip()
+
+    def text(self, text: str) -> None:
+        self.open[-1].text += text
+
+    def entity(self, *declaration: object) -> None:
+        raise XmlError("entity declarations are refused", self.parser.CurrentLineNumber)

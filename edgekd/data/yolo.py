@@ -1,0 +1,352 @@
+"""YOLO txt: one line an object, `class cx cy w h` as shares of the image, beside a YAML file that names the classes.
+
+Splits are the YAML's train, val, test (or any key that leads to images): folders, lists of folders, or .txt files that
+list images. A label file lies where its image does, with the last "images" of the path changed to "labels". An image
+without a label file shows only background. A line of a segmentation polygon becomes the box around it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgekd.data.layout import (
+    Format,
+    RawImage,
+    RawObject,
+    files_under,
+    is_image,
+    numbered_lines,
+    require_split,
+    stem_of,
+)
+from edgekd.data.problems import Problem, printable
+from edgekd.data.sidecar import read_sidecar
+from edgekd.errors import DataError
+
+_YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+_USUAL = ("train", "val", "valid", "test")
+_NOT_SPLITS = frozenset(
+    {"path", "names", "nc", "download", "yaml_file", "kpt_shape", "flip_idx", "channels", "license"}
+)
+_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
+
+
+def yolo_yaml(root: Path) -> Path | None:
+    """The YAML file that describes the data set at `root` (a folder, or that file itself), if there is one."""
+    if root.is_file():
+        return root if root.suffix.lower() in (".yaml", ".yml") else None
+    for name in _YAMLS:
+        if (root / name).is_file():
+            return root / name
+    for path in sorted(path for path in root.glob("*.y*ml") if path.is_file()):
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            continue
+        if isinstance(data, dict) and "names" in data and set(_USUAL) & set(data):
+            return path
+    return None
+
+
+def is_yolo(root: Path) -> bool:
+    """Whether `root` is in YOLO layout."""
+    return yolo_yaml(root) is not None or (root.is_dir() and bool(_plain_splits(root)))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """An image of a split: its path, its name within the split, and the list's line that names it."""
+
+    path: Path
+    name: str
+    listing: Path | None = None
+    line: int | None = None
+
+
+class YoloSource:
+    """A data set in YOLO layout: with a YAML file, or plain folders images/SPLIT and labels/SPLIT with classes.txt."""
+
+    format: Format = "yolo"
+
+    def __init__(self, root: Path) -> None:
+        """Read the YAML file or find the folders.
+
+        Raises:
+            DataError: neither is there, or the YAML file is wrong.
+        """
+        self.root = root
+        self._yaml = yolo_yaml(root)
+        folder = root if root.is_dir() else root.parent
+        self._sidecar = read_sidecar(folder)
+        if self._yaml:
+            data = _load_yaml(self._yaml)
+            self._base, self._splits = _yaml_splits(self._yaml, data)
+            self._names = _yaml_names(self._yaml, data)
+        else:
+            self._base, self._splits = folder, _plain_splits(folder)
+            self._names = _file_names(folder)
+        if not self._splits:
+            where = self._yaml or root
+            raise DataError(f"{printable(where)} names no split", expected="train:, val: or test: with a path")
+
+    def splits(self) -> tuple[str, ...]:
+        """The YAML's splits, or the folders."""
+        return tuple(self._splits)
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """The YAML's names, or classes.txt."""
+        return self._names
+
+    def category_ids(self) -> Mapping[str, int] | None:
+        """The ids of the COCO data set that this was converted from."""
+        return self._sidecar.category_ids
+
+    def scan(self, split: str, problems: list[Problem], limit: int | None = None) -> list[RawImage]:
+        """See `layout.Source.scan`."""
+        require_split(split, self.splits(), self.root)
+        listed = self._listed(split, problems)[:limit]
+        stems: dict[str, int] = {}
+        for image in listed:
+            stems[stem_of(image.name)] = stems.get(stem_of(image.name), 0) + 1
+        raws: list[RawImage] = []
+        ids: set[str] = set()
+        for image in listed:
+            stem = stem_of(image.name)
+            unique = stem if stems[stem] == 1 else printable(self._relative(image.path))
+            raw = self._read(image, split, unique, problems)
+            if raw.image_id in ids:
+                problems.append(Problem("duplicate-id", image.path, f"id {raw.image_id!r} again", split=split))
+                continue
+            ids.add(raw.image_id)
+            raws.append(raw)
+        if limit is None:
+            self._report_orphans(split, listed, problems)
+        return raws
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self._base).as_posix() if path.is_relative_to(self._base) else path.as_posix()
+
+    def _listed(self, split: str, problems: list[Problem]) -> list[_Listed]:
+        """The split's images that exist, each once."""
+        found: list[_Listed] = []
+        for entry in self._splits[split]:
+            if entry.is_dir():
+                paths = [path for path in files_under(entry) if is_image(path)]
+                found += [_Listed(path, path.relative_to(entry).as_posix()) for path in paths]
+            elif entry.is_file():
+                found += self._read_list(entry, split, problems)
+            else:
+                message = f"split {split!r} is at {printable(entry)}, which is not there"
+                problems.append(Problem("bad-layout", self._yaml or self.root, message, split=split))
+        seen: set[Path] = set()
+        unique = []
+        for image in found:
+            if image.path in seen:
+                blame = image.listing or image.path
+                message = f"{printable(image.path.name)} is listed twice"
+                problems.append(Problem("repeated-image", blame, message, image.line, split=split))
+                continue
+            seen.add(image.path)
+            unique.append(image)
+        return unique
+
+    def _read_list(self, listing: Path, split: str, problems: list[Problem]) -> list[_Listed]:
+        found = []
+        for line, text in numbered_lines(listing):
+            tries = [listing.parent / text, self._base / text]
+            path = next((path for path in tries if path.is_file()), None)
+            if path is None:
+                problems.append(Problem("missing-image", listing, f"{text!r} is not there", line, split=split))
+                continue
+            found.append(_Listed(path, _name_in_list(text), listing, line))
+        return found
+
+    def _read(self, image: _Listed, split: str, default_id: str, problems: list[Problem]) -> RawImage:
+        label = label_path(image.path)
+        objects: tuple[RawObject, ...] = ()
+        if label.is_file():
+            objects = tuple(self._objects(label, split, problems))
+        note = self._sidecar.note(split, stem_of(image.name))
+        image_id = default_id
+        if note:
+            image_id = default_id if note.image_id is None else note.image_id
+            if (note.difficult or note.crowd) and note.objects != len(objects):
+                message = f"{note.objects} objects when edgekd.json was written, {len(objects)} now"
+                problems.append(Problem("stale-sidecar", label, message, split=split))
+            else:
+                objects = tuple(
+                    replace(obj, difficult=position in note.difficult, crowd=position in note.crowd)
+                    for position, obj in enumerate(objects)
+                )
+        return RawImage(image_id, printable(image.name), image.path, label, None, objects, normalised=True)
+
+    def _objects(self, label: Path, split: str, problems: list[Problem]) -> list[RawObject]:
+        try:
+            lines = numbered_lines(label)
+        except DataError as error:
+            problems.append(Problem("bad-annotation", label, error.what, split=split))
+            return []
+        objects = []
+        for line, text in lines:
+            try:
+                index, box = parse_line(text)
+            except ValueError as error:
+                problems.append(Problem("bad-annotation", label, str(error), line, split=split))
+                continue
+            known = self._names is not None and 0 <= index < len(self._names)
+            objects.append(RawObject(box, self._names[index] if known and self._names else index, line=line))
+        return objects
+
+    def _report_orphans(self, split: str, listed: list[_Listed], problems: list[Problem]) -> None:
+        """Name label files without an image; only where the split's folders have label folders of their own."""
+        wanted = {label_path(image.path) for image in listed}
+        for entry in self._splits[split]:
+            if not entry.is_dir() or "images" not in entry.parts:
+                continue
+            folder = label_path(entry / "x.jpg").parent
+            if not folder.is_dir():
+                continue
+            for path in files_under(folder):
+                if path.suffix == ".txt" and path not in wanted and path.name != "classes.txt":
+                    problems.append(Problem("orphan-label", path, "no image in the split has this label", split=split))
+
+
+def label_path(image: Path) -> Path:
+    """Where an image's labels are: .../images/x.jpg -> .../labels/x.txt, or beside it where that is not there."""
+    parts = list(image.parts)
+    beside = image.with_suffix(".txt")
+    for position in range(len(parts) - 2, -1, -1):
+        if parts[position] == "images":
+            parts[position] = "labels"
+            label = Path(*parts).with_suffix(".txt")
+            return beside if not label.is_file() and beside.is_file() else label
+    return beside
+
+
+def parse_line(text: str) -> tuple[int, tuple[float, float, float, float]]:
+    """(class index, (x1, y1, x2, y2) as shares) of one line.
+
+    Raises:
+        ValueError: it is neither `class cx cy w h` nor `class x1 y1 x2 y2 x3 y3 ...`.
+    """
+    fields = text.split()
+    try:
+        values = [float(field) for field in fields]
+    except ValueError:
+        raise ValueError(f"not all numbers: {printable(text[:80])!r}") from None
+    if not math.isfinite(values[0]) or values[0] != int(values[0]):
+        raise ValueError(f"the class id is no whole number: {fields[0]!r}")
+    if len(values) == 5:
+        cx, cy, w, h = values[1:]
+        return int(values[0]), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+    if len(values) >= 7 and len(values) % 2 == 1:
+        xs, ys = values[1::2], values[2::2]
+        if not all(map(math.isfinite, values)):
+            return int(values[0]), (math.nan,) * 4
+        return int(values[0]), (min(xs), min(ys), max(xs), max(ys))
+    raise ValueError(f"{len(values)} numbers; expected class cx cy w h, or class and a polygon of 3 points or more")
+
+
+def _name_in_list(text: str) -> str:
+    """An image's name within its split: what follows the last "images/", or else its file name."""
+    text = text.replace("\\", "/")
+    return text.rsplit("images/", 1)[1] if "images/" in text else text.rsplit("/", 1)[-1]
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{printable(path)}:{mark.line + 1}" if mark else printable(path)
+        raise DataError(f"{where}: malformed YAML", got=getattr(error, "problem", None) or error) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{printable(path)} cannot be read", got=error) from error
+    if not isinstance(data, dict):
+        raise DataError(f"{printable(path)}: no YOLO data file", expected="keys such as train, val, names")
+    return data
+
+
+def _yaml_splits(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, list[Path]]]:
+    """The base folder, and each split's folders and lists."""
+    base = path.parent
+    stated = data.get("path")
+    if isinstance(stated, str) and (base / stated).is_dir():  # a path from the author's machine is passed over
+        base = base / stated
+    splits: dict[str, list[Path]] = {}
+    for key, value in data.items():
+        if not isinstance(key, str) or key in _NOT_SPLITS or value is None:
+            continue
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts) or not texts:
+            if key in _USUAL:
+                raise DataError(f"{printable(path)}: {key} must be a path or a list of paths", got=repr(value))
+            continue
+        entries = [_resolve(text, base, path.parent) for text in texts]
+        if key in _USUAL or all(entry.is_dir() or entry.is_file() for entry in entries):
+            splits[key] = entries
+    return base, splits
+
+
+def _resolve(text: str, base: Path, beside: Path) -> Path:
+    """A path as the YAML states it; some services write ../train/images for train/images."""
+    tries = [base / text, beside / text]
+    if text.startswith("../"):
+        tries.append(beside / text[3:])
+    return next((path for path in tries if path.exists()), tries[0])
+
+
+def _yaml_names(path: Path, data: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names, count = data.get("names"), data.get("nc")
+    if names is None:
+        return None
+    if isinstance(names, dict):
+        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+            raise DataError(f"{printable(path)}: names must be numbered 0..{len(names) - 1}", got=list(names)[:20])
+        by_index = {int(key): value for key, value in names.items()}
+        names = [by_index[index] for index in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
+        raise DataError(
+            f"{printable(path)}: names must be a list, or a mapping from number to name", got=repr(names)[:200]
+        )
+    texts = tuple(str(name) for name in names)
+    if count is not None and count != len(texts):
+        raise DataError(f"{printable(path)}: nc and names disagree", got=f"nc {count}, {len(texts)} names")
+    return _distinct(path, texts)
+
+
+def _distinct(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{printable(path)}: class names repeat", got=", ".join(twice))
+    if not names:
+        raise DataError(f"{printable(path)}: no class names")
+    return names
+
+
+def _file_names(folder: Path) -> tuple[str, ...] | None:
+    for path in [folder / name for name in _NAME_FILES] + sorted(folder.glob("*.names")):
+        if path.is_file():
+            return _distinct(path, tuple(printable(text) for _, text in numbered_lines(path)))
+    return None
+
+
+def _plain_splits(root: Path) -> dict[str, list[Path]]:
+    """images/SPLIT beside labels/SPLIT, SPLIT/images beside SPLIT/labels, or images beside labels as one split, "all"."""
+    folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    if (root / "images").is_dir() and (root / "labels").is_dir():
+        children = sorted(child for child in (root / "images").iterdir() if child.is_dir())
+        if children and not any(is_image(path) for path in (root / "images").iterdir()):
+            return {child.name: [child] for child in children}
+        return {"all": [root / "images"]}
+    return {
+        child.name: [child / "images"]
+        for child in folders
+        if (child / "images").is_dir() and (child / "labels").is_dir()
+    }
