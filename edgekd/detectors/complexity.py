@@ -44,4 +44,5 @@ def count_macs(module: nn.Module, input_hw: tuple[int, int] | None = None) -> in
     finally:
         for part, training in modes:
             part.training = training
-    return counter.get_total_flops() // 2  # which counts a multiplication and an addition apart
+    flops: int = counter.get_total_flops()
+    return flops // 2  # which counts a multiplication and an addition apart

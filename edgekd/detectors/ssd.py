@@ -19,7 +19,7 @@ from edgekd.detectors.backbones.mobilenet_v1 import MobileNetV1
 from edgekd.detectors.backbones.mobilenet_v2 import MobileNetV2
 from edgekd.detectors.backbones.vgg import VGG
 from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, TapSpec, Targets
-from edgekd.detectors.ssd_losses import NEGATIVES_A_POSITIVE, multibox_losses, soft_multibox_losses
+from edgekd.detectors.ssd_losses import NEGATIVES_A_POSITIVE, confident, multibox_losses, soft_multibox_losses
 from edgekd.detectors.ssd_options import FAMILIES, LEVELS, check_width, read_options, ssd_spec_defaults
 from edgekd.errors import RecipeError
 from edgekd.types import DetectorSpec
@@ -227,7 +227,7 @@ class SSD(Detector):
 
     def soft_losses(self, output: DetectorOutput, soft: SoftTargets, temperature: float = 1.0) -> dict[str, Tensor]:
         """{"cls", "box"}: see `ssd_losses.soft_multibox_losses`."""
-        padded = pad_soft_targets(soft, len(self.spec.class_names), self.priors.device)
+        padded = pad_soft_targets(confident(soft), len(self.spec.class_names), self.priors.device)
         return soft_multibox_losses(output.cls_logits, output.bbox_regression, self.priors, padded, temperature)
 
     def prior_boxes(self) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from edgekd.detectors.anchors import encode_boxes, xyxy_from_cxcywh
 from edgekd.detectors.assignment import PaddedTargets
+from edgekd.detectors.base import SoftTargets
 from edgekd.detectors.matching import PriorMatch, hard_negatives, match_priors
 
 NEGATIVES_A_POSITIVE = 3
@@ -55,9 +54,9 @@ def soft_multibox_losses(
     temperature T and scaled by T² (Hinton et al., 2015, arXiv 1503.02531), and the teacher's box weighted by its
     confidence. Mined background priors, three for each unit of matched confidence and at least three an image, learn
     plain background; their target is one-hot, which no temperature softens, so they are taken at T = 1. Both sums are
-    divided by the matched confidence, each image counting for at least 1. Arguments as for `multibox_losses`.
+    divided by the matched confidence, each image counting for at least 1. Arguments as for `multibox_losses`; give it
+    only boxes worth learning from (`confident`).
     """
-    targets = replace(targets, confidence=targets.confidence * (targets.confidence >= MIN_CONFIDENCE))
     match = match_priors(xyxy_from_cxcywh(priors_cxcywh), targets)
     logits = cls_logits.float()
     # Softening the few boxes and gathering is cheaper than softening every prior's row.
@@ -76,6 +75,16 @@ def soft_multibox_losses(
     box_loss = (_box_loss(offsets, priors_cxcywh, targets, match) * confidence).sum()
     scale = 1.0 / evidence.sum()
     return {"cls": cls_loss * scale, "box": box_loss * scale}
+
+
+def confident(soft: SoftTargets) -> SoftTargets:
+    """Only the boxes of at least `MIN_CONFIDENCE`."""
+    keep = [
+        probs.amax(-1) >= MIN_CONFIDENCE if len(probs) else probs.new_zeros(0, dtype=torch.bool)
+        for probs in soft.class_probs
+    ]
+    boxes = [b[k] for b, k in zip(soft.boxes_xyxy, keep, strict=True)]
+    return SoftTargets(boxes, [p[k] for p, k in zip(soft.class_probs, keep, strict=True)])
 
 
 def background_and_classes(class_probs: Tensor) -> Tensor:
