@@ -197,7 +197,9 @@ def test_each_detection_belongs_to_its_best_object_in_voc() -> None:
 
 def empty_record(name: str) -> ImageRecord:
     nothing = np.zeros(0, bool)
-    return ImageRecord(name, Path(name), (10, 10), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), nothing, nothing)
+    return ImageRecord(
+        name, Path(name), (10, 10), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), nothing, nothing
+    )
 
 
 def test_no_detections_no_objects_no_images(capfd: pytest.CaptureFixture[str]) -> None:
@@ -260,7 +262,9 @@ def test_weighted_ap50_equals_the_library_on_repeated_images(seed: int) -> None:
 def test_weighted_ap50_is_exact_without_ties() -> None:
     records, answers = make_split(21)
     rng = np.random.default_rng(5)
-    answers = [Detections(a.boxes_xyxy, rng.permutation(len(a)) / 997.0 + i / 1e5, a.labels) for i, a in enumerate(answers)]
+    answers = [
+        Detections(a.boxes_xyxy, rng.permutation(len(a)) / 997.0 + i / 1e5, a.labels) for i, a in enumerate(answers)
+    ]
     draw = rng.multinomial(len(records), np.full(len(records), 1 / len(records)))
     kept = [i for i, times in enumerate(draw) if times]
     once = np.minimum(draw, 1)[None]

@@ -70,9 +70,7 @@ class Accuracy:
         return rounded
 
 
-def evaluate(
-    records: Sequence[ImageRecord], detections: Sequence[Detections], class_names: Sequence[str]
-) -> Accuracy:
+def evaluate(records: Sequence[ImageRecord], detections: Sequence[Detections], class_names: Sequence[str]) -> Accuracy:
     """Score one answer an image against its ground truth.
 
     Difficult objects are neither to be found nor wrong to find; in COCO's protocol each can be found once, in VOC's
@@ -128,9 +126,9 @@ def _coco_precision(
     ]
     categories = [{"id": i, "name": name} for i, name in enumerate(class_names, 1)]
     sides = []
-    for annotations in (_annotations(records), _results(detections)):
+    for boxes in (_annotations(records), _results(detections)):
         side = COCO(print_function=_silent)
-        side.dataset = {"images": images, "categories": categories, "annotations": annotations}
+        side.dataset = {"images": images, "categories": categories, "annotations": boxes}
         side.createIndex()
         sides.append(side)
     evaluator = COCOeval_faster(*sides, iouType="bbox", print_function=_silent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,31 @@ def load() -> list[float] | None:
         return [round(value, 2) for value in os.getloadavg()]
     except OSError:
         return None
+
+
+class Contention:
+    """How many cores others (processes, a hypervisor) keep busy from its making until `cores` is asked."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def cores(self) -> float | None:
+        """Cores used by others on average; None where the system does not say."""
+        if self._start is None or (now := self._now()) is None:
+            return None
+        elapsed, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
+        return round(max(0.0, (busy - own) / elapsed), 3) if elapsed > 0 else None
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        try:
+            every, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        except (OSError, psutil.Error):
+            return None
+        idle = every.idle + getattr(every, "iowait", 0.0)
+        # `guest` time stands in `user` too.
+        busy = sum(every) - idle - getattr(every, "guest", 0.0) - getattr(every, "guest_nice", 0.0)
+        return time.monotonic(), busy, own.user + own.system
 
 
 def gpu_facts() -> dict[str, Any] | None:

@@ -115,7 +115,9 @@ def measure(
     return measured
 
 
-def _block(system: Timed, images: Sequence[ImageArray], first: int, protocol: MeasurementPlan, clock: Clock) -> Float64Array:
+def _block(
+    system: Timed, images: Sequence[ImageArray], first: int, protocol: MeasurementPlan, clock: Clock
+) -> Float64Array:
     """(block, 3) milliseconds. Python's garbage collector waits until the block is over."""
     out = np.empty((protocol.block, len(STAGES)))
     gc.collect()

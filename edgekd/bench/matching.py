@@ -54,7 +54,7 @@ def iou_with_crowds(boxes_xyxy: Float64Array, objects_xyxy: Float64Array, crowd:
     overlap: Float64Array = sides[..., 0] * sides[..., 1]
     area, object_area = (np.prod(b[:, 2:] - b[:, :2], axis=1) for b in (boxes_xyxy, objects_xyxy))
     union = np.where(crowd[None, :], area[:, None], area[:, None] + object_area[None, :] - overlap)
-    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+    return np.asarray(np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0), np.float64)
 
 
 def check_answers(records: Sequence[ImageRecord], detections: Sequence[Detections], num_classes: int) -> None:
@@ -67,7 +67,7 @@ def check_answers(records: Sequence[ImageRecord], detections: Sequence[Detection
         raise ValueError(f"{len(records)} images but {len(detections)} answers")
     for record, found in zip(records, detections, strict=True):
         for what, labels in (("object", record.labels), ("detection", found.labels)):
-            if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+            if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
                 raise ValueError(f"{record.image_id}: {what} labels outside [0, {num_classes})")
 
 

@@ -31,19 +31,14 @@ class PeakMemory:
     model_bytes: int
 
 
-def peak_memory(artifacts: Sequence[Path], images: Sequence[Path], settings: Mapping[str, Any]) -> PeakMemory | None:
-    """Peak memory of a fresh process that holds all `artifacts` and answers `images`; None if it cannot be measured.
+def peak_memory(loads: Sequence[Mapping[str, Any]], images: Sequence[Path]) -> PeakMemory | None:
+    """Peak memory of a fresh process that holds all artefacts and answers `images`; None if it cannot be measured.
 
     Args:
-        artifacts: one file, or all members of an ensemble.
+        loads: keyword arguments of `load_predictor`, plain JSON types; one artefact, or all members of an ensemble.
         images: a handful suffices.
-        settings: keyword arguments of `load_predictor`, plain JSON types.
     """
-    request = {
-        "artifacts": [str(path.resolve()) for path in artifacts],
-        "images": [str(path.resolve()) for path in images],
-        "settings": dict(settings),
-    }
+    request = {"loads": [dict(load) for load in loads], "images": [str(path.resolve()) for path in images]}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         done = subprocess.run(
@@ -83,10 +78,14 @@ def _child() -> None:
     request = json.load(sys.stdin)
     from edgekd.data.images import load_image
     from edgekd.predictor import load_predictor
+    from edgekd.recipe import OnnxTeacher
 
     images = [load_image(Path(path)) for path in request["images"]]
     before = process_peak_bytes()
-    predictors = [load_predictor(Path(path), **request["settings"]) for path in request["artifacts"]]
+    predictors = []
+    for load in request["loads"]:
+        options = load.pop("options", None)
+        predictors.append(load_predictor(**load, options=None if options is None else OnnxTeacher(**options)))
     for image in images:
         for predictor in predictors:
             predictor.detect(image)

@@ -1,0 +1,129 @@
+"""A few pictures for the report: where two models disagree most, and some drawn at random, so that nothing is staged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from edgekd.artifact import atomic_path, write_json
+from edgekd.bench.matching import IOU_THRESHOLD, iou_with_crowds
+from edgekd.data.images import load_image
+from edgekd.errors import ArtifactError
+from edgekd.types import Dataset, Detections, ImageRecord
+
+SCHEMA = "edgekd.examples/1"
+SHOWN_SCORE = 0.3
+"""Detections from this score on are drawn, and count for the choice."""
+
+_SIDE_PX = 480
+_JPEG_QUALITY = 82
+
+
+def choose_examples(
+    records: Sequence[ImageRecord],
+    reference: Sequence[Detections],
+    student: Sequence[Detections],
+    *,
+    count: int = 8,
+    seed: int = 0,
+) -> list[tuple[int, str]]:
+    """(image index, why) of images worth showing.
+
+    A quarter are those where the reference has most over the student, a quarter the other way round, the rest random
+    among images with objects.
+    """
+    rng = np.random.default_rng(seed)
+    lead = np.array(
+        [
+            _mistakes(record, theirs) - _mistakes(record, ours)
+            for record, ours, theirs in zip(records, reference, student, strict=True)
+        ]
+    )
+    chosen: dict[int, str] = {}
+    ranked = np.argsort(-lead, kind="stable").tolist()
+    for order, sign, why in ((ranked, 1, "reference ahead"), (ranked[::-1], -1, "student ahead")):
+        for index in order[: max(1, count // 4)]:
+            if lead[index] * sign > 0:
+                chosen[index] = why
+    with_objects = [i for i, record in enumerate(records) if len(record.labels)] or list(range(len(records)))
+    for index in rng.permutation(with_objects).tolist():
+        if len(chosen) >= count:
+            break
+        chosen.setdefault(index, "random")
+    return list(chosen.items())
+
+
+def _mistakes(record: ImageRecord, found: Detections) -> int:
+    """Objects missed and detections wrong in one image, at `SHOWN_SCORE` and IoU 0.5."""
+    shown = found.take(found.scores >= SHOWN_SCORE)
+    ignored = record.difficult | record.crowd
+    overlap = iou_with_crowds(
+        shown.boxes_xyxy.astype(np.float64), record.boxes_xyxy.astype(np.float64), np.zeros(len(ignored), np.bool_)
+    )
+    overlap[shown.labels[:, None] != record.labels[None, :]] = 0.0
+    hits = overlap >= IOU_THRESHOLD
+    missed = int((~hits.any(0) & ~ignored).sum())
+    found_objects = int((hits.any(0) & ~ignored).sum())
+    excused = int((hits.any(1) & ~(hits & ~ignored[None, :]).any(1)).sum())
+    return missed + len(shown) - excused - found_objects
+
+
+def write_examples(folder: Path, dataset: Dataset, chosen: Sequence[tuple[int, str]]) -> Path:
+    """Write small JPEGs and `examples.json` with their ground truth; returns the JSON file.
+
+    The pictures are copies, so that a report can be made where the data set is not.
+    """
+    items = []
+    for position, (index, why) in enumerate(chosen):
+        record = dataset.records[index]
+        file = f"{position:02d}.jpg"
+        _write_small_jpeg(folder / file, record.path)
+        items.append(
+            {
+                "image_id": record.image_id,
+                "index": index,
+                "why": why,
+                "file": file,
+                "image_hw": list(record.image_hw),
+                "objects": {
+                    "boxes_xyxy": np.round(record.boxes_xyxy.astype(np.float64), 1).tolist(),
+                    "labels": record.labels.tolist(),
+                    "ignored": (record.difficult | record.crowd).tolist(),
+                },
+            }
+        )
+    path = folder / "examples.json"
+    write_json(path, {"schema": SCHEMA, "shown_score": SHOWN_SCORE, "images": items})
+    return path
+
+
+def read_examples(path: Path) -> list[dict[str, Any]]:
+    """The entries of an `examples.json`.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    import json
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema"] != SCHEMA:
+            raise ArtifactError(f"{path}: unknown schema", got=data["schema"], expected=SCHEMA)
+        return list(data["images"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: cannot be read", got=error, fix="run the benchmark again") from error
+
+
+def _write_small_jpeg(path: Path, source: Path) -> None:
+    image = load_image(source)
+    scale = min(1.0, _SIDE_PX / max(image.shape[:2]))
+    if scale < 1.0:
+        size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+        image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+    _, data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())

@@ -1,0 +1,216 @@
+"""What `result.json` says: rows, speedups and comparisons out of raw measurements. Schema "edgekd.result/1"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgekd.artifact import sha256_json
+from edgekd.bench.accuracy import Accuracy
+from edgekd.bench.complexity import ArtifactFacts
+from edgekd.bench.entries import BenchEnsemble
+from edgekd.bench.latency import STAGES, Measurement
+from edgekd.bench.matching import match_coco
+from edgekd.bench.memory import PeakMemory
+from edgekd.bench.precision_recall import difference_interval
+from edgekd.bench.stats import drift, median_ratio, summarise
+from edgekd.errors import ArtifactError
+from edgekd.types import Dataset, Detections
+
+SCHEMA = "edgekd.result/1"
+RESAMPLES = 1000
+
+_CONTENTION_WORTH_SAYING = 0.2
+_DRIFT_WORTH_SAYING = 0.1
+_TAIL_WORTH_SAYING = 2.0
+
+Rows = list[dict[str, Any]]
+
+
+def result_row(
+    identity: dict[str, Any],
+    facts: ArtifactFacts,
+    accuracy: Accuracy,
+    measurement: Measurement,
+    memory: PeakMemory | None,
+) -> dict[str, Any]:
+    """One row; `speedup_vs_ensemble` is filled in by `compare`."""
+    scores = accuracy.to_dict()
+    curves = scores.pop("curves")
+    medians = [summarise(measurement.stages_ms[..., i]).to_dict()["median"] for i in range(len(STAGES))]
+    return {
+        **identity,
+        "sha256": facts.sha256,
+        "precision": facts.precision,
+        "latency_ms": summarise(measurement.total_ms).to_dict(),
+        "stages_ms": dict(zip(STAGES, medians, strict=True)),
+        "settled": measurement.settled,
+        "warmup_runs": measurement.warmup_runs,
+        "drift": round(drift(measurement.total_ms), 4),
+        "map": scores,
+        "precision_at_recall": curves.get(""),
+        "parameters": facts.parameters,
+        "macs": facts.macs,
+        "counted_from": facts.counted_from,
+        "size_bytes": facts.size_bytes,
+        "peak_memory_bytes": None if memory is None else memory.peak_bytes,
+        "model_memory_bytes": None if memory is None else memory.model_bytes,
+        "energy_mj": None,
+        "speedup_vs_ensemble": None,
+        "speedup_interval": None,
+    }
+
+
+def headline_rows(rows: Rows) -> tuple[int | None, int | None]:
+    """(what speedups refer to, the student that the answer is about).
+
+    The ensemble, or the only teacher where there is no ensemble; the first distilled student, or the first student.
+    """
+    by_role: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_role.setdefault(row["role"], []).append(index)
+    teachers = by_role.get("teacher", [])
+    reference = by_role["ensemble"][0] if "ensemble" in by_role else teachers[0] if len(teachers) == 1 else None
+    students = by_role.get("student_distilled", []) + by_role.get("student", [])
+    return reference, students[0] if students else None
+
+
+def compare(
+    rows: Rows,
+    dataset: Dataset,
+    answers: Sequence[Sequence[Detections]],
+    measured: Sequence[Measurement],
+    reference: int | None,
+    student: int | None,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Fill in every row's speedup over the reference, and give AP50 differences with intervals.
+
+    Differences: each distilled student against the student alone of the same precision, and each student against the
+    reference. Both models answer the same images, so the bootstrap is paired.
+    """
+    if reference is not None:
+        for index, row in enumerate(rows):
+            ratio = median_ratio(measured[reference].total_ms, measured[index].total_ms, seed=seed)
+            row["speedup_vs_ensemble"] = round(ratio.value, 4)
+            row["speedup_interval"] = [round(ratio.low, 4), round(ratio.high, 4)]
+    pairs = _pairs(rows, reference)
+    matched = {
+        index: match_coco(dataset.records, answers[index], len(dataset.class_names))
+        for index in sorted({index for pair in pairs for index in pair})
+    }
+    comparisons = []
+    for a, b in pairs:
+        found = difference_interval(matched[a], matched[b], resamples=RESAMPLES, seed=seed)
+        if found is None:
+            continue
+        difference, low, high = found
+        comparisons.append(
+            {
+                "metric": "ap50",
+                "a": rows[a]["name"],
+                "b": rows[b]["name"],
+                "a_role": rows[a]["role"],
+                "b_role": rows[b]["role"],
+                "difference": round(difference, 6),
+                "low": round(low, 6),
+                "high": round(high, 6),
+                "confidence": 0.95,
+                "method": "paired bootstrap over images",
+                "resamples": RESAMPLES,
+                "images": len(dataset),
+                "difference_shown": not low <= 0.0 <= high,
+                "headline": a == student and b == reference,
+            }
+        )
+    return comparisons
+
+
+def _pairs(rows: Rows, reference: int | None) -> list[tuple[int, int]]:
+    """Rows to compare: distilled against alone, then students against the reference."""
+    alone = [i for i, row in enumerate(rows) if row["role"] == "student"]
+    distilled = [i for i, row in enumerate(rows) if row["role"] == "student_distilled"]
+    pairs = []
+    for index in distilled:
+        same = [other for other in alone if rows[other]["precision"] == rows[index]["precision"]]
+        pairs += [(index, other) for other in (same or alone)[:1]]
+    if reference is not None:
+        pairs += [(index, reference) for index in distilled + alone]
+    return pairs
+
+
+def ensemble_facts(ensemble: BenchEnsemble) -> dict[str, Any]:
+    """How the ensemble is put together."""
+    return {
+        "name": ensemble.name,
+        "members": list(ensemble.members),
+        "weights": None if ensemble.weights is None else list(ensemble.weights),
+        "fusion": ensemble.config.fusion,
+        "iou": ensemble.config.iou,
+        "execution": "sequential",
+    }
+
+
+def together(members: Sequence[ArtifactFacts]) -> ArtifactFacts:
+    """An ensemble's facts: sums over its members, and one hash of their hashes."""
+    parameters = [member.parameters for member in members]
+    macs = [member.macs for member in members]
+    precisions = list(dict.fromkeys(member.precision for member in members))
+    return ArtifactFacts(
+        members[0].file,
+        sha256_json([member.sha256 for member in members]),
+        sum(member.size_bytes for member in members),
+        "+".join(precisions),
+        None if None in parameters else sum(p for p in parameters if p is not None),
+        None if None in macs else sum(m for m in macs if m is not None),
+        members[0].counted_from,
+    )
+
+
+def warnings_of(rows: Rows, measured: Sequence[Measurement], contention: float | None) -> list[str]:
+    """What a reader should know before believing the latencies.
+
+    Args:
+        contention: cores that other processes kept busy meanwhile.
+    """
+    said = []
+    if contention is not None and contention > _CONTENTION_WORTH_SAYING:
+        said.append(
+            f"other processes used {contention:.1f} cores while latency was measured: it may be too high and too spread"
+        )
+    for row, measurement in zip(rows, measured, strict=True):
+        if not measurement.settled:
+            said.append(f"{row['name']}: the median had not settled when the warm-up ended")
+        if abs(row["drift"]) > _DRIFT_WORTH_SAYING:
+            said.append(f"{row['name']}: the median moved by {row['drift']:+.0%} from the first half to the second")
+        latency = row["latency_ms"]
+        if latency["p90"] > _TAIL_WORTH_SAYING * latency["median"]:
+            said.append(
+                f"{row['name']}: every tenth inference took over {latency['p90'] / latency['median']:.1f}x the median"
+            )
+    return said
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A `result.json`.
+
+    Raises:
+        ArtifactError: missing, damaged, or another schema.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found = data["schema"]
+        rows = data["rows"]
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{path}: no such file",
+            expected="the result.json that `edgekd bench` writes",
+            fix="run `edgekd bench` first",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a readable result", got=error, expected=SCHEMA) from error
+    if found != SCHEMA or not isinstance(rows, list):
+        raise ArtifactError(f"{path}: unknown schema", got=found, expected=SCHEMA)
+    return dict(data)
