@@ -47,6 +47,9 @@ class Selection:
     max_detections: int = 100
 
 
+DEFAULT_SELECTION = Selection()
+
+
 class Predictor:
     """A detector with all that it needs to answer an image.
 
@@ -68,7 +71,7 @@ class Predictor:
         runtime: Runtime,
         form: OutputFormat,
         *,
-        selection: Selection = Selection(),
+        selection: Selection = DEFAULT_SELECTION,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name

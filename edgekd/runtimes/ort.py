@@ -167,6 +167,15 @@ def _open_session(model: Path | bytes, provider: str, threads: int | None, sourc
     return session
 
 
+def has_provider(provider: str) -> bool:
+    """Whether this installation of ONNX Runtime was built with a provider; says nothing about its device."""
+    try:
+        import onnxruntime
+    except Exception:  # a broken installation raises whatever its libraries raise
+        return False
+    return PROVIDERS.get(provider.lower(), provider) in onnxruntime.get_available_providers()
+
+
 def _info(node: Any) -> TensorInfo:
     shape = tuple(d if isinstance(d, int) and d > 0 else None for d in node.shape or ())
     return TensorInfo(node.name, shape, node.type)

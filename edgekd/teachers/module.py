@@ -1,0 +1,246 @@
+"""Any torch module, or anything else, as a teacher through a small adapter of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgekd.detectors.base import TapSpec
+from edgekd.errors import RuntimeFailure, UserError
+from edgekd.predictor import Predictor
+from edgekd.preprocess import normalisation
+from edgekd.recipe import ModuleTeacher
+from edgekd.runtimes.outputs import OutputFormat
+from edgekd.teachers.base import TeacherOutput
+from edgekd.teachers.predicted import PredictorTeacher, soft_targets_from
+from edgekd.types import FloatArray, PreprocessSpec
+
+AdapterAnswer = Sequence[tuple[Any, Any]]
+"""One (boxes_xyxy (n, 4) input pixels, class_probs (n, classes) in [0, 1]) an image, as tensors or arrays."""
+
+
+@runtime_checkable
+class ModuleAdapter(Protocol):
+    """What a factory named in a recipe must return.
+
+    Attributes:
+        preprocess: how images are prepared for it.
+        class_names: its classes, in the order of `class_probs`.
+    """
+
+    preprocess: PreprocessSpec
+    class_names: Sequence[str]
+
+    def __call__(self, images: Tensor) -> AdapterAnswer:
+        """Answer a batch: images (B, 3, h, w) float32, normalised by `preprocess`, on the teacher's device."""
+        ...
+
+
+@runtime_checkable
+class TappedAdapter(ModuleAdapter, Protocol):
+    """An adapter that can also hand out feature maps.
+
+    Attributes:
+        tap_specs: what `taps` may name.
+    """
+
+    tap_specs: Mapping[str, TapSpec]
+
+    def call_with_taps(self, images: Tensor, taps: Sequence[str]) -> tuple[AdapterAnswer, Mapping[str, Tensor]]:
+        """Like `__call__`, with the maps that were asked for, each (B, C, H, W)."""
+        ...
+
+
+class AdapterRuntime:
+    """An adapter as a runtime of one image: "boxes" (1, N, 4) and "scores" (1, N, K)."""
+
+    name = "torch"
+    output_names: tuple[str, ...] = ("boxes", "scores")
+    dynamic_batch = False
+
+    def __init__(self, adapter: ModuleAdapter, label: str, device: str) -> None:
+        self.adapter: ModuleAdapter | None = adapter
+        self.label = label
+        self.provider = device
+        self.input_shape = (1, 3, *adapter.preprocess.input_hw)
+        self._classes = len(adapter.class_names)
+
+    def run(self, images: FloatArray) -> Mapping[str, NDArray[np.generic]]:
+        """One inference: images (1, 3, h, w) float32, normalised.
+
+        Raises:
+            RuntimeFailure: the adapter failed or is closed. UserError: its answer has the wrong shape.
+        """
+        answer = self.ask(torch.from_numpy(images).to(self.provider))[0]
+        return {"boxes": answer["boxes"][None], "scores": answer["scores"][None]}
+
+    @torch.no_grad()
+    def ask(self, images: Tensor) -> list[dict[str, FloatArray]]:
+        """The adapter's checked answer to a batch, one {"boxes", "scores"} an image."""
+        if self.adapter is None:
+            raise RuntimeFailure(f"{self.label}: this adapter is closed")
+        try:
+            answers = self.adapter(images)
+        except Exception as error:  # foreign code: whatever it raises
+            raise RuntimeFailure(f"{self.label} failed", got=f"{type(error).__name__}: {error}") from error
+        return self.checked(answers, len(images))
+
+    def checked(self, answers: AdapterAnswer, images: int) -> list[dict[str, FloatArray]]:
+        """The same as numpy, or an error that says what is wrong with it."""
+        found = [tuple(_as_array(value) for value in answer) for answer in answers]
+        shapes = [tuple(value.shape for value in answer) for answer in found]
+        for answer in found:
+            if len(answer) != 2 or answer[0].shape[1:] != (4,) or answer[1].shape != (len(answer[0]), self._classes):
+                found = []
+        if len(found) != images:
+            raise UserError(
+                f"{self.label}: its answer has the wrong shape",
+                got=f"for {images} images: {shapes}",
+                expected=f"one (boxes (n, 4), class_probs (n, {self._classes})) an image",
+            )
+        return [{"boxes": boxes, "scores": scores} for boxes, scores in found]
+
+    def close(self) -> None:
+        """Let go of the adapter; further calls raise."""
+        self.adapter = None
+
+    def __enter__(self) -> AdapterRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _as_array(value: Any) -> FloatArray:
+    if isinstance(value, Tensor):
+        value = value.detach().float().cpu().numpy()
+    return np.asarray(value, np.float32)
+
+
+class AdapterTeacher(PredictorTeacher):
+    """An adapter as a teacher.
+
+    Args:
+        name: unique among the recipe's teachers.
+        adapter: answers batches.
+        student_class_names: the label set of all answers.
+        class_map: teacher class to student class, where names do not say it.
+        device: where images are put before the adapter is called.
+        finished: the adapter does its own NMS, so that none follows.
+
+    Raises:
+        ClassMapError: none of its classes is one of the student's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        adapter: ModuleAdapter,
+        student_class_names: Sequence[str],
+        class_map: Mapping[str, str] | None = None,
+        *,
+        device: str = "cpu",
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        runtime = AdapterRuntime(adapter, f"teacher {name!r}", device)
+        form = OutputFormat("boxes-scores", ("boxes", "scores"), len(adapter.class_names))
+        predictor = Predictor(name, tuple(adapter.class_names), adapter.preprocess, runtime, form, facts=facts)
+        specs = adapter.tap_specs if isinstance(adapter, TappedAdapter) else {}
+        super().__init__(name, predictor, student_class_names, class_map, tap_specs=specs)
+        self._runtime = runtime
+        self._adapter = adapter
+        self._facts = dict(facts or {})
+
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
+        """Answer a batch: images (B, 3, h, w) uint8 RGB, already at `preprocess.input_hw`.
+
+        Raises:
+            DistillationSetupError: an unknown tap, or images of another size. RuntimeFailure: the adapter failed.
+        """
+        self._check_request(images_u8, taps)
+        device = torch.device(self._runtime.provider)
+        scale, bias = (torch.from_numpy(values).to(device) for values in normalisation(self.preprocess))
+        images = images_u8.to(device, torch.float32).mul_(scale).add_(bias)
+        maps: Mapping[str, Tensor] = {}
+        if taps and isinstance(self._adapter, TappedAdapter):
+            with torch.no_grad():
+                given, maps = self._adapter.call_with_taps(images, taps)
+            answers = self._runtime.checked(given, len(images))
+        else:
+            answers = self._runtime.ask(images)
+        soft = [
+            self._answering.soft_candidates({key: value[None] for key, value in answer.items()}) for answer in answers
+        ]
+        return TeacherOutput(soft_targets_from(soft, images_u8.device), taps=dict(maps))
+
+    def identity(self) -> dict[str, Any]:
+        """What is known to decide the answers: the factory and its arguments; the code behind it is not hashed."""
+        return {**super().identity(), **self._facts}
+
+
+def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: str) -> AdapterTeacher:
+    """The teacher that a factory 'package.module:function' makes, called with the recipe's `args`.
+
+    Raises:
+        UserError: the factory cannot be imported, fails, or returns something that is not an adapter.
+    """
+    factory = _factory(config.module)
+    try:
+        adapter = factory(**config.args)
+    except Exception as error:  # foreign code: whatever it raises
+        raise UserError(
+            f"teacher {config.name!r}: its factory failed",
+            got=f"{type(error).__name__}: {error}",
+            expected=f"{config.module}(**args) to return an adapter; args: {config.args}",
+        ) from error
+    missing = [key for key in ("preprocess", "class_names", "__call__") if not hasattr(adapter, key)]
+    if missing or not isinstance(adapter.preprocess, PreprocessSpec):
+        raise UserError(
+            f"teacher {config.name!r}: its factory did not return an adapter",
+            got=f"{type(adapter).__name__} without {', '.join(missing)}" if missing else "a foreign `preprocess`",
+            expected="preprocess: PreprocessSpec, class_names, and __call__(images) -> [(boxes, class_probs), ...]",
+            fix="see edgekd.teachers.module.ModuleAdapter",
+        )
+    if isinstance(adapter, torch.nn.Module):
+        adapter.to(device).eval().requires_grad_(False)
+    facts = {"module": config.module, "args": dict(config.args)}
+    return AdapterTeacher(config.name, adapter, class_names, config.class_map, device=device, facts=facts)
+
+
+def _factory(reference: str) -> Callable[..., Any]:
+    module_name, _, function_name = reference.partition(":")
+    if not module_name or not function_name:
+        raise UserError("a module teacher is named by its factory", got=reference, expected="package.module:function")
+    # The command `edgekd`, unlike `python -m`, does not look for modules in the working directory.
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # foreign code: whatever it raises
+        raise UserError(
+            f"module {module_name!r} cannot be imported",
+            got=f"{type(error).__name__}: {error}",
+            expected="a module in the working directory or installed beside edgekd",
+        ) from error
+    finally:
+        sys.path.remove(here)
+    factory = getattr(module, function_name, None)
+    if not callable(factory):
+        functions = sorted(name for name, value in vars(module).items() if callable(value) and name[0] != "_")
+        raise UserError(
+            f"module {module_name!r} has no such function",
+            got=function_name,
+            expected="one of " + ", ".join(functions[:20]),
+        )
+    return factory  # type: ignore[no-any-return]
