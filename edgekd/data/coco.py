@@ -292,7 +292,9 @@ def _looks_like_coco(path: Path) -> bool:
 def _split_name(path: Path) -> str:
     if path.name == "_annotations.coco.json":
         return path.parent.name
-    stem = re.sub(r"^(instances|annotations)_|_(annotations|instances)$", "", path.stem)
+    if path.stem.startswith("instances_"):
+        return path.stem.removeprefix("instances_")
+    stem = re.sub(r"^annotations_|_(annotations|instances)$", "", path.stem)
     return "all" if stem in ("annotations", "instances", "_annotations.coco") else stem
 
 

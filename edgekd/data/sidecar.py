@@ -1,7 +1,7 @@
 """`edgekd.json`: what VOC and YOLO layouts have no place for, so that converting there and back loses nothing.
 
-It holds the class order, COCO's category ids, and for each image only what departs from the layout's own rule: another
-image id, or flags of its objects. A data set without it is read just as well.
+It holds the class order, COCO's category ids, the order of a split's images where it is not the alphabet's, and for
+each image only what departs from the layout's own rule: another image id, or flags of its objects. A data set without it is read just as well.
 """
 
 from __future__ import annotations
@@ -39,11 +39,17 @@ class ImageNote:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The content of `edgekd.json`; `images` is split -> id by file name -> note."""
+    """The content of `edgekd.json`.
+
+    Attributes:
+        images: split -> image's file name without suffix -> note.
+        order: split -> its images' file names without suffix; only needed where a layout lists no images.
+    """
 
     class_names: tuple[str, ...] | None = None
     category_ids: Mapping[str, int] | None = None
     images: Mapping[str, Mapping[str, ImageNote]] = field(default_factory=dict)
+    order: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def note(self, split: str, key: str) -> ImageNote | None:
         """The note on an image, if there is one."""
@@ -59,6 +65,7 @@ def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
         "schema": SCHEMA,
         "class_names": list(sidecar.class_names or ()),
         "category_ids": dict(sidecar.category_ids) if sidecar.category_ids else None,
+        "order": {split: list(stems) for split, stems in sidecar.order.items()},
         "images": images,
     }
     write_json(folder / NAME, data)
@@ -86,6 +93,7 @@ def read_sidecar(folder: Path) -> Sidecar:
                 str(split): {str(key): _note_from_dict(note) for key, note in notes.items()}
                 for split, notes in data["images"].items()
             },
+            {str(split): tuple(map(str, stems)) for split, stems in data.get("order", {}).items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(

@@ -31,9 +31,7 @@ from edgekd.errors import DataError
 
 _YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _USUAL = ("train", "val", "valid", "test")
-_NOT_SPLITS = frozenset(
-    {"path", "names", "nc", "download", "yaml_file", "kpt_shape", "flip_idx", "channels", "license"}
-)
+NOT_SPLITS = frozenset({"path", "names", "nc", "download", "yaml_file", "kpt_shape", "flip_idx", "channels", "license"})
 _NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
 
 
@@ -154,7 +152,8 @@ class YoloSource:
                 continue
             seen.add(image.path)
             unique.append(image)
-        return unique
+        order = {stem: position for position, stem in enumerate(self._sidecar.order.get(split, ()))}
+        return sorted(unique, key=lambda image: order.get(stem_of(image.name), len(order)))
 
     def _read_list(self, listing: Path, split: str, problems: list[Problem]) -> list[_Listed]:
         found = []
@@ -281,7 +280,7 @@ def _yaml_splits(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, l
         base = base / stated
     splits: dict[str, list[Path]] = {}
     for key, value in data.items():
-        if not isinstance(key, str) or key in _NOT_SPLITS or value is None:
+        if not isinstance(key, str) or key in NOT_SPLITS or value is None:
             continue
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts) or not texts:
