@@ -19,6 +19,7 @@ from edgekd.detectors.base import Detector
 from edgekd.errors import ExportError
 from edgekd.export.graph import RAW_KEY, name_nodes, opset_of, prune, set_metadata, strip_notes
 from edgekd.export.nms import Thresholds, append_nms
+from edgekd.export.opset import NATIVE, to_opset_17
 from edgekd.recipe import ExportConfig
 from edgekd.types import FloatArray
 
@@ -65,7 +66,7 @@ def trace(detector: Detector, *, opset: int = 17, dynamic_batch: bool = False) -
                 (images,),
                 dynamo=True,
                 optimize=True,
-                opset_version=opset,
+                opset_version=max(opset, NATIVE),
                 input_names=["images"],
                 output_names=["boxes", "scores", *(f"raw_{name}" for name in raw)],
                 dynamic_shapes=shapes,
@@ -84,7 +85,6 @@ def _finish(model: ModelProto, opset: int, raw: Mapping[str, str]) -> ModelProto
     """Keep two outputs, remember where the raw ones are, and check what the exporter may do silently."""
     from onnx import checker, helper
 
-    model = _at_opset(model, opset)
     strip_notes(model)
     name_nodes(model)
     outputs = [output for output in model.graph.output if output.name in ("boxes", "scores")]
@@ -95,33 +95,23 @@ def _finish(model: ModelProto, opset: int, raw: Mapping[str, str]) -> ModelProto
     left = sorted({node.op_type for node in model.graph.node if node.op_type == "BatchNormalization"})
     if left:
         raise ExportError("BatchNormalization is left in the exported graph: it was not optimised", got=left)
+    if opset == 17:
+        to_opset_17(model)
+    if opset_of(model) != opset:  # the exporter may keep another one, and say so in a log line alone
+        raise ExportError(
+            "the exporter gave another opset than was asked for",
+            got=opset_of(model),
+            expected=opset,
+            fix=f"ask for opset {opset_of(model)}",
+        )
     # The oldest file version that fits: older runtimes (TensorRT 8, ONNX Runtime 1.1x) then read it too.
     model.ir_version = max(8, helper.find_min_ir_version_for(list(model.opset_import)))
     made = {name for node in model.graph.node for name in node.output}
     set_metadata(model, {RAW_KEY: {name: tensor for name, tensor in raw.items() if tensor in made}})
-    checker.check_model(model, full_check=True)
-    return model
-
-
-def _at_opset(model: ModelProto, opset: int) -> ModelProto:
-    """The model at this opset: the exporter may give a newer one without a word, so convert, and check again."""
-    from onnx import version_converter
-
-    found = opset_of(model)
-    if found != opset:
-        try:
-            model = version_converter.convert_version(model, opset)
-        except Exception as error:
-            raise ExportError(
-                "the exporter gave another opset, and converting failed",
-                got=f"opset {found}; {type(error).__name__}: {error}",
-                expected=f"opset {opset}",
-                fix=f"ask for opset {found}",
-            ) from error
-    if opset_of(model) != opset:
-        raise ExportError(
-            "the exporter gave another opset", got=opset_of(model), expected=opset, fix=f"ask for opset {found}"
-        )
+    try:
+        checker.check_model(model, full_check=True)
+    except (checker.ValidationError, RuntimeError) as error:
+        raise ExportError("the exported graph is not valid", got=f"{type(error).__name__}: {error}") from error
     return model
 
 
