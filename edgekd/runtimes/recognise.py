@@ -171,6 +171,9 @@ def _row_roles(
 def _column_roles(arrays: Mapping[str, NDArray[Any]]) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
     """Boxes, scores and labels in arrays of their own, perhaps with a count; by type and name, since rows may be 0."""
     boxes = [name for name, array in arrays.items() if array.ndim >= 2 and array.shape[-1] in (4, 5)]
+    if len(boxes) > 1:  # (1, N) columns with four or five rows look like boxes too
+        boxes = [name for name in boxes if _named(name, _BOX_WORDS)] or boxes
+        boxes = [name for name in boxes if arrays[name].ndim == max(arrays[other].ndim for other in boxes)]
     flat = {name: array for name, array in arrays.items() if name not in boxes and _is_column(array)}
     labels = [name for name, array in flat.items() if array.dtype.kind in "iu" and not _named(name, _COUNT_WORDS)]
     labels = [name for name in labels if flat[name].size != 1 or len(labels) == 1 or _named(name, _LABEL_WORDS)]

@@ -1,0 +1,263 @@
+"""One truth, written in every format that detectors are exported in, must be read back the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgekd.boxes import cxcywh_from_xyxy
+from edgekd.errors import RuntimeFailure, UserError
+from edgekd.labels import COCO_CLASSES
+from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.outputs import OutputFormat, decode
+from edgekd.runtimes.recognise import Probe, recognise
+
+HW = (64, 96)
+NAMES = ("cat", "dog", "cow")
+SHARES = np.array([HW[1], HW[0], HW[1], HW[0]], np.float32)
+
+
+def truth(classes: int = 3, rows: int = 300) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes all over the picture with low scores, as a raw head gives them on noise."""
+    rng = np.random.default_rng(0)
+    centre = rng.uniform(0, 1, (rows, 2)) * SHARES[:2]
+    extent = rng.uniform(4, 30, (rows, 2))
+    boxes = np.concatenate([centre - extent / 2, centre + extent / 2], 1).astype(np.float32)
+    return boxes, (rng.random((rows, classes)) ** 4 * 0.2 + 1e-4).astype(np.float32)
+
+
+BOXES, SCORES = truth()
+CENTRES = cxcywh_from_xyxy(BOXES)
+LOGITS = np.log(SCORES / (1 - SCORES))
+WITH_BACKGROUND = np.concatenate([1 - SCORES.sum(1, keepdims=True), SCORES], 1)  # rows sum to 1
+YOLO = np.concatenate([CENTRES, SCORES], 1)[None]
+OBJECTNESS = np.random.default_rng(1).uniform(0.3, 0.9, (len(BOXES), 1)).astype(np.float32)
+YOLOV5 = np.concatenate([CENTRES, OBJECTNESS, SCORES / OBJECTNESS], 1)[None]
+
+
+def read(arrays: dict[str, np.ndarray], names: Any = NAMES, **declared: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+    options = OnnxTeacher(name="t", onnx="t.onnx", **declared)
+    found = recognise(Probe("t.onnx", arrays, HW), options, names)
+    return found, *decode(arrays, found.form, HW)
+
+
+RAW = {
+    "yolov8": ({"output0": YOLO.transpose(0, 2, 1)}, {}),
+    "yolov8 rows": ({"output0": YOLO}, {}),
+    "yolov8 without batch": ({"output0": YOLO[0].T}, {}),
+    "yolov8 normalised": ({"o": (np.concatenate([CENTRES / SHARES, SCORES], 1)[None]).transpose(0, 2, 1)}, {}),
+    "yolov8 logits": ({"o": np.concatenate([CENTRES, LOGITS], 1)[None]}, {}),
+    "yolo with corners": ({"o": np.concatenate([BOXES, SCORES], 1)[None]}, {}),
+    "yolov5": ({"output": YOLOV5}, {}),
+    "yolov5 beside its raw maps": (
+        {"output": YOLOV5, "a": np.zeros((1, 3, 8, 12, 8)), "b": np.zeros((1, 3, 4, 6, 8))},
+        {},
+    ),
+    "boxes and scores": ({"boxes": BOXES[None], "scores": SCORES[None]}, {}),
+    "scores and boxes": ({"a": SCORES[None], "b": BOXES[None]}, {}),
+    "channels first": ({"a": SCORES.T[None], "b": BOXES.T[None]}, {}),
+    "with a single axis": ({"confs": SCORES[None], "boxes": BOXES[None, :, None]}, {}),
+    "normalised corners": ({"boxes": BOXES[None] / SHARES, "scores": SCORES[None]}, {}),
+    "normalised centres": ({"scores": SCORES[None], "boxes": CENTRES[None] / SHARES}, {}),
+    "pixel centres": ({"scores": SCORES[None], "boxes": CENTRES[None]}, {}),
+    "sigmoid logits (RT-DETR)": ({"logits": LOGITS[None], "pred_boxes": CENTRES[None] / SHARES}, {}),
+    "background first": ({"boxes": BOXES[None], "scores": WITH_BACKGROUND[None]}, {}),
+    "background last": ({"boxes": BOXES[None], "scores": np.roll(WITH_BACKGROUND, -1, 1)[None]}, {}),
+    "softmax logits, background first (SSD)": ({"boxes": BOXES[None], "s": np.log(WITH_BACKGROUND)[None] + 3}, {}),
+    "softmax logits, background last (DETR)": (
+        {
+            "logits": np.roll(np.log(WITH_BACKGROUND), -1, 1)[None],
+            "boxes": CENTRES[None] / SHARES,
+            "hidden": np.zeros((1, 300, 64)),
+        },
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_raw_formats_are_recognised_and_read(case: str) -> None:
+    arrays, declared = RAW[case]
+    found, boxes, scores = read({name: a.astype(np.float32) for name, a in arrays.items()}, **declared)
+    np.testing.assert_allclose(boxes, BOXES, atol=1e-3)
+    np.testing.assert_allclose(scores, SCORES, atol=1e-5)
+    assert found.class_names == NAMES
+    assert found.notes
+
+
+FINISHED_BOXES = np.array([[10, 20, 40, 50], [5, 6, 90, 60], [1, 1, 8, 9]], np.float32)
+FINISHED_SCORES = np.array([0.9, 0.5, 0.3], np.float32)
+LABELS = np.array([2, 0, 1], np.int64)
+ROWS = np.concatenate([FINISHED_BOXES, FINISHED_SCORES[:, None], LABELS[:, None]], 1).astype(np.float32)
+PADDED = np.concatenate([ROWS, np.zeros((4, 6), np.float32)])
+BATCHED = np.concatenate([np.zeros((3, 1)), FINISHED_BOXES, LABELS[:, None], FINISHED_SCORES[:, None]], 1)
+FINISHED: dict[str, dict[str, np.ndarray]] = {
+    "torchvision": {"boxes": FINISHED_BOXES, "labels": LABELS, "scores": FINISHED_SCORES},
+    "any order, other types": {
+        "c": LABELS.astype(np.int32)[None],
+        "b": FINISHED_BOXES[None],
+        "a": FINISHED_SCORES[None],
+    },
+    "labels as floats": {"boxes": FINISHED_BOXES, "scores": FINISHED_SCORES, "classes": LABELS.astype(np.float32)},
+    "with a count and padding": {
+        "num_dets": np.array([[3]], np.int32),
+        "det_boxes": np.concatenate([FINISHED_BOXES, np.full((2, 4), 7, np.float32)])[None],
+        "det_scores": np.concatenate([FINISHED_SCORES, [0.8, 0.8]]).astype(np.float32)[None],
+        "det_classes": np.concatenate([LABELS, [1, 1]])[None],
+    },
+    "mmdetection": {"dets": ROWS[None, :, :5], "labels": LABELS[None]},
+    "yolov10": {"output0": PADDED[None]},
+    "yolov7 end to end": {"output": BATCHED.astype(np.float32)},
+    "normalised": {"boxes": FINISHED_BOXES / SHARES, "labels": LABELS, "scores": FINISHED_SCORES},
+    "single axes": {
+        "boxes": FINISHED_BOXES[None],
+        "labels": LABELS[None, :, None],
+        "scores": FINISHED_SCORES[None, :, None],
+    },
+}
+
+
+@pytest.mark.parametrize("case", FINISHED)
+def test_finished_detections_are_recognised_and_read(case: str) -> None:
+    found, boxes, scores = read(FINISHED[case])
+    assert found.form.is_finished
+    np.testing.assert_allclose(boxes, FINISHED_BOXES, atol=1e-4)
+    np.testing.assert_array_equal(scores.argmax(1), LABELS)
+    np.testing.assert_allclose(scores.max(1), FINISHED_SCORES, atol=1e-6)
+    assert (scores > 0).sum() == 3
+
+
+@pytest.mark.parametrize("case", ["torchvision", "mmdetection", "yolov10", "yolov7 end to end"])
+def test_a_probe_that_finds_nothing_still_shows_the_format(case: str) -> None:
+    empty = {name: array[..., :0] if array.ndim == 1 else array[..., :0, :] for name, array in FINISHED[case].items()}
+    if case == "mmdetection":
+        empty["labels"] = LABELS[None, :0]
+    found, boxes, scores = read(empty)
+    assert boxes.shape == (0, 4)
+    assert scores.shape == (0, 3)
+    _, full, _ = found, *decode(FINISHED[case], found.form, HW)
+    np.testing.assert_allclose(full, FINISHED_BOXES)
+
+
+def test_labels_that_start_at_one() -> None:
+    arrays = {"boxes": FINISHED_BOXES, "labels": LABELS + 1, "scores": FINISHED_SCORES}
+    _, _, scores = read(arrays, background="first")
+    np.testing.assert_array_equal(scores.argmax(1), LABELS)
+
+
+@pytest.mark.parametrize("columns", [91, 92])
+def test_coco_by_category_id(columns: int) -> None:
+    """torchvision's and DETR's 91 ids, the latter with a column for no object at the end."""
+    boxes, scores = truth(columns)
+    if columns == 92:
+        scores[:, 91] = 0.9
+    for names in ("coco", "auto"):
+        found, _, read_scores = read({"boxes": boxes[None], "scores": scores[None]}, None, class_names=names)
+        assert found.class_names[1] == "person"
+        assert found.class_names[90] == "toothbrush"
+        np.testing.assert_array_equal(read_scores, scores[:, :91])
+
+
+def test_eighty_columns_are_coco_where_nothing_else_is_known() -> None:
+    boxes, scores = truth(80)
+    head = np.concatenate([cxcywh_from_xyxy(boxes), scores], 1).T[None]
+    found, _, _ = read({"output0": head}, None)
+    assert found.class_names == COCO_CLASSES
+    assert any("COCO" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_six_columns_of_a_raw_head_are_not_taken_for_detections(classes: int) -> None:
+    boxes, scores = truth(classes)
+    extra = [np.ones((len(boxes), 1), np.float32)] if classes == 1 else []
+    head = np.concatenate([cxcywh_from_xyxy(boxes), *extra, scores], 1)[None]
+    found, read_boxes, read_scores = read({"output0": head}, NAMES[:classes])
+    assert found.form.kind == ("yolo-objectness" if classes == 1 else "yolo")
+    np.testing.assert_allclose(read_boxes, boxes, atol=1e-3)
+    np.testing.assert_allclose(read_scores, scores, atol=1e-6)
+
+
+NOISE = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+ONE_BOX = np.array([[[20, 20, 40, 40]]], np.float32)
+UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
+    "no names": ({"o": YOLO}, None, {}, "class_names"),
+    "names that do not fit a head": ({"o": YOLO}, (*NAMES, "a", "b"), {}, "class_names"),
+    "names that do not fit scores": ({"boxes": BOXES[None], "s": SCORES[None]}, ("a",), {}, "class names"),
+    "no background column stands out": ({"boxes": BOXES[None], "s": SCORES[None]}, ("a", "b"), {}, "background"),
+    "both readings of boxes": ({"boxes": ONE_BOX, "s": SCORES[None, :1]}, NAMES, {}, "box_format"),
+    "offsets that are not decoded": (
+        {"boxes": NOISE[None], "s": SCORES[None]},
+        NAMES,
+        {},
+        "decoded",
+    ),
+    "a head that is not decoded (YOLOX)": (
+        {"o": np.concatenate([NOISE, SCORES], 1)[None]},
+        NAMES,
+        {},
+        "decoded",
+    ),
+    "a classifier": ({"logits": np.zeros((1, 1000), np.float32)}, None, {}, "output"),
+    "nothing like boxes": (
+        {"a": np.zeros((1, 50, 7), np.float32), "b": np.zeros((1, 50, 9), np.float32)},
+        NAMES,
+        {},
+        "output",
+    ),
+    "detections without names": (FINISHED["torchvision"], None, {}, "class_names"),
+    "declared detections that are none": (
+        {"boxes": BOXES[None], "s": SCORES[None]},
+        NAMES,
+        {"output": "detections"},
+        "output",
+    ),
+    "declared yolo that is none": ({"boxes": BOXES[None], "s": SCORES[None]}, NAMES, {"output": "yolo"}, "output"),
+}
+
+
+@pytest.mark.parametrize("case", UNCLEAR)
+def test_what_is_unclear_says_what_to_declare(case: str) -> None:
+    arrays, names, declared, word = UNCLEAR[case]
+    with pytest.raises(UserError) as caught:
+        read(arrays, names, **declared)
+    assert word in str(caught.value)
+    for name, array in arrays.items():
+        assert f"{name} {array.shape}" in str(caught.value)
+
+
+def test_what_is_declared_wins() -> None:
+    found, boxes, _ = read({"o": YOLO}, None, class_names=NAMES, box_format="xyxy")
+    np.testing.assert_allclose(boxes, CENTRES)
+    assert found.form.box_format == "xyxy"
+    ambiguous = {"boxes": ONE_BOX, "scores": SCORES[None, :1]}
+    _, boxes, _ = read(ambiguous, box_format="cxcywh")
+    np.testing.assert_allclose(boxes, [[0, 0, 40, 40]])
+    _, _, scores = read({"boxes": BOXES[None], "scores": SCORES[None]}, score_activation="sigmoid")
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-SCORES)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_a_failure_of_the_runtime(bad: float) -> None:
+    form = OutputFormat("boxes-scores", ("boxes", "scores"), 3)
+    for name in ("boxes", "scores"):
+        arrays = {"boxes": BOXES[None].copy(), "scores": SCORES[None].copy()}
+        arrays[name][0, 5, 1] = bad
+        with pytest.raises(RuntimeFailure, match="not finite"):
+            decode(arrays, form, HW)
+
+
+def test_outputs_of_another_shape_are_a_failure_of_the_runtime() -> None:
+    form = OutputFormat("boxes-scores", ("boxes", "scores"), 3)
+    for arrays in ({"boxes": BOXES[None]}, {"boxes": BOXES[None], "scores": SCORES[None, :, :2]}):
+        with pytest.raises(RuntimeFailure, match="output format"):
+            decode(arrays, form, HW)
+
+
+def test_any_image_of_a_batch() -> None:
+    form = OutputFormat("boxes-scores", ("boxes", "scores"), 3)
+    arrays = {"boxes": np.stack([BOXES, BOXES + 1]), "scores": np.stack([SCORES, SCORES / 2])}
+    boxes, scores = decode(arrays, form, HW, item=1)
+    np.testing.assert_array_equal(boxes, BOXES + 1)
+    np.testing.assert_array_equal(scores, SCORES / 2)
