@@ -108,9 +108,7 @@ class TrainConfig(_Section):
     channels_last: bool = True
     deterministic: bool = False
     eval_every: Positive | Literal["auto"] = Field("auto", description="Epochs between evaluations.")
-    checkpoint_every: Positive | Literal["auto"] = Field(
-        "auto", description="Steps between checkpoints; auto: epochs."
-    )
+    checkpoint_every: Positive | Literal["auto"] = Field("auto", description="Steps between checkpoints; auto: epochs.")
     select: Literal["last", "best"] = Field(
         "last",
         description="What ships as model.pt: the last averaged weights, or the best on `data.val`. With best, figures "
@@ -146,7 +144,7 @@ class OnnxTeacher(_Section):
     name: Name
     onnx: str
     output: Literal["auto", "yolo", "yolo-objectness", "boxes-scores", "detections"] = "auto"
-    class_names: tuple[str, ...] | Literal["auto", "coco", "voc"] = "auto"
+    class_names: tuple[str, ...] | Literal["auto", "coco", "coco91", "voc"] = "auto"
     class_map: dict[str, str] | None = None
     resize: Literal["auto", "stretch", "letterbox"] = "auto"
     input_size: int | None = Field(None, ge=32, description="Needed where the file's input is dynamic.")

@@ -58,7 +58,7 @@ def _key_path(detail: ErrorDetails, data: Any) -> KeyPath:
     for index, part in enumerate(detail["loc"]):
         inside = part in data if isinstance(data, dict) else isinstance(data, list) and part in range(len(data))
         if inside:
-            data = data[part]  # type: ignore[index]
+            data = data[part]
         elif not (index == last and detail["type"] == "missing"):
             continue
         path.append(part)

@@ -1,0 +1,72 @@
+"""The command line. Commands import what they need when they run, so that `--help` needs only Typer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgekd import __version__
+from edgekd.cli import bench, data, deploy, recipes, train
+from edgekd.cli.session import (
+    CommandGroup,
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    SetOption,
+    session_of,
+)
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="edgekd",
+    cls=CommandGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Distil an ensemble of object detectors into one small student, and prove it on the device.",
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"edgekd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    json: JsonOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+    sets: SetOption = None,
+) -> None:
+    session = session_of(context)
+    session.debug = debug
+    session.merge(json=json, seed=seed, device=device, quiet=quiet, sets=sets)
+
+
+app.command()(deploy.doctor)
+app.add_typer(data.app, name="data")
+app.command()(train.train)
+app.command()(train.distill)
+app.command()(deploy.export)
+app.command()(bench.bench)
+app.command()(deploy.predict)
+app.command()(train.run)
+app.command()(deploy.report)
+app.add_typer(recipes.app, name="recipe")
+
+
+def main() -> None:
+    """Entry point of the `edgekd` command."""
+    app(prog_name="edgekd")

@@ -1,0 +1,127 @@
+"""`edgekd bench`: artefacts measured side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgekd.cli.deploy import (
+    ClassesOption,
+    FormatOption,
+    InputSizeOption,
+    OutputOption,
+    ThreadsOption,
+    foreign_options,
+    provider_of,
+)
+from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, session_of
+
+if TYPE_CHECKING:
+    from edgekd.bench.entries import BenchArtifact, BenchEnsemble
+    from edgekd.recipe import BenchConfig
+
+
+def bench(
+    context: typer.Context,
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(help="ONNX files, checkpoints or run folders, as [ROLE:][NAME=]PATH.", metavar="ARTIFACT..."),
+    ],
+    data: Annotated[Path, typer.Option("--data", help="A data set (VOC, COCO or YOLO).", metavar="DIR")],
+    split: Annotated[str, typer.Option("--split", help="The split to measure on.", metavar="NAME")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="FILE.json")] = Path(
+        "result.json"
+    ),
+    format: FormatOption = "auto",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N images.")] = None,
+    ensemble: Annotated[
+        bool | None,
+        typer.Option("--ensemble/--no-ensemble", help="Measure all teachers as one; if there are two or more."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=20, help="Timed inferences of each.")] = 200,
+    warmup: Annotated[float, typer.Option("--warmup", min=0, help="Seconds of warm-up.")] = 1.0,
+    score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score that counts for mAP.")] = 0.001,
+    iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
+    max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
+    threads: ThreadsOption = None,
+    classes: ClassesOption = None,
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    json: JsonOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure accuracy, latency and memory of artefacts over the same images, and compare them.
+
+    ROLE is teacher, student (if not given) or distilled: `edgekd bench teacher:a.onnx teacher:b.onnx distilled:s.onnx`.
+    """
+    session = session_of(context)
+    session.merge(json=json, seed=seed, device=device, quiet=quiet)
+    from edgekd.bench.entries import parse_artifact_argument
+    from edgekd.bench.runner import bench_artifacts
+    from edgekd.console import Terminal
+    from edgekd.data import read_dataset
+    from edgekd.summary import summary_text
+    from edgekd.workspace import is_synthetic
+
+    entries = [_declared(parse_artifact_argument(text), classes, output, input_size) for text in artifacts]
+    given = {"score_threshold": score, "nms_iou": iou, "max_detections": max_detections, "threads": threads}
+    config = _config(samples=samples, warmup_seconds=warmup, **given)
+    result = bench_artifacts(
+        entries,
+        read_dataset(data, split, format=format, limit=limit),
+        config=config,
+        out=out,
+        ensemble=_ensemble(entries, ensemble),
+        provider=_one_provider(entries, session.device),
+        seed=session.seed or 0,
+        synthetic=is_synthetic(data),
+        progress=Terminal(session.quiet).staged(),
+    )
+    session.finish(result, lambda: typer.echo(f"{summary_text(result)}\n\nresult: {out}"))
+
+
+def _declared(
+    artifact: BenchArtifact, classes: str | None, output: str | None, input_size: int | None
+) -> BenchArtifact:
+    """The artefact with what the options declare of it, if it is an ONNX file."""
+    from dataclasses import replace
+
+    options = foreign_options(artifact.path, classes, output, input_size)
+    return artifact if options is None or artifact.path.suffix != ".onnx" else replace(artifact, options=options)
+
+
+def _config(**values: Any) -> BenchConfig:
+    from pydantic import ValidationError
+
+    from edgekd.errors import UserError
+    from edgekd.recipe import BenchConfig
+
+    try:
+        return BenchConfig(**values)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        raise UserError(f"{detail['loc'][0]}: {detail['msg']}", got=str(detail["input"])) from error
+
+
+def _ensemble(artifacts: list[BenchArtifact], asked: bool | None) -> BenchEnsemble | None:
+    """All teachers as one system: when asked for, and unasked where there are several.
+
+    Raises:
+        UserError: asked for without teachers.
+    """
+    from edgekd.bench.entries import BenchEnsemble
+    from edgekd.errors import UserError
+
+    names = tuple(artifact.name for artifact in artifacts if artifact.role == "teacher")
+    if asked and not names:
+        raise UserError("an ensemble needs teachers", got="none", fix="name their role: teacher:PATH")
+    return BenchEnsemble(names) if (len(names) > 1 if asked is None else asked) else None
+
+
+def _one_provider(artifacts: list[BenchArtifact], device: str | None) -> str | None:
+    providers = {provider_of(artifact.path, device) for artifact in artifacts}
+    return providers.pop() if len(providers) == 1 else (device or "").partition(":")[0] or None

@@ -1,0 +1,145 @@
+"""`edgekd data`: make, check, convert and fetch data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgekd.cli.session import JsonOption, QuietOption, SeedOption, session_of
+from edgekd.errors import UserError
+
+if TYPE_CHECKING:
+    from edgekd.data.check import CheckReport
+
+app = typer.Typer(no_args_is_help=True, help="Make, check, convert and fetch data sets.")
+
+FormatOption = Annotated[str, typer.Option("--format", help="auto, voc, coco or yolo.", metavar="NAME")]
+SplitsOption = Annotated[list[str] | None, typer.Option("--split", help="Only this split; repeatable.", metavar="NAME")]
+
+
+@app.command()
+def make(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the data set.", metavar="DIR")],
+    train: Annotated[int, typer.Option("--train", min=0, help="Training images.")] = 800,
+    val: Annotated[int, typer.Option("--val", min=0, help="Validation images.")] = 200,
+    test: Annotated[int, typer.Option("--test", min=0, help="Test images.")] = 0,
+    seed: SeedOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw synthetic scenes with several classes as a VOC data set; the same from the same seed on any machine."""
+    session = session_of(context)
+    session.merge(json=json, seed=seed, quiet=quiet)
+    from edgekd.console import Terminal
+    from edgekd.data.scenes import SCENE_CLASSES, make_scenes
+
+    counts = {name: count for name, count in (("train", train), ("val", val), ("test", test)) if count}
+    with Terminal(session.quiet).counting("scenes") as progress:
+        root = make_scenes(out, counts=counts, seed=session.seed or 0, progress=progress)
+    body = {"root": str(root), "format": "voc", "classes": list(SCENE_CLASSES), "images": counts, "synthetic": True}
+    what = ", ".join(f"{count} {name}" for name, count in counts.items())
+    session.finish(body, lambda: typer.echo(f"{root}: synthetic scenes, {what} images"))
+
+
+@app.command()
+def check(
+    context: typer.Context,
+    root: Annotated[Path, typer.Argument(help="The data set's folder.", metavar="DIR")],
+    format: FormatOption = "auto",
+    split: SplitsOption = None,
+    classes: Annotated[str | None, typer.Option("--classes", help="Class names, with commas.", metavar="A,B")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="Draw a contact sheet of images with boxes.", metavar="FILE.png")
+    ] = None,
+    most: Annotated[int, typer.Option("--max-problems", min=0, help="Most problems printed; --json has all.")] = 100,
+    seed: SeedOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Count and measure a data set and name every bad file; exits 2 if training on it would be wrong."""
+    session = session_of(context)
+    session.merge(json=json, seed=seed, quiet=quiet)
+    from edgekd.console import Terminal
+    from edgekd.data.check import check_dataset
+
+    names = [name.strip() for name in classes.split(",")] if classes else None
+    terminal = Terminal(session.quiet)
+    with terminal.counting("images") as progress:
+        report = check_dataset(root, format=format, splits=split, class_names=names, progress=progress)
+    drawn = None
+    if sheet is not None and report.splits:
+        try:
+            drawn = _draw_sheet(report, sheet, session.seed or 0)
+        except UserError as error:  # the report says why the set cannot be read whole
+            terminal.warn(f"no contact sheet: {error}")
+    body = {**report.to_dict(), "contact_sheet": None if drawn is None else str(drawn)}
+    session.finish(body, lambda: typer.echo(report.text(most) + (f"\ncontact sheet: {drawn}" if drawn else "")))
+    if not report.ok:
+        raise typer.Exit(2)
+
+
+def _draw_sheet(report: CheckReport, path: Path, seed: int) -> Path:
+    from edgekd.data import read_dataset
+    from edgekd.data.check import write_contact_sheet
+
+    largest = max(report.splits, key=lambda split: split.images).name
+    dataset = read_dataset(report.root, largest, format=report.format, class_names=report.class_names)
+    return write_contact_sheet(dataset, path, seed=seed)
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="The data set's folder.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the converted data set.", metavar="DIR")],
+    to: Annotated[str, typer.Option("--to", help="voc, coco or yolo.", metavar="NAME")],
+    format: FormatOption = "auto",
+    split: SplitsOption = None,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link the images instead of copying them.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a data set in another layout, without loss."""
+    session = session_of(context)
+    session.merge(json=json)
+    from edgekd.data.convert import convert_dataset
+
+    report = convert_dataset(source, out, to, format=format, splits=split, link=link)
+    problems = [problem.to_dict() for problem in report.problems]
+    body = {
+        "out": str(report.out),
+        "format": report.format,
+        "images": dict(report.images),
+        "objects": dict(report.objects),
+        "problems": problems,
+    }
+
+    def show() -> None:
+        for problem in report.problems[:20]:
+            typer.echo(f"note: {problem}", err=True)
+        if len(problems) > 20:
+            typer.echo(f"note: and {len(problems) - 20} more; `edgekd data check` names each", err=True)
+        for name, images in report.images.items():
+            typer.echo(f"{report.out}: {report.format}, {name}: {images} images, {report.objects[name]} objects")
+
+    session.finish(body, show)
+
+
+@app.command()
+def fetch(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="voc2007, voc2012 or coco2017.", metavar="NAME")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the data set.", metavar="DIR")],
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Download a public data set from its official place; resumes, verifies, and tells how to do it by hand."""
+    session = session_of(context)
+    session.merge(json=json, quiet=quiet)
+    session.resume_hint = "the same command goes on with the download"
+    from edgekd.data.fetch import fetch as fetch_dataset
+
+    root = fetch_dataset(name, out)
+    session.finish({"name": name, "root": str(root)}, lambda: typer.echo(str(root)))

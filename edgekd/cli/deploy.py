@@ -1,0 +1,232 @@
+"""`edgekd doctor`, `export`, `predict`, `report`: what comes before and after training."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
+
+if TYPE_CHECKING:
+    from edgekd.export import ExportData
+    from edgekd.recipe import OnnxTeacher
+
+
+class Precision(str, Enum):
+    """Number formats of an exported file."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+class Target(str, Enum):
+    """What int8 is laid out for: unsigned activations (x86) or signed and symmetric ones (tensorrt)."""
+
+    x86 = "x86"
+    tensorrt = "tensorrt"
+
+
+DataOption = Annotated[Path | None, typer.Option("--data", help="A data set (VOC, COCO or YOLO).", metavar="DIR")]
+FormatOption = Annotated[str, typer.Option("--format", help="Of the data set: auto, voc, coco, yolo.", metavar="NAME")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads of one inference; all if not given.")
+]
+
+FOREIGN = "ONNX files not made by edgekd (normally found out)"
+ClassesOption = Annotated[
+    str | None,
+    typer.Option("--classes", help="coco, voc, or names with commas.", metavar="NAMES", rich_help_panel=FOREIGN),
+]
+OutputOption = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        help="yolo, yolo-objectness, boxes-scores or detections.",
+        metavar="KIND",
+        rich_help_panel=FOREIGN,
+    ),
+]
+InputSizeOption = Annotated[
+    int | None, typer.Option("--input-size", min=32, help="Side of the input, pixels.", rich_help_panel=FOREIGN)
+]
+
+
+def doctor(context: typer.Context, json: JsonOption = False) -> None:
+    """Say what this machine can do, and how to get what is missing."""
+    session = session_of(context)
+    session.merge(json=json)
+    from edgekd.doctor import examine, show
+
+    found = examine()
+    session.finish(found.to_dict(), lambda: show(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def export(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.", metavar="RUN|CHECKPOINT")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="FILE.onnx")],
+    precision: Annotated[Precision, typer.Option("--precision", help="Number format.")] = Precision.fp32,
+    target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = Target.x86,
+    nms: Annotated[bool, typer.Option("--nms", help="Also write FILE.nms.onnx, with NMS inside.")] = False,
+    opset: Annotated[int, typer.Option("--opset", min=17, help="ONNX opset.")] = 17,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
+    data: DataOption = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Split of --data to calibrate and compare on; train, val if not given."),
+    ] = None,
+    format: FormatOption = "auto",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a detector as ONNX, checked against the original on real images before it appears.
+
+    The images come from the run's own recipe unless --data names others; int8 is calibrated on its training split.
+    """
+    session = session_of(context)
+    session.merge(json=json, quiet=quiet)
+    from edgekd.console import Terminal
+    from edgekd.export import export_run
+    from edgekd.recipe import ExportConfig
+
+    config = ExportConfig(nms=nms, opset=opset, dynamic_batch=dynamic_batch, target=target.value)
+    result = export_run(
+        source,
+        out,
+        precision=precision.value,
+        config=config,
+        data=_export_data(data, split, format) if data is not None else None,
+        say=Terminal(session.quiet).note,
+    )
+
+    def show() -> None:
+        for note in result.notes:
+            typer.echo(f"note: {note}", err=True)
+        for path in (result.path, result.complete):
+            if path is not None:
+                typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {result.precision}, parity checked")
+
+    session.finish(result.to_dict(), show)
+
+
+def _export_data(root: Path, split: str | None, format: str) -> ExportData:
+    """Splits of `root` for calibration and comparison."""
+    from edgekd.data import list_splits, read_dataset
+    from edgekd.export import ExportData
+
+    if split is not None:
+        only = read_dataset(root, split, format=format)
+        return ExportData(only, only)
+    there = list_splits(root, format)
+    train, val = (
+        read_dataset(root, next(name for name in names if name in there), format=format)
+        if any(name in there for name in names)
+        else None
+        for names in (("train", "trainval", "train2017"), ("val", "test", "val2017"))
+    )
+    return ExportData(train, val)
+
+
+def predict(
+    context: typer.Context,
+    artifact: Annotated[Path, typer.Argument(help="An ONNX file, a checkpoint or a run folder.", metavar="ARTIFACT")],
+    images: Annotated[list[Path], typer.Argument(help="Images, and folders of them.", metavar="IMAGES...")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for annotated pictures and JSON.", metavar="DIR")],
+    score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score shown.")] = 0.3,
+    iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
+    max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
+    threads: ThreadsOption = None,
+    classes: ClassesOption = None,
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Find objects in images: annotated pictures, and predictions.json with everything found.
+
+    Images that cannot be read are reported and the rest go on; the exit code is 2 then.
+    """
+    session = session_of(context)
+    session.merge(json=json, device=device, quiet=quiet)
+    from edgekd.console import Terminal
+    from edgekd.predict import predict_images
+    from edgekd.predictor import load_predictor
+
+    predictor = load_predictor(
+        artifact,
+        provider=provider_of(artifact, session.device),
+        threads=threads,
+        score_threshold=score,
+        nms_iou=iou,
+        max_detections=max_detections,
+        options=foreign_options(artifact, classes, output, input_size),
+    )
+    with predictor, Terminal(session.quiet).counting("images") as progress:
+        found = predict_images(predictor, images, out, progress)
+    for path, reason in found.failures.items():
+        print(f"error: {reason if path in reason else f'{path}: {reason}'}", file=sys.stderr)
+    count = sum(len(image["detections"]) for image in found.images)
+    line = f"{found.file}: {count} objects in {len(found.images)} images"
+    session.finish(found.to_dict(), lambda: typer.echo(line))
+    if found.failures:
+        total = len(found.failures) + len(found.images)
+        print(f"{len(found.failures)} of {total} images could not be read", file=sys.stderr)
+        raise typer.Exit(2)
+
+
+def provider_of(artifact: Path, device: str | None) -> str | None:
+    """What a runtime is told for `--device`: torch takes an index, ONNX Runtime's short names do not."""
+    if device in (None, "auto"):
+        return None
+    return device.partition(":")[0] if artifact.suffix.lower() == ".onnx" else device
+
+
+def foreign_options(
+    artifact: Path, classes: str | None, output: str | None, input_size: int | None
+) -> OnnxTeacher | None:
+    """What the options declare of a foreign ONNX file; None when they declare nothing.
+
+    Raises:
+        RecipeError: a value that the recipe's `teachers` would not take either.
+    """
+    if classes is None and output is None and input_size is None:
+        return None
+    from pydantic import ValidationError
+
+    from edgekd.errors import RecipeError
+    from edgekd.recipe import OnnxTeacher
+
+    names = classes if classes in (None, "auto", "coco", "voc") else tuple(n.strip() for n in str(classes).split(","))
+    given = {"class_names": names, "output": output, "input_size": input_size}
+    try:
+        return OnnxTeacher(
+            name="detector", onnx=str(artifact), **{key: value for key, value in given.items() if value is not None}
+        )
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        raise RecipeError(f"--{detail['loc'][0]}: {detail['msg']}", got=str(detail["input"])) from error
+
+
+def report(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A folder of `edgekd run`, or with a result.json.", metavar="DIR")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write; DIR/report.html if not given.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page of all results in a folder."""
+    session = session_of(context)
+    session.merge(json=json)
+    from edgekd.report.page import write_report
+
+    page = write_report(folder, out or folder / "report.html")
+    session.finish({"report": str(page)}, lambda: typer.echo(str(page)))

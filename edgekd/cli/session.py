@@ -1,0 +1,180 @@
+"""What all commands share: the options that may stand before or after a command, results, and how errors end.
+
+`--json` prints exactly one JSON document to stdout; everything else, whoever prints it, goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from edgekd.errors import EdgeKDError, RecipeError, UserError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+PANEL = "Common options"
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.", rich_help_panel=PANEL)]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Random seed.", rich_help_panel=PANEL)]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=PANEL, metavar="NAME")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=PANEL)]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an internal error.", hidden=True)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a recipe key, such as train.epochs=3; repeatable.", metavar="KEY=VALUE"),
+]
+
+
+@dataclass
+class Session:
+    """The options in force for one command line.
+
+    Attributes:
+        resume_hint: what to say after Ctrl-C, set by commands that can go on from where they were.
+    """
+
+    json: bool = False
+    seed: int | None = None
+    device: str | None = None
+    quiet: bool = False
+    debug: bool = False
+    sets: list[str] = field(default_factory=list)
+    resume_hint: str | None = None
+    _stdout: IO[str] | None = None
+    _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def merge(
+        self,
+        *,
+        json: bool = False,
+        seed: int | None = None,
+        device: str | None = None,
+        quiet: bool = False,
+        sets: list[str] | None = None,
+    ) -> None:
+        """Add what stood after the command to what stood before it; the later one wins."""
+        self.json, self.quiet = self.json or json, self.quiet or quiet
+        self.seed = self.seed if seed is None else seed
+        self.device = self.device if device is None else device
+        self.sets += sets or []
+        if self.device is not None and not _is_device(self.device):
+            raise UserError("unknown --device", got=self.device, expected="auto, cpu, cuda or cuda:N")
+        if self.json and self._stdout is None:
+            self._keep_stdout()
+
+    @property
+    def overrides(self) -> list[str]:
+        """`--set` and `--seed` as recipe overrides."""
+        return [*self.sets, *([] if self.seed is None else [f"seed={self.seed}"])]
+
+    def finish(self, result: Mapping[str, Any], show: Callable[[], None]) -> None:
+        """End a command: its result as JSON when asked for, and else for a person."""
+        if self.json:
+            self._write(result)
+        else:
+            show()
+
+    def close(self) -> None:
+        """Give stdout back."""
+        self._undo.close()
+        self._stdout = None
+
+    def fail(self, error: BaseException) -> int:
+        """Tell what went wrong on stderr (and as JSON on stdout when asked for); returns the exit code."""
+        if isinstance(error, KeyboardInterrupt):
+            hint = f"; {self.resume_hint}" if self.resume_hint else ""
+            message, code = f"interrupted{hint}", INTERRUPTED
+        elif isinstance(error, EdgeKDError):
+            message, code = f"error: {error}", error.exit_code
+        else:
+            message, code = f"internal error: {type(error).__name__}: {error}", 1
+            if isinstance(error, OSError) and error.strerror:
+                message = f"error: {error.filename or 'system'}: {error.strerror}"
+            if self.debug:
+                traceback.print_exception(error)
+            else:
+                message += f"\n  traceback: {_keep_traceback(error)}"
+        print(message, file=sys.stderr)
+        if self.json:
+            problems = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else []
+            body = {"kind": type(error).__name__, "message": message, "exit_code": code}
+            self._write({"error": body | ({"problems": problems} if problems else {})})
+        return code
+
+    def _write(self, result: Mapping[str, Any]) -> None:
+        stream = self._stdout or sys.stdout
+        stream.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        stream.flush()
+
+    def _keep_stdout(self) -> None:
+        """Send stdout to stderr from here on, C libraries' too, and keep the real one for the result."""
+        sys.stdout.flush()
+        self._stdout = sys.stdout
+        with contextlib.suppress(OSError, ValueError):
+            if sys.stdout.fileno() == 1:
+                real = os.dup(1)
+                self._stdout = os.fdopen(real, "w", encoding="utf-8")
+                os.dup2(2, 1)
+                self._undo.callback(os.dup2, real, 1)
+        self._undo.enter_context(contextlib.redirect_stdout(sys.stderr))
+
+
+def _is_device(name: str) -> bool:
+    kind, colon, index = name.partition(":")
+    return name in ("auto", "cpu", "cuda") or (kind == "cuda" and bool(colon) and index.isdigit())
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Write the traceback where a bug report can pick it up; returns the file."""
+    handle, path = tempfile.mkstemp(prefix="edgekd-error-", suffix=".txt")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        traceback.print_exception(error, file=stream)
+    return path
+
+
+def session_of(context: typer.Context) -> Session:
+    """The session of a running command."""
+    session = context.find_root().obj
+    if not isinstance(session, Session):
+        raise TypeError("no session: the root callback has not run")
+    return session
+
+
+# Typer's base of usage errors, which it does not export (older ones take click's, newer ones their own).
+_UsageProblem: type[BaseException] = typer.BadParameter.__mro__[2]
+
+
+class CommandGroup(TyperGroup):
+    """The root group: turns exceptions into messages and exit codes, for scripts and tests alike."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command line.
+
+        Raises:
+            typer.Exit: with the error's exit code.
+        """
+        session = Session()
+        ctx.obj = session
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _UsageProblem):
+            raise  # Typer's own: help, usage errors
+        except BrokenPipeError:
+            raise typer.Exit(1) from None
+        except (Exception, KeyboardInterrupt) as error:
+            raise typer.Exit(session.fail(error)) from error
+        finally:
+            session.close()

@@ -1,0 +1,134 @@
+"""A detector over photographs: annotated pictures and one JSON file, one image in memory at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgekd.artifact import atomic_path, write_json
+from edgekd.data.images import load_image
+from edgekd.draw import draw_detections
+from edgekd.errors import EdgeKDError, UserError
+from edgekd.predictor import Predictor
+from edgekd.types import Detections, ImageArray
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"})
+"""What counts as an image inside a folder; a file that is named is tried whatever it is called."""
+
+JSON_NAME = "predictions.json"
+SCHEMA = "edgekd.predictions/1"
+
+
+@dataclass
+class Predictions:
+    """What was found.
+
+    Attributes:
+        images: one entry an image that could be read. failures: path to reason for those that could not.
+    """
+
+    file: Path
+    detector: Mapping[str, Any]
+    images: list[dict[str, Any]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"schema": SCHEMA, "detector": dict(self.detector), "images": self.images, "failures": self.failures}
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are, folders as all the images in them (and below), each once, in order."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        for file in inside:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def output_names(images: Sequence[Path]) -> list[str]:
+    """A file name without suffix for each image: its stem, with as much of its path before it as tells it apart."""
+    names = [path.stem for path in images]
+    for depth in range(2, 2 + max((len(path.resolve().parts) for path in images), default=0)):
+        twice = {name for name, count in Counter(name.lower() for name in names).items() if count > 1}
+        if not twice:
+            return names
+        for index, path in enumerate(images):
+            if names[index].lower() in twice:
+                parts = path.resolve().parts[-depth:]
+                names[index] = "_".join([*(part.strip("/") for part in parts[:-1]), path.stem])
+    seen: Counter[str] = Counter()
+    for index, path in enumerate(images):  # one folder's a.jpg and a.png, or a/b.jpg beside a_b.jpg
+        name = names[index]
+        if sum(other.lower() == name.lower() for other in names) > 1:
+            name = f"{name}_{path.suffix.lstrip('.').lower()}"
+        seen[name.lower()] += 1
+        names[index] = name if seen[name.lower()] == 1 else f"{name}_{seen[name.lower()]}"
+    return names
+
+
+def predict_images(
+    predictor: Predictor, paths: Sequence[Path], out: Path, progress: Callable[[int, int], None] | None = None
+) -> Predictions:
+    """Run over `paths` (files and folders), telling `progress` (images done, images in all).
+
+    Annotated pictures go to `out`/NAME.jpg, everything found to `out`/predictions.json, written at the end. An image
+    that cannot be read is noted in `failures`, and the rest go on.
+
+    Raises:
+        UserError: there are no images, or an output would overwrite one.
+    """
+    images = find_images(paths)
+    if not images:
+        given = ", ".join(str(path) for path in paths)
+        raise UserError("there are no images to look at", got=given, expected=f"images: {' '.join(sorted(SUFFIXES))}")
+    targets = [out / f"{name}.jpg" for name in output_names(images)]
+    own = {path.resolve() for path in images}
+    for target in targets:
+        if target.resolve() in own:
+            raise UserError("--out would overwrite an image", got=target, fix="choose another folder for --out")
+    out.mkdir(parents=True, exist_ok=True)
+    found = Predictions(out / JSON_NAME, predictor.describe())
+    for done, (image, target) in enumerate(zip(images, targets, strict=True), 1):
+        try:
+            picture = load_image(image)
+            detections = predictor.detect(picture)
+            _write_picture(target, draw_detections(picture, detections, predictor.class_names))
+            found.images.append(_entry(image, target, picture, detections, predictor.class_names))
+        except EdgeKDError as error:
+            found.failures[str(image)] = str(error)
+        if progress is not None:
+            progress(done, len(images))
+    write_json(found.file, found.to_dict())
+    return found
+
+
+def _write_picture(path: Path, picture: ImageArray) -> None:
+    from PIL import Image
+
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary, quality=92)
+
+
+def _entry(
+    image: Path, target: Path, picture: ImageArray, detections: Detections, class_names: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "image": str(image),
+        "picture": target.name,
+        "width": picture.shape[1],
+        "height": picture.shape[0],
+        "detections": [
+            {
+                "class": class_names[int(label)],
+                "label": int(label),
+                "score": round(float(score), 6),
+                "box_xyxy": [round(float(value), 2) for value in box],
+            }
+            for box, score, label in zip(detections.boxes_xyxy, detections.scores, detections.labels, strict=True)
+        ],
+    }

@@ -1,0 +1,135 @@
+"""The stages of a recipe that train: a teacher, the student alone, the student with its teachers.
+
+What decides a stage's result (model, training settings, the images and boxes themselves, seed, teachers by content) goes
+into its manifest's inputs; what does not (paths, worker counts, cache sizes) stays out, so that moving a data set or
+using another machine repeats nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgekd.artifact import read_manifest, sha256_file, sha256_json, write_text
+from edgekd.checkpoint import LAST_FILE, STATE_SCHEMA, read_payload
+from edgekd.detectors.base import Detector
+from edgekd.distill import Distiller
+from edgekd.recipe import CheckpointTeacher, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
+from edgekd.recipe_file import dump_recipe
+from edgekd.teaching import gather_teachers, teacher_identity
+from edgekd.train import RunResult, TrainJob, train_detector
+from edgekd.workspace import Workspace
+
+RECIPE_FILE = "recipe.yaml"
+
+
+def train_student(work: Workspace, out: Path) -> RunResult:
+    """The student on ground truth alone."""
+    job = _job(work, work.recipe.student, work.recipe.train, out, work.recipe.seed)
+    return _train(work, job, f"{work.recipe.student.model}")
+
+
+def train_teacher(work: Workspace, config: TrainedTeacher, out: Path) -> RunResult:
+    """A native teacher that the recipe has trained."""
+    seed = work.recipe.seed if config.seed is None else config.seed
+    job = _job(work, config.train, config.settings or work.recipe.train, out, seed)
+    return _train(work, job, f"{config.name} ({config.train.model})")
+
+
+def ready_teachers(work: Workspace, folder: Path) -> list[TeacherConfig]:
+    """The recipe's teachers with those that are to be trained trained, in `folder`/NAME, and turned into checkpoints."""
+    ready: list[TeacherConfig] = []
+    for config in work.recipe.teachers:
+        if isinstance(config, TrainedTeacher):
+            run = train_teacher(work, config, folder / config.name)
+            ready.append(CheckpointTeacher(name=config.name, checkpoint=str(run.folder), weight=config.weight))
+        else:
+            ready.append(config)
+    return ready
+
+
+def distill_student(work: Workspace, teachers: Sequence[TeacherConfig], out: Path, *, answers: Path) -> RunResult:
+    """The student with its teachers; their answers to the training images are kept in `answers`/NAME."""
+    recipe = work.recipe
+    identities = [teacher_identity(config) for config in teachers]
+    distillation = {
+        "distill": recipe.distill.model_dump(mode="json"),
+        "ensemble": recipe.ensemble.model_dump(mode="json"),
+        "teachers": [{**one, "weight": config.weight} for one, config in zip(identities, teachers, strict=True)],
+    }
+    job = _job(work, recipe.student, recipe.train, out, recipe.seed, distillation)
+
+    def make_distiller(student: Detector) -> Distiller:
+        return Distiller(student, gather_teachers(work, teachers, identities, answers), recipe.distill)
+
+    job = replace(job, make_distiller=make_distiller, detection_weight=recipe.distill.detection_weight)
+    return _train(work, job, f"{recipe.student.model}, distilled")
+
+
+def _job(
+    work: Workspace,
+    model: ModelConfig,
+    settings: TrainConfig,
+    out: Path,
+    seed: int,
+    distillation: Mapping[str, Any] | None = None,
+) -> TrainJob:
+    inputs: dict[str, Any] = {
+        "model": model.model_dump(mode="json", exclude={"weights"}),
+        "weights": _weights_identity(model.weights),
+        "train": settings.model_dump(mode="json"),
+        "augment": work.recipe.augment.model_dump(mode="json"),
+        "data": work.data_identity,
+        "seed": seed,
+        **(distillation or {}),
+    }
+    return TrainJob(
+        dataset=work.train,
+        val=work.val,
+        model=model,
+        train=settings,
+        augment=work.recipe.augment,
+        data=work.recipe.data,
+        out=out,
+        seed=seed,
+        inputs=inputs,
+        device=work.device,
+    )
+
+
+def _weights_identity(weights: str | None) -> str | None:
+    return sha256_file(Path(weights)) if weights is not None and Path(weights).is_file() else weights
+
+
+def _train(work: Workspace, job: TrainJob, label: str) -> RunResult:
+    if work.replaced is not None and _holds_another(job):
+        _set_aside(work, job.out)
+    with work.terminal.training(label) as listener:
+        result = train_detector(job, listener)
+    accuracy = result.metrics.get("ap50")
+    figures = "" if accuracy is None else f", AP50 {accuracy:.3f}"
+    work.terminal.note(f"{label}: {'unchanged' if result.skipped else 'trained'}{figures}")
+    # Beside the run, so that its export finds images to calibrate and to compare on without being told.
+    write_text(job.out / RECIPE_FILE, dump_recipe(work.recipe, job.out))
+    return result
+
+
+def _holds_another(job: TrainJob) -> bool:
+    """Whether the job's folder holds a run, finished or not, that was made from other inputs."""
+    manifest = read_manifest(job.out) if job.out.is_dir() else None
+    if manifest is not None:
+        return sha256_json(manifest.inputs) != sha256_json(job.inputs)
+    state = job.out / LAST_FILE
+    return state.is_file() and read_payload(state, STATE_SCHEMA).get("inputs") != sha256_json(job.inputs)
+
+
+def _set_aside(work: Workspace, folder: Path) -> None:
+    assert work.replaced is not None
+    work.replaced.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (target := work.replaced / f"{folder.name}-{number}").exists():
+        number += 1
+    folder.rename(target)
+    work.terminal.note(f"{folder.name} was made from other inputs: it is now {target}")

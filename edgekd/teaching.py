@@ -1,0 +1,134 @@
+"""The recipe's teachers put to work: checked before anything is trained, loaded, asked, weighted, fused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekd.artifact import is_current, sha256_file, write_json, write_manifest
+from edgekd.checkpoint import detector_file
+from edgekd.detectors import build_detector, spec_for
+from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
+from edgekd.errors import ArtifactError
+from edgekd.recipe import CheckpointTeacher, OnnxTeacher, TeacherConfig, TrainedTeacher
+from edgekd.teachers import build_teacher
+from edgekd.teachers.answers import collect_answers
+from edgekd.teachers.ensemble import Ensemble, learn_weights
+from edgekd.teachers.native import NativeTeacher
+from edgekd.teachers.predicted import PredictorTeacher
+from edgekd.types import Detections, ImageArray, ImageRecord, SoftDetections
+from edgekd.workspace import Workspace, resolved_device
+
+WEIGHT_IMAGES = 300
+"""Training images that learned ensemble weights are fitted on, about."""
+
+
+def check_setup(work: Workspace) -> None:
+    """Build everything once, untrained where it must be, so that a mistake shows before hours of training.
+
+    Raises:
+        EdgeKDError: a model option, a teacher, a class map, the fusion or a distillation term is wrong.
+    """
+    recipe, classes = work.recipe, work.train.class_names
+    student = build_detector(spec_for(recipe.student, classes))
+    built: list[PredictorTeacher] = []
+    for config in recipe.teachers:
+        if isinstance(config, TrainedTeacher):
+            built.append(NativeTeacher(config.name, build_detector(spec_for(config.train, classes)), classes))
+        else:
+            built.append(build_teacher(config, classes))
+    ensemble = Ensemble(built, recipe.ensemble)
+    nothing: tuple[Answers, ...] = tuple({} for _ in built)
+    Distiller(student, TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, nothing, {}), recipe.distill)
+    ensemble.close()
+
+
+def gather_teachers(
+    work: Workspace, teachers: Sequence[TeacherConfig], identities: Sequence[Mapping[str, Any]], answers: Path
+) -> TeacherSet:
+    """Load the teachers, and ask each about every training image unless they are to run online."""
+    built = [build_teacher(config, work.train.class_names, device=resolved_device(work.device)) for config in teachers]
+    weights = ensemble_weights(work, teachers, answers)
+    ensemble = Ensemble(built, work.recipe.ensemble, weights=weights)
+    if work.recipe.distill.answers == "online":
+        return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse)
+    collected = [_collect(work, one, known, answers) for one, known in zip(built, identities, strict=True)]
+    if work.recipe.ensemble.fusion == "mean-outputs":  # works on raw outputs, so answers cannot be fused afterwards
+        identity = {"members": list(identities), "weights": weights}
+        fused: Answers = _collect(work, _Together(ensemble), identity, answers)
+    else:
+        fused = fuse_answers(collected, ensemble.fuse)
+    return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, tuple(collected), fused)
+
+
+def ensemble_weights(work: Workspace, teachers: Sequence[TeacherConfig], answers: Path) -> tuple[float, ...]:
+    """Each teacher's share: as the recipe gives it, or fitted to AP50 on every few of the training images."""
+    given = [config.weight for config in teachers]
+    if work.recipe.ensemble.weights == "given" or len(teachers) < 2:
+        return tuple(weight / sum(given) for weight in given)
+    identities = [teacher_identity(config) for config in teachers]
+    fusion = work.recipe.ensemble.model_dump(mode="json")
+    inputs = {"teachers": identities, "ensemble": fusion, "data": work.data_identity["train"]}
+    folder = answers / "weights"
+    if not is_current(folder, "weights", inputs):
+        if any("run" in one for one in identities):
+            work.terminal.warn("weights are fitted on images that trained teachers have seen: they favour overfitting")
+        write_json(folder / "weights.json", list(_fitted_weights(work, teachers, identities, answers)))
+        write_manifest(folder, "weights", inputs, ["weights.json"], {})
+    return tuple(json.loads((folder / "weights.json").read_text(encoding="utf-8")))
+
+
+def _fitted_weights(
+    work: Workspace, teachers: Sequence[TeacherConfig], identities: Sequence[Mapping[str, Any]], answers: Path
+) -> tuple[float, ...]:
+    from edgekd.bench.accuracy import evaluate
+
+    built = [build_teacher(config, work.train.class_names, device=resolved_device(work.device)) for config in teachers]
+    collected = [_collect(work, one, known, answers) for one, known in zip(built, identities, strict=True)]
+    records = work.train.records[:: max(1, len(work.train) // WEIGHT_IMAGES)]
+
+    def ap50(records: Sequence[ImageRecord], found: Sequence[Detections]) -> float:
+        return evaluate(records, found, work.train.class_names).ap50 or 0.0
+
+    return learn_weights(
+        [[one[record.image_id] for record in records] for one in collected],
+        records,
+        work.recipe.ensemble,
+        ap50,
+        known=[one.known for one in built],
+    )
+
+
+@dataclass(frozen=True)
+class _Together:
+    """An ensemble in the place of a teacher, as far as answering goes."""
+
+    ensemble: Ensemble
+    name: str = "ensemble"
+
+    @property
+    def student_class_names(self) -> tuple[str, ...]:
+        return self.ensemble.class_names
+
+    def answer(self, image: ImageArray) -> SoftDetections:
+        return self.ensemble.answer(image)
+
+
+def _collect(work: Workspace, teacher: Any, identity: Mapping[str, Any], answers: Path) -> dict[str, SoftDetections]:
+    with work.terminal.counting(f"answers of {teacher.name}") as progress:
+        return collect_answers(teacher, work.train, answers / teacher.name, identity, progress)
+
+
+def teacher_identity(config: TeacherConfig) -> dict[str, Any]:
+    """What a teacher is, by content: its files' hashes and how it is read; not its name, path or weight."""
+    identity: dict[str, Any] = config.model_dump(mode="json", exclude={"name", "weight", "checkpoint", "onnx"})
+    if isinstance(config, CheckpointTeacher):
+        identity["run"] = sha256_file(detector_file(Path(config.checkpoint)))
+    elif isinstance(config, OnnxTeacher):
+        if not Path(config.onnx).is_file():
+            raise ArtifactError(f"{config.onnx}: no such file", expected=f"the ONNX file of teacher {config.name}")
+        identity["sha256"] = sha256_file(Path(config.onnx))
+    return identity
