@@ -13,6 +13,9 @@ from edgekd.detectors.box_losses import pairwise_iou
 _MAX_OVERLAPS = 1 << 23
 """Most (image, box, prior) triples at a time: bounds memory at a few hundred MB for crowded batches."""
 
+_TIE_BREAK = 1e-5
+"""IoU a pixel of distance: above rounding, below any difference that matters."""
+
 
 @dataclass(frozen=True)
 class PriorMatch:
@@ -34,6 +37,9 @@ def match_priors(priors_xyxy: Tensor, targets: PaddedTargets, min_iou: float = 0
     A prior that several boxes want goes to the box that has it as its best prior before any other, and among those to
     the one of largest IoU times confidence (ground truth has confidence 1; boxes of confidence 0 take no part).
 
+    Deviation: of priors with equal IoU the nearest is best. A box smaller than the priors has the same IoU with each
+    prior of one size that contains it, and rounding would choose a different one in every view.
+
     Args:
         priors_xyxy: (P, 4), pixels.
     """
@@ -50,14 +56,21 @@ def match_priors(priors_xyxy: Tensor, targets: PaddedTargets, min_iou: float = 0
 
 def _match(priors_xyxy: Tensor, boxes_xyxy: Tensor, confidence: Tensor, min_iou: float) -> tuple[Tensor, Tensor]:
     overlap = pairwise_iou(boxes_xyxy, priors_xyxy)
-    best, best_prior = overlap.max(dim=-1)
+    best_prior = (overlap - _TIE_BREAK * _centre_distance(boxes_xyxy, priors_xyxy)).argmax(dim=-1, keepdim=True)
     # Compared rather than scattered: the same on every device, and two boxes may share their best prior.
-    is_best = torch.arange(len(priors_xyxy), device=overlap.device) == best_prior.unsqueeze(-1)
-    is_best &= (best > 0).unsqueeze(-1)
+    is_best = torch.arange(len(priors_xyxy), device=overlap.device) == best_prior
+    is_best &= overlap > 0
     claim = torch.where(is_best, overlap + 2.0, torch.where(overlap >= min_iou, overlap, 0.0))
     strength, box = (claim * confidence.unsqueeze(-1)).max(dim=1)
     positive = strength > 0
     return positive, torch.where(positive, box, 0)
+
+
+def _centre_distance(boxes_xyxy: Tensor, priors_xyxy: Tensor) -> Tensor:
+    """(B, M, 4) and (P, 4) to (B, M, P): horizontal plus vertical distance of centres, pixels."""
+    x, y = ((boxes_xyxy[..., :2] + boxes_xyxy[..., 2:]) / 2).unsqueeze(-1).unbind(-2)
+    prior_x, prior_y = ((priors_xyxy[:, :2] + priors_xyxy[:, 2:]) / 2).unbind(-1)
+    return (x - prior_x).abs_() + (y - prior_y).abs_()
 
 
 @torch.no_grad()

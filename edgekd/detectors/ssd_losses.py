@@ -79,10 +79,7 @@ def soft_multibox_losses(
 
 def confident(soft: SoftTargets) -> SoftTargets:
     """Only the boxes of at least `MIN_CONFIDENCE`."""
-    keep = [
-        probs.amax(-1) >= MIN_CONFIDENCE if len(probs) else probs.new_zeros(0, dtype=torch.bool)
-        for probs in soft.class_probs
-    ]
+    keep = [probs.amax(-1) >= MIN_CONFIDENCE for probs in soft.class_probs]
     boxes = [b[k] for b, k in zip(soft.boxes_xyxy, keep, strict=True)]
     return SoftTargets(boxes, [p[k] for p, k in zip(soft.class_probs, keep, strict=True)])
 
