@@ -1,7 +1,8 @@
 """`edgekd.json`: what VOC and YOLO layouts have no place for, so that converting there and back loses nothing.
 
 It holds the class order, COCO's category ids, the order of a split's images where it is not the alphabet's, and for
-each image only what departs from the layout's own rule: another image id, or flags of its objects. A data set without it is read just as well.
+each image only what departs from the layout's own rule: another image id, or flags of its objects. A data set without
+it is read just as well.
 """
 
 from __future__ import annotations
