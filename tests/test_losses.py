@@ -1,0 +1,501 @@
+"""Every distillation term against what makes it itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from edgekd.detectors.base import DetectorOutput
+from edgekd.errors import DistillationSetupError
+from edgekd.losses import TERMS, Pair, TeacherView, Term, build_term
+from edgekd.losses.adversarial import AdversarialTerm
+from edgekd.losses.base import DistillBatch
+from edgekd.losses.cwd import CWDTerm
+from edgekd.losses.decoupled import DecoupledTerm, background_kl, choose_teachers
+from edgekd.losses.feature import standardise
+from edgekd.losses.fgd import focal_masks
+from edgekd.losses.gkd import GKDTerm, robust_weights
+from edgekd.losses.information_map import backbone_information, confidence_on_grid
+from edgekd.losses.masked import AMDTerm, attention_mask, random_mask, spatial_attention
+from edgekd.losses.objects import object_map, object_quality, pairwise_iou, pool_boxes
+from edgekd.losses.pkd import PKDTerm
+from edgekd.losses.prototypes import Prototypes, density, joint_matching_pursuit, search_prototypes
+from edgekd.losses.response import dense_response_losses
+from edgekd.recipe import TermConfig
+from tests.toy import BlackBox, ToyTeacher, toy_batch, toy_detector
+
+PAIRS = {
+    "equal": ("mobilenetv2-ssd-lite", 96, "mobilenetv2-ssd-lite", 96),
+    "another size": ("mobilenetv2-ssd-lite", 96, "mobilenetv2-ssd-lite", 160),
+    "SSD teacher, YOLO student": ("yolo-nano", 96, "mobilenetv2-ssd-lite", 96),
+    "YOLO teacher, SSD student": ("mobilenetv2-ssd-lite", 96, "yolo-nano", 96),
+    "VGG teacher, MobileNet student": ("mobilenetv2-ssd-lite", 160, "vgg11-ssd", 160),
+}
+FEATURE_TERMS = sorted(set(TERMS) - {"response"})
+
+
+def make_pair(kind: str, teachers: int = 1) -> Pair:
+    student_model, student_size, teacher_model, teacher_size = PAIRS[kind]
+    student = toy_detector(student_model, student_size, seed=1)
+    return Pair(
+        student, [ToyTeacher(toy_detector(teacher_model, teacher_size, seed=2 + i), f"t{i}") for i in range(teachers)]
+    )
+
+
+def run_term(term: Term, pair: Pair, epoch: int = 0) -> tuple[Tensor, DistillBatch]:
+    batch = toy_batch(pair.student, pair.teachers, term.student_taps, epoch)  # type: ignore[arg-type]
+    return term(batch), batch
+
+
+CASES = [
+    *[(name, "equal") for name in sorted(TERMS)],
+    *[(name, kind) for name in ("decoupled", "response") for kind in list(PAIRS)[1:4]],
+    *[(name, "YOLO teacher, SSD student") for name in ("adversarial", "amd", "gkd", "information_map")],
+    ("feature", "VGG teacher, MobileNet student"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_every_term_moves_the_student_and_never_the_teacher(name: str, kind: str) -> None:
+    pair = make_pair(kind)
+    term = build_term(TermConfig(loss=name), pair)
+    loss, _ = run_term(term, pair)
+    assert loss.ndim == 0
+    assert bool(torch.isfinite(loss))
+    loss.backward()
+    moved = [p for p in pair.student.parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)]
+    assert moved, "the loss changes no gradient"
+    for teacher in pair.teachers:
+        assert teacher.detector is not None
+        assert all(p.grad is None for p in teacher.detector.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(TERMS))
+def test_swapping_the_teachers_changes_nothing(name: str) -> None:
+    pair = make_pair("equal", teachers=2)
+    swapped = Pair(pair.student, list(reversed(pair.teachers)))
+    losses = []
+    for each in (pair, swapped):
+        torch.manual_seed(0)
+        term = build_term(TermConfig(loss=name), each)
+        _same_parameters(term)
+        torch.manual_seed(5)
+        batch = toy_batch(each.student, each.teachers, term.student_taps)  # type: ignore[arg-type]
+        losses.append(float(term(batch).detach()) if name not in ("mgd", "response") else _stable(name, term, batch))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def _stable(name: str, term: Term, batch: DistillBatch) -> float:
+    if name == "response":  # the fused answer stands for the ensemble; its own invariance is tested with the fusion
+        return 0.0
+    term.mask = lambda maps: torch.ones_like(maps.student[:, :1])  # type: ignore[attr-defined]
+    return float(term(batch).detach())
+
+
+def _same_parameters(term: Term) -> None:
+    """Give every parameter a value that depends on its shape alone, so that order cannot hide behind initialisation."""
+    with torch.no_grad():
+        for parameter in term.parameters():
+            parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+
+
+@pytest.mark.parametrize("name", FEATURE_TERMS)
+def test_a_black_box_without_taps_is_refused_with_both_sides_listed(name: str) -> None:
+    student = toy_detector(seed=1)
+    with pytest.raises(DistillationSetupError) as caught:
+        build_term(TermConfig(loss=name), Pair(student, [BlackBox(toy_detector(seed=2))]))
+    assert "black box" in str(caught.value)
+
+
+def test_levels_that_do_not_match_are_refused_with_both_sides_grids() -> None:
+    pair = make_pair("equal")
+    with pytest.raises(DistillationSetupError) as caught:
+        build_term(TermConfig(loss="feature", student_taps=("nonsense",)), pair)
+    assert "nonsense" in str(caught.value)
+    assert "6x6" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (TermConfig(loss="feature", params={"nonsense": 1}), "nonsense"),
+        (TermConfig(loss="feature", params={"normalise": "nonsense"}), "nonsense"),
+        (TermConfig(loss="nonsense"), "nonsense"),
+        (TermConfig(loss="amd", params={"masked_share": 2.0}), "masked_share"),
+    ],
+)
+def test_a_wrong_parameter_is_named(config: TermConfig, words: str) -> None:
+    with pytest.raises(DistillationSetupError, match=words):
+        build_term(config, make_pair("equal"))
+
+
+def test_response_on_priors_needs_equal_layouts() -> None:
+    with pytest.raises(DistillationSetupError, match="layout"):
+        build_term(TermConfig(loss="response", params={"mode": "priors"}), make_pair("YOLO teacher, SSD student"))
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_dense_response_against_a_plain_loop(activation: str) -> None:
+    torch.manual_seed(0)
+    s, t = (DetectorOutput(torch.randn(2, 5, 3), torch.randn(2, 5, 4)) for _ in range(2))
+    temperature, background = 2.0, 0.1
+    cls, box = dense_response_losses(s, t, activation, temperature, background)  # type: ignore[arg-type]
+    num = den = box_num = box_den = 0.0
+    for b in range(2):
+        for p in range(5):
+            sl, tl = s.cls_logits[b, p], t.cls_logits[b, p]
+            if activation == "softmax":
+                tp, sp = (tl / temperature).softmax(0), (sl / temperature).softmax(0)
+                kl = sum(float(x * (x / y).log()) for x, y in zip(tp, sp, strict=True))
+                confidence = 1 - float(tl.softmax(0)[0])
+            else:
+                tp, sp = (tl / temperature).sigmoid(), (sl / temperature).sigmoid()
+                kl = sum(
+                    float(x * (x / y).log() + (1 - x) * ((1 - x) / (1 - y)).log()) for x, y in zip(tp, sp, strict=True)
+                )
+                confidence = float(tl.sigmoid().max())
+            num, den = num + (confidence + background) * kl, den + confidence + background
+            d = (s.bbox_regression[b, p] - t.bbox_regression[b, p]).abs()
+            box_num += confidence * float(torch.where(d < 1, 0.5 * d * d, d - 0.5).mean())
+            box_den += confidence
+    assert float(cls) == pytest.approx(num / max(1, den) * temperature**2, rel=1e-4)
+    assert float(box) == pytest.approx(box_num / max(1, box_den), rel=1e-4)
+
+
+def test_equal_outputs_cost_nothing() -> None:
+    torch.manual_seed(0)
+    s = DetectorOutput(torch.randn(2, 5, 3), torch.randn(2, 5, 4))
+    for activation in ("softmax", "sigmoid"):
+        cls, box = dense_response_losses(s, s, activation, 1.0, 0.1)  # type: ignore[arg-type]
+        assert float(cls) == pytest.approx(0, abs=1e-6)
+        assert float(box) == 0
+
+
+# -- masked (MGD, AMD) -----------------------------------------------------------------------------------------------
+
+
+def test_amd_masks_the_cells_of_highest_attention() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(3, 4, 5, 6)
+    attention, mask = spatial_attention(features, 0.5), attention_mask(features, 0.4, 0.5)
+    for image in range(3):
+        hidden = mask[image, 0] == 0
+        assert int(hidden.sum()) == round(0.4 * 30)
+        assert attention[image][hidden].min() >= attention[image][~hidden].max()
+        assert float(attention[image].sum()) == pytest.approx(30, rel=1e-4)
+
+
+def test_mgd_masks_at_random_and_amd_does_not() -> None:
+    features = torch.randn(2, 4, 30, 30)
+    assert float((random_mask(features, 0.65) == 0).float().mean()) == pytest.approx(0.65, abs=0.05)
+    assert not torch.equal(random_mask(features, 0.65), random_mask(features, 0.65))
+    assert torch.equal(attention_mask(features, 0.65, 0.5), attention_mask(features, 0.65, 0.5))
+
+
+def test_amd_is_mgd_with_a_gate_and_another_mask() -> None:
+    pair = make_pair("equal")
+    amd, mgd = build_term(TermConfig(loss="amd"), pair), build_term(TermConfig(loss="mgd"), pair)
+    assert isinstance(amd, AMDTerm)
+    extra = {n for n, _ in amd.named_parameters()} - {n for n, _ in mgd.named_parameters()}
+    assert extra
+    assert all(name.startswith("gates.") for name in extra)
+
+
+def test_what_amd_hides_does_not_reach_the_generator() -> None:
+    pair = make_pair("equal")
+    term = build_term(TermConfig(loss="amd"), pair)
+    batch = toy_batch(pair.student, pair.teachers, term.student_taps)  # type: ignore[arg-type]
+    assert isinstance(term, AMDTerm)
+    maps = next(iter(term.level_maps(batch)))
+    maps.raw_student.retain_grad()
+    (term.gated(maps) * term.mask(maps)).sum().backward()
+    hidden = term.mask(maps).expand_as(maps.student) == 0
+    assert hidden.any()
+    assert not (term.gated(maps) * term.mask(maps))[hidden].any()
+
+
+# -- baselines -------------------------------------------------------------------------------------------------------
+
+
+def test_cwd_and_pkd_against_plain_loops() -> None:
+    pair = make_pair("equal")
+    for name in ("cwd", "pkd"):
+        term = build_term(TermConfig(loss=name), pair)
+        assert isinstance(term, CWDTerm | PKDTerm)
+        batch = toy_batch(pair.student, pair.teachers, term.student_taps)  # type: ignore[arg-type]
+        maps = next(iter(term.level_maps(batch)))
+        torch.manual_seed(0)  # maps without dead channels, whose correlation is undefined
+        maps = replace(maps, student=torch.randn(2, 3, 4, 5), teacher=torch.randn(2, 3, 4, 5))
+        got = float(term.level_loss(maps, batch).detach())
+        values = []
+        for c in range(maps.teacher.shape[1]):
+            if name == "cwd":
+                for b in range(len(maps.teacher)):
+                    t, s = maps.teacher[b, c].flatten().softmax(0), maps.student[b, c].flatten().softmax(0)
+                    values.append(float((t * (t / s).log()).sum()))
+            else:
+                t, s = maps.teacher[:, c].flatten(), maps.student[:, c].flatten()
+                values.append(1 - float(torch.corrcoef(torch.stack([t, s]))[0, 1]))
+        assert got == pytest.approx(sum(values) / len(values), rel=1e-4)
+
+
+def test_fgd_masks_share_a_boxs_weight_over_its_cells() -> None:
+    inside, outside = focal_masks([torch.tensor([[0.0, 0, 40, 20]]), torch.zeros(0, 4)], (8, 8), (80, 80))
+    assert float(inside[0].sum()) == pytest.approx(1.0)
+    assert int((inside[0] > 0).sum()) == 8
+    assert float(outside[0].sum()) == pytest.approx(1.0)
+    assert not inside[1].any()
+    assert not (inside[0] * outside[0]).any()
+
+
+# -- information map -------------------------------------------------------------------------------------------------
+
+
+def test_information_is_highest_where_the_teacher_is_strongest() -> None:
+    features = torch.zeros(1, 3, 4, 4)
+    features[0, :, 2, 1] = -5.0
+    information = backbone_information(features)
+    assert int(information.flatten().argmax()) == 2 * 4 + 1
+    assert float(information.mean()) == pytest.approx(1.0)
+
+
+def test_confidence_lands_in_the_cell_of_its_row() -> None:
+    confidence = torch.tensor([[0.2, 0.9, 0.4]])
+    centres = torch.tensor([[5.0, 5.0], [6.0, 4.0], [35.0, 15.0]])
+    grid = confidence_on_grid(confidence, centres, (4, 4), (40, 40))
+    expected = torch.zeros(4, 4)
+    expected[0, 0], expected[1, 3] = 0.9, 0.4
+    assert torch.equal(grid[0], expected)
+
+
+def test_information_map_needs_backbone_and_neck() -> None:
+    pair = make_pair("equal")
+    bare = ToyTeacher(toy_detector(seed=4))
+    bare.tap_specs = {k: v for k, v in bare.tap_specs.items() if v.kind == "backbone"}
+    with pytest.raises(DistillationSetupError, match="neck"):
+        build_term(TermConfig(loss="information_map"), Pair(pair.student, [bare]))
+
+
+# -- adversarial -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("game", ["alternating", "reversal"])
+@pytest.mark.parametrize("combine", ["each", "mean"])
+def test_the_game_trains_each_side_alone(game: str, combine: str) -> None:
+    pair = make_pair("equal", teachers=2)
+    config = TermConfig(loss="adversarial", params={"game": game, "combine": combine, "imitation_weight": 0.0})
+    term = build_term(config, pair)
+    loss, batch = run_term(term, pair)
+    loss.backward()
+    adversary = list(term.adversary_parameters())
+    assert adversary
+    assert all(p.grad is None for p in adversary), "the student's loss trains the discriminator"
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in pair.student.parameters())
+    pair.student.zero_grad(set_to_none=True)
+    opposed = term.adversary_loss(batch)
+    assert opposed is not None
+    opposed.backward()
+    assert all(p.grad is not None for p in adversary)
+    assert all(p.grad is None for p in pair.student.parameters()), "the discriminator's loss trains the student"
+
+
+def test_the_discriminator_learns_and_its_accuracy_is_told() -> None:
+    pair = make_pair("equal")
+    term = build_term(TermConfig(loss="adversarial"), pair)
+    assert isinstance(term, AdversarialTerm)
+    optimizer = torch.optim.Adam(term.adversary_parameters(), lr=1e-2)
+    accuracies = []
+    for _ in range(30):
+        _, batch = run_term(term, pair)
+        loss = term.adversary_loss(batch)
+        assert loss is not None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        accuracies.append(term.statistics()["discriminator_accuracy"])
+    assert accuracies[-1] > max(0.9, accuracies[0])
+
+
+def test_collapse_is_told_once() -> None:
+    pair = make_pair("equal")
+    term = build_term(TermConfig(loss="adversarial"), pair)
+    assert isinstance(term, AdversarialTerm)
+    told = []
+    for _ in range(5):
+        term._right, term._asked = 999, 1000
+        term.statistics()
+        told.append(term.warning())
+    assert [message is not None for message in told] == [False, False, True, False, False]
+
+
+def test_mean_maps_need_equal_channels() -> None:
+    student = toy_detector(seed=1)
+    teachers = [ToyTeacher(toy_detector(seed=2), "a"), ToyTeacher(toy_detector(width=0.5, seed=3), "b")]
+    with pytest.raises(DistillationSetupError, match="equal channels"):
+        build_term(TermConfig(loss="adversarial", params={"combine": "mean"}), Pair(student, teachers))
+
+
+# -- decoupled -------------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_is_shut_where_the_student_is_better_and_picks_the_best_teacher() -> None:
+    student = torch.tensor([0.1, 0.9, 0.5, 0.5])
+    teachers = torch.tensor([[0.2, 0.3, 0.4, 0.5], [0.3, 0.1, 0.6, 0.7]])
+    #         student better -> -1; second teacher; first teacher; a draw teaches nothing
+    assert choose_teachers(student, teachers).tolist() == [-1, 1, 0, -1]
+
+
+def test_background_kl_against_a_plain_loop() -> None:
+    s, t = torch.tensor([[0.2, 0.7]]), torch.tensor([[0.1, 0.4]])
+    expected = sum(
+        float(b * (b / a).log() + (1 - b) * ((1 - b) / (1 - a)).log()) for a, b in zip(s[0], t[0], strict=True)
+    )
+    assert float(background_kl(s, t)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_perfect_student_learns_nothing_on_the_foreground() -> None:
+    pair = make_pair("equal")
+    term = build_term(TermConfig(loss="decoupled", params={"background_weight": 0.0}), pair)
+    assert isinstance(term, DecoupledTerm)
+    batch = toy_batch(pair.student, pair.teachers, term.student_taps)  # type: ignore[arg-type]
+    blind = TeacherView(
+        "blind",
+        1.0,
+        type(batch.fused)([torch.zeros(0, 4)] * 3, [torch.zeros(0, 2)] * 3),
+        taps=batch.teachers[0].taps,
+    )
+    loss = term(DistillBatch(batch.images, batch.output, batch.targets, [blind], batch.fused, 0, 4, 0))
+    assert float(loss.detach()) == 0.0
+    assert term.statistics() == {"gate_open": 0.0}
+
+
+# -- GKD -------------------------------------------------------------------------------------------------------------
+
+
+def plain_pursuit(student: Tensor, teacher: Tensor, count: int) -> list[int]:
+    """Matching pursuit as slow as it can be written."""
+    spaces = [student.clone(), teacher.clone()]
+    atoms = [student, teacher]
+    taken: list[int] = []
+    for _ in range(count):
+        gains = []
+        for j in range(len(student)):
+            gain = 0.0
+            for residual, atom in zip(spaces, atoms, strict=True):
+                explained = sum(float(residual[i] @ atom[j]) ** 2 for i in range(len(residual)))
+                gain += explained / sum(float(r @ r) for r in residual)
+            gains.append(-1.0 if j in taken else gain)
+        best = max(range(len(gains)), key=gains.__getitem__)
+        taken.append(best)
+        for k, residual in enumerate(spaces):
+            direction = residual[best] / residual[best].norm()
+            spaces[k] = torch.stack([r - (r @ direction) * direction for r in residual])
+    return taken
+
+
+def test_prototype_search_against_a_plain_reference() -> None:
+    torch.manual_seed(0)
+    student = functional.normalize(torch.randn(25, 6, dtype=torch.float64), dim=1)
+    teacher = functional.normalize(torch.randn(25, 9, dtype=torch.float64), dim=1)
+    assert joint_matching_pursuit(student, teacher, 5).tolist() == plain_pursuit(student, teacher, 5)
+
+
+def test_density_against_a_plain_loop() -> None:
+    torch.manual_seed(0)
+    rows = functional.normalize(torch.randn(8, 5), dim=1)
+    for i in range(8):
+        mean = sum(float(rows[i] @ rows[j]) for j in range(8) if j != i) / 7
+        assert float(density(rows)[i]) == pytest.approx(mean, abs=1e-5)
+
+
+def test_the_same_instances_index_both_prototype_sets() -> None:
+    torch.manual_seed(0)
+    student = functional.normalize(torch.randn(60, 6), dim=1)
+    teacher = functional.normalize(torch.randn(60, 9), dim=1)
+    found = search_prototypes(student, teacher, count=10)
+    assert len(found.index) == 10
+    assert len(set(found.index.tolist())) == 10
+    assert torch.equal(found.student, student[found.index])
+    assert torch.equal(found.teacher, teacher[found.index])
+    for features in (student, teacher):
+        limit = torch.quantile(density(features), 0.4)
+        assert bool((density(features)[found.index] >= limit).all())
+
+
+def test_robust_weight_is_one_where_both_spaces_agree() -> None:
+    basis = torch.eye(3)
+    prototypes = Prototypes(basis[:1], basis[:1], torch.tensor([0]))
+    both, odd = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0.0, 1, 0]])
+    assert float(robust_weights(both, both, prototypes)) == 1.0
+    assert float(robust_weights(both, odd, prototypes)) == 0.0
+
+
+def test_gkd_finds_prototypes_after_the_first_epoch_and_fades() -> None:
+    pair = make_pair("equal")
+    term = build_term(TermConfig(loss="gkd", params={"min_side": 10.0}), pair)
+    assert isinstance(term, GKDTerm)
+    term.begin_epoch(0, 4)
+    first, _ = run_term(term, pair, epoch=0)
+    assert not term.prototypes[0]
+    term.begin_epoch(1, 4)
+    assert set(term.prototypes[0]) == {0, 1}
+    copy = build_term(TermConfig(loss="gkd", params={"min_side": 10.0}), pair)
+    copy.load_state_dict(term.state_dict())
+    assert isinstance(copy, GKDTerm)
+    now, _ = run_term(term, pair, epoch=1)
+    again, _ = run_term(copy, pair, epoch=1)
+    assert float(now) == pytest.approx(float(again))
+    last, _ = run_term(term, pair, epoch=3)
+    assert float(last) == pytest.approx(float(now) * (1 / 4) / (3 / 4), rel=1e-4)
+    assert float(first) != pytest.approx(float(now) / 0.75, rel=1e-3), "prototypes change nothing"
+
+
+def test_the_global_term_is_on_and_can_be_turned_off() -> None:
+    pair = make_pair("equal")
+    values = []
+    for weight in (5.0, 0.0):
+        torch.manual_seed(0)
+        term = build_term(TermConfig(loss="gkd", params={"min_side": 10.0, "global_weight": weight}), pair)
+        run_term(term, pair)
+        term.begin_epoch(1, 4)
+        values.append(float(run_term(term, pair, epoch=1)[0]))
+    assert values[0] > values[1]
+
+
+# -- objects ---------------------------------------------------------------------------------------------------------
+
+
+def test_pooling_over_a_box_against_a_fine_average() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(3, 4, 5)
+    box = torch.tensor([[12.0, 7.0, 41.0, 33.0]])
+    fine = features.repeat_interleave(10, 1).repeat_interleave(10, 2)  # input of 40 x 50: ten pixels a cell
+    expected = fine[:, 7:33, 12:41].mean((1, 2))
+    assert torch.allclose(pool_boxes(features, box, (40, 50))[0], expected, atol=1e-5)
+
+
+def test_cells_belong_to_the_smallest_box_and_no_object_is_lost() -> None:
+    boxes = torch.tensor([[0.0, 0, 40, 40], [10, 10, 20, 20], [33, 33, 35, 35]])
+    owner = object_map(boxes, (4, 4), (40, 40))
+    expected = torch.zeros(4, 4, dtype=torch.int64)
+    expected[1, 1], expected[3, 3] = 1, 2
+    assert torch.equal(owner, expected)
+
+
+def test_quality_is_score_times_overlap() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]])
+    scores = torch.tensor([[0.5, 0.9], [0.8, 0.1]])
+    quality, row = object_quality(boxes, scores, torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([0]))
+    assert float(quality) == pytest.approx(0.5)
+    assert int(row) == 0
+    assert float(pairwise_iou(boxes[1:], boxes[:1])) == pytest.approx(0.5)
+
+
+def test_standardised_maps_have_no_scale() -> None:
+    torch.manual_seed(0)
+    a = torch.randn(2, 3, 5, 5)
+    assert torch.allclose(standardise(a), standardise(a * 7 + 3), atol=1e-3)

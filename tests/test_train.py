@@ -1,0 +1,213 @@
+"""The training loop: it learns, it logs, and a run that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgekd.checkpoint import load_detector
+from edgekd.detectors.base import Detector, Targets
+from edgekd.errors import ArtifactError, NonFiniteLossError, UserError
+from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
+from edgekd.runlog import read_log
+from edgekd.train import TrainJob, lr_factor, train_detector
+from tests.toy import toy_dataset
+
+MODEL = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
+
+
+def make_job(folder: Path, out: str = "run", **train: object) -> TrainJob:
+    settings = {"epochs": 3, "batch_size": 4, "eval_every": 3, **train}
+    dataset = toy_dataset(folder / "images")
+    return TrainJob(
+        dataset=dataset,
+        val=dataset,
+        model=MODEL,
+        train=TrainConfig(**settings),  # type: ignore[arg-type]
+        augment=AugmentConfig(),
+        data=DataConfig(root="unused", workers=0, cache_mib=16),
+        out=folder / out,
+        seed=3,
+        device="cpu",
+        inputs={"settings": repr(settings)},
+    )
+
+
+def step_losses(folder: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["losses"]["loss"]) for r in read_log(folder) if r["event"] == "step"]
+
+
+def test_a_run_learns_logs_and_leaves_a_detector(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=10)
+    result = train_detector(job)
+    losses = [loss for _, loss in step_losses(job.out)]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < sum(losses[:5])
+    record = next(r for r in read_log(job.out) if r["event"] == "step")
+    assert {"step", "epoch", "losses", "lr", "images_per_s"} <= set(record)
+    assert any((job.out / "tensorboard").iterdir())
+    detector = load_detector(result.folder)
+    assert detector.spec.class_names == job.dataset.class_names
+    assert result.metrics["images"] == len(job.dataset)
+    assert not detector.training
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1)
+    train_detector(job)
+    before = (job.out / "model.pt").stat().st_mtime_ns
+    again = train_detector(job)
+    assert again.skipped
+    assert (job.out / "model.pt").stat().st_mtime_ns == before
+
+
+def test_another_runs_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1)
+    train_detector(job)
+    before = (job.out / "model.pt").read_bytes()
+    with pytest.raises(ArtifactError, match="another recipe"):
+        train_detector(replace(job, inputs={"other": 1}))
+    assert (job.out / "model.pt").read_bytes() == before
+
+
+def test_the_same_seed_gives_the_same_losses(tmp_path: Path) -> None:
+    first, second = make_job(tmp_path, "a", epochs=2), make_job(tmp_path, "b", epochs=2)
+    train_detector(first)
+    train_detector(second)
+    assert step_losses(first.out) == step_losses(second.out)
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+from tests.test_train import make_job
+from edgekd.train import train_detector
+train_detector(make_job(Path(sys.argv[1]), "killed", epochs=4, checkpoint_every=2))
+"""
+
+
+def _start_child(folder: Path) -> subprocess.Popen[bytes]:
+    root = Path(__file__).resolve().parent.parent
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", _CHILD, str(folder)], env=env, stderr=subprocess.DEVNULL)
+
+
+def _wait_for_steps(child: subprocess.Popen[bytes], out: Path, steps: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and child.poll() is None:
+        if (out / "last.pt").is_file() and len(step_losses(out)) >= steps:
+            return
+        time.sleep(0.02)
+    assert child.poll() is None, "the child ended before it could be stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_stopped_goes_on_step_for_step(tmp_path: Path, how: signal.Signals) -> None:
+    whole = make_job(tmp_path, "whole", epochs=4, checkpoint_every=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train_detector(whole)
+        child = _start_child(tmp_path)
+        _wait_for_steps(child, tmp_path / "killed", 5)
+        child.send_signal(how)
+        child.wait(60)
+        reached = len(step_losses(tmp_path / "killed"))
+        assert 5 <= reached < 12, "the child was not stopped in the middle"
+        train_detector(make_job(tmp_path, "killed", epochs=4, checkpoint_every=2))
+    finally:
+        torch.set_num_threads(threads)
+    assert step_losses(tmp_path / "killed") == step_losses(whole.out)
+    ours, theirs = (load_detector(tmp_path / name).state_dict() for name in ("killed", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_accumulation_takes_fewer_steps(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1, accumulate=2)
+    train_detector(job)
+    assert len(step_losses(job.out)) == 2  # three batches: one step of two, one of the rest
+
+
+def test_a_non_finite_loss_stops_with_its_name_step_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path)
+    kind = type(_detector())
+    original = kind.detection_losses
+    calls = []
+
+    def poisoned(self: Detector, output: object, targets: Targets) -> dict[str, torch.Tensor]:
+        losses = original(self, output, targets)  # type: ignore[arg-type]
+        calls.append(1)
+        if len(calls) == 3:
+            losses["box"] = losses["box"] * float("nan")
+        return losses
+
+    monkeypatch.setattr(kind, "detection_losses", poisoned)
+    with pytest.raises(NonFiniteLossError) as caught:
+        train_detector(job)
+    assert "step 2" in str(caught.value)
+    assert "det_box" in str(caught.value)
+    assert any(record.image_id in str(caught.value) for record in job.dataset.records)
+
+
+def _detector() -> Detector:
+    from edgekd.detectors import build_detector, spec_for
+
+    return build_detector(spec_for(MODEL, ("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "extra"), [("sgd", {"lr": 0.01}), ("adamw", {"ema": 0.0}), ("adamw", {"backbone_lr_factor": 0.0})]
+)
+def test_settings_run(tmp_path: Path, optimizer: str, extra: dict[str, object]) -> None:
+    job = make_job(tmp_path, epochs=1, optimizer=optimizer, **extra)
+    train_detector(job)
+    assert all(loss == loss for _, loss in step_losses(job.out))
+
+
+def test_a_frozen_backbone_stays(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    fresh = {k: v.clone() for k, v in _detector().named_parameters() if k.startswith("backbone.")}
+    job = make_job(tmp_path, epochs=1, backbone_lr_factor=0.0)
+    train_detector(job)
+    trained = dict(load_detector(job.out).named_parameters())
+    assert fresh
+    assert all(torch.equal(trained[name], value) for name, value in fresh.items())
+
+
+def test_select_best_ships_the_best(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=2, eval_every=1, select="best")
+    train_detector(job)
+    assert (job.out / "model.pt").read_bytes() == (job.out / "best.pt").read_bytes()
+
+
+def test_cuda_without_a_gpu_is_the_users_mistake(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(UserError, match="GPU"):
+        train_detector(replace(make_job(tmp_path), device="cuda"))
+
+
+def test_learning_rate_warms_up_then_falls_to_its_floor() -> None:
+    config = TrainConfig(warmup_steps=10, final_lr_factor=0.1)
+    factors = [lr_factor(step, 100, config) for step in range(100)]
+    assert factors[0] < factors[5] < factors[10] == pytest.approx(1.0)
+    assert factors[99] == pytest.approx(0.1, abs=0.01)
+    assert all(a >= b for a, b in itertools.pairwise(factors))
+
+
+def test_the_log_is_json_line_by_line(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1)
+    train_detector(job)
+    for line in (job.out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
