@@ -57,6 +57,8 @@ def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> Ar
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:  # protobuf's errors share no useful base class
         raise ArtifactError(f"{file}: not a readable ONNX file", got=str(error).splitlines()[0][:200]) from error
+    if not model.graph.node:
+        raise ArtifactError(f"{file}: not a readable ONNX file", got="a file without a graph")
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     size = file.stat().st_size + sum(part.stat().st_size for part in _external_files(file, model))
     counts = _spec_counts(metadata) or _graph_counts(model, input_hw)

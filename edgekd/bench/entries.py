@@ -68,7 +68,7 @@ def parse_artifact_argument(text: str) -> BenchArtifact:
     Raises:
         UserError: an unknown role, or nothing where the path should be.
     """
-    if Path(text).exists():
+    if text and Path(text).exists():
         return BenchArtifact(Path(text), _name_of(Path(text)))
     match = _ARGUMENT.fullmatch(text)
     if match is None:

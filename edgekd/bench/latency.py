@@ -6,9 +6,10 @@ visits all of them in a random order, the next round in the reverse of it (ABBA)
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from edgekd.bench.stats import has_settled
 from edgekd.types import ImageArray
 
 STAGES = ("pre", "infer", "post")
+
+_SLOW_MS = 100.0
 
 Clock = Callable[[], int]
 """Nanoseconds, like `time.perf_counter_ns`."""
@@ -41,14 +44,14 @@ class MeasurementPlan:
         block: inferences in a row before the next artefact has its turn.
         unrecorded: inferences at the start of each block that refill caches and wake threads, not recorded.
         warmup_seconds: at least so long, and until the median settles.
-        warmup_limit_seconds: but no longer than so; the measurement then says that it has not settled.
+        warmup_limit_seconds: but no longer than so, or five times the above; `settled` says if that cut it off.
     """
 
     samples: int = 200
     block: int = 10
     unrecorded: int = 2
     warmup_seconds: float = 1.0
-    warmup_limit_seconds: float = 20.0
+    warmup_limit_seconds: float = 5.0
     seed: int = 0
 
     @property
@@ -81,7 +84,7 @@ class Measurement:
 def measure(
     systems: Sequence[Timed],
     images: Sequence[ImageArray],
-    protocol: MeasurementPlan,
+    plan: MeasurementPlan,
     *,
     clock: Clock = time.perf_counter_ns,
     progress: Callable[[int, int], None] | None = None,
@@ -98,50 +101,60 @@ def measure(
     """
     if not images:
         raise ValueError("latency needs at least one image")
-    rounds, block = protocol.rounds, protocol.block
+    rounds, block = plan.rounds, plan.block
     measured = [Measurement(np.empty((rounds, block, len(STAGES)))) for _ in systems]
     for system, result in zip(systems, measured, strict=True):
-        result.settled, result.warmup_runs = _warm_up(system, images, protocol, clock)
-    rng = np.random.default_rng(protocol.seed)
+        result.settled, result.warmup_runs = _warm_up(system, images, plan, clock)
+    rng = np.random.default_rng(plan.seed)
     order = rng.permutation(len(systems))
-    for done in range(rounds):
-        order = rng.permutation(len(systems)) if done % 2 == 0 else order[::-1]
-        for position, index in enumerate(order.tolist()):
-            result = measured[index]
-            result.order.append(position)
-            result.stages_ms[done] = _block(systems[index], images, done * block, protocol, clock)
-        if progress is not None:
-            progress(done + 1, rounds)
+    with _collector_resting() as collect:
+        for done in range(rounds):
+            order = rng.permutation(len(systems)) if done % 2 == 0 else order[::-1]
+            for position, index in enumerate(order.tolist()):
+                measured[index].order.append(position)
+                measured[index].stages_ms[done] = _block(systems[index], images, done * block, plan, clock)
+                collect()
+            if progress is not None:
+                progress(done + 1, rounds)
     return measured
 
 
-def _block(
-    system: Timed, images: Sequence[ImageArray], first: int, protocol: MeasurementPlan, clock: Clock
-) -> Float64Array:
-    """(block, 3) milliseconds. Python's garbage collector waits until the block is over."""
-    out = np.empty((protocol.block, len(STAGES)))
-    gc.collect()
+@contextlib.contextmanager
+def _collector_resting() -> Iterator[Callable[[], int]]:
+    """Python's garbage collector runs only when the yielded function is called, and then only over what is new."""
     was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
     gc.disable()
     try:
-        for extra in range(protocol.unrecorded):
-            system.stages_ns(images[(first + extra) % len(images)], clock)
-        for i in range(protocol.block):
-            out[i] = system.stages_ns(images[(first + i) % len(images)], clock)
+        yield gc.collect
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+def _block(
+    system: Timed, images: Sequence[ImageArray], first: int, plan: MeasurementPlan, clock: Clock
+) -> Float64Array:
+    """(block, 3) milliseconds."""
+    out = np.empty((plan.block, len(STAGES)))
+    for extra in range(plan.unrecorded):
+        system.stages_ns(images[(first + extra) % len(images)], clock)
+    for i in range(plan.block):
+        out[i] = system.stages_ns(images[(first + i) % len(images)], clock)
     return out / 1e6
 
 
-def _warm_up(system: Timed, images: Sequence[ImageArray], protocol: MeasurementPlan, clock: Clock) -> tuple[bool, int]:
+def _warm_up(system: Timed, images: Sequence[ImageArray], plan: MeasurementPlan, clock: Clock) -> tuple[bool, int]:
     """(whether the median settled, inferences run)."""
     # One image over and over: different images would move the median by themselves.
     started, times_ms = clock(), list[float]()
     while True:
         times_ms.append(sum(system.stages_ns(images[0], clock)) / 1e6)
         elapsed = (clock() - started) / 1e9
-        if elapsed >= protocol.warmup_seconds and has_settled(times_ms):
+        window = 10 if times_ms[-1] < _SLOW_MS else 5
+        if elapsed >= plan.warmup_seconds and has_settled(times_ms, window):
             return True, len(times_ms)
-        if elapsed >= protocol.warmup_limit_seconds:
+        if elapsed >= max(plan.warmup_limit_seconds, 5 * plan.warmup_seconds):
             return False, len(times_ms)

@@ -59,6 +59,7 @@ def bench_artifacts(
     provider: str | None = None,
     seed: int = 0,
     synthetic: bool = False,
+    memory: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure accuracy, latency and memory, compare, and write `out` with its detections and examples beside it.
@@ -70,6 +71,7 @@ def bench_artifacts(
         out: `result.json`; `detections.npz` and `examples/` are written into the same folder.
         ensemble: several of the artefacts as one deployed system.
         seed: of the order of measurement, the bootstraps and the choice of examples.
+        memory: measure peak memory, in a fresh process an artefact.
         synthetic: the data is generated; said wherever figures from it are shown.
 
     Returns:
@@ -99,9 +101,9 @@ def bench_artifacts(
             progress=lambda done, total: tell("latency", done, total),
         )
         others = contention.cores()
-        memory = _memory_of_all(subjects, dataset, tell)
+        peaks = _memory_of_all(subjects, dataset, tell) if memory else [None] * len(subjects)
     accuracies = [evaluate(dataset.records, found, dataset.class_names) for found in answers]
-    rows = _rows(subjects, accuracies, measured, memory, threads)
+    rows = _rows(subjects, accuracies, measured, peaks, threads)
     reference, student = headline_rows(rows)
     speedups_and_comparisons = compare(rows, dataset, answers, measured, reference, student, seed)
     result: dict[str, Any] = {
@@ -219,11 +221,11 @@ def _rows(
     subjects: Sequence[_Subject],
     accuracies: Sequence[Accuracy],
     measured: Sequence[Measurement],
-    memory: Sequence[PeakMemory | None],
+    peaks: Sequence[PeakMemory | None],
     threads: int,
 ) -> list[dict[str, Any]]:
     rows = []
-    for subject, accuracy, measurement, peak in zip(subjects, accuracies, measured, memory, strict=True):
+    for subject, accuracy, measurement, peak in zip(subjects, accuracies, measured, peaks, strict=True):
         predictor = subject.predictors[0]
         identity = {
             "name": subject.name,

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd.bench.complexity import describe_artifact
+from edgekd.bench.device import Contention, device_facts
+from edgekd.bench.entries import BenchArtifact, BenchEnsemble
+from edgekd.bench.examples import read_examples
+from edgekd.bench.memory import process_peak_bytes
+from edgekd.bench.result import read_result
+from edgekd.bench.runner import bench_artifacts
+from edgekd.bench.saved import read_saved
+from edgekd.errors import ArtifactError, ClassMapError, DataError
+from edgekd.recipe import BenchConfig
+from edgekd.types import Dataset
+from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, POOR_SCORES, make_dataset, write_detector
+
+CONFIG = BenchConfig(samples=20, warmup_seconds=0.0, threads=1)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, Dataset]:
+    folder = tmp_path_factory.mktemp("bench")
+    dataset = make_dataset(folder / "data")
+    good = write_detector(folder / "good.onnx", GOOD_BOXES, GOOD_SCORES, width=16)
+    poor = write_detector(folder / "poor.onnx", GOOD_BOXES, POOR_SCORES)
+    artifacts = [
+        BenchArtifact(good, "one", "teacher"),
+        BenchArtifact(poor, "two", "teacher"),
+        BenchArtifact(poor, "alone", "student"),
+        BenchArtifact(good, "distilled", "student_distilled"),
+    ]
+    out = folder / "bench" / "result.json"
+    told: list[tuple[str, int, int]] = []
+    result = bench_artifacts(
+        artifacts,
+        dataset,
+        config=CONFIG,
+        out=out,
+        ensemble=BenchEnsemble(("one", "two")),
+        synthetic=True,
+        progress=lambda *step: told.append(step),
+    )
+    assert {stage for stage, _, _ in told} == {"accuracy", "latency", "memory"}
+    assert all(done <= total for _, done, total in told)
+    return result, out, dataset
+
+
+def test_result_holds_what_is_promised(bench: tuple[dict, Path, Dataset]) -> None:
+    result, out, _ = bench
+    assert json.loads(out.read_text()) == result == read_result(out)
+    assert result["schema"] == "edgekd.result/1"
+    assert result["data"]["synthetic"] is True
+    assert [row["role"] for row in result["rows"]] == ["teacher", "teacher", "student", "student_distilled", "ensemble"]
+    for row in result["rows"]:
+        assert set(row) >= {
+            "name", "role", "artifact", "sha256", "precision", "runtime", "provider", "latency_ms", "stages_ms", "map",
+            "parameters", "macs", "size_bytes", "peak_memory_bytes", "speedup_vs_ensemble",
+        }  # fmt: skip
+        assert row["latency_ms"]["samples"] == 20
+        assert row["latency_ms"]["p99"] is None
+        assert 0 < row["latency_ms"]["median"] <= row["latency_ms"]["p90"]
+        assert set(row["stages_ms"]) == {"pre", "infer", "post"}
+        assert row["map"]["images"] == 12
+        assert row["peak_memory_bytes"] > 10_000_000
+        low, high = row["speedup_interval"]
+        assert low <= row["speedup_vs_ensemble"] <= high
+    text = out.read_text()
+    assert str(out.parent.parent) not in text  # no path of this machine
+
+
+def test_accuracy_and_comparisons(bench: tuple[dict, Path, Dataset]) -> None:
+    result, _, _ = bench
+    rows = {row["name"]: row for row in result["rows"]}
+    # Every detector answers every picture alike, so the second class's 8 objects are found among 12 answers.
+    assert rows["one"]["map"]["per_class"]["round"]["ap50"] == pytest.approx(1.0)
+    assert rows["one"]["map"]["per_class"]["square"]["objects"] == 8
+    assert rows["distilled"]["map"]["ap50"] == rows["one"]["map"]["ap50"] > rows["alone"]["map"]["ap50"]
+    pairs = {(c["a"], c["b"]): c for c in result["comparisons"]}
+    assert set(pairs) == {("distilled", "alone"), ("distilled", "ensemble"), ("alone", "ensemble")}
+    gain = pairs["distilled", "alone"]
+    assert gain["difference"] == pytest.approx(
+        rows["distilled"]["map"]["ap50"] - rows["alone"]["map"]["ap50"], abs=1e-5
+    )
+    assert gain["difference_shown"]
+    assert gain["low"] > 0
+    assert [c["a"] for c in result["comparisons"] if c["headline"]] == ["distilled"]
+    assert rows["ensemble"]["speedup_vs_ensemble"] == 1.0
+    assert rows["ensemble"]["parameters"] == rows["one"]["parameters"] + rows["two"]["parameters"]
+    assert result["reference"] == "ensemble"
+
+
+def test_saved_detections_and_examples(bench: tuple[dict, Path, Dataset]) -> None:
+    result, out, dataset = bench
+    saved = read_saved(out.parent / result["files"]["detections"])
+    assert saved.class_names == dataset.class_names
+    assert [row.name for row in saved.rows] == [row["name"] for row in result["rows"]]
+    first = saved.rows[0]
+    assert len(first.detections) == 12
+    assert first.detections[0].boxes_xyxy[0].tolist() == pytest.approx([20, 20, 60, 60])
+    assert first.stages_ms.shape == (10, 2, 3)
+    assert set(first.curves) == {"", "round", "square"}
+    examples = read_examples(out.parent / result["files"]["examples"])
+    assert len(examples) == 8
+    assert all((out.parent / "examples" / e["file"]).is_file() for e in examples)
+
+
+def test_one_teacher_is_the_reference(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data", images=1)
+    path = write_detector(tmp_path / "a.onnx", GOOD_BOXES, GOOD_SCORES)
+    artifacts = [BenchArtifact(path, "t", "teacher"), BenchArtifact(path, "s")]
+    result = bench_artifacts(artifacts, dataset, config=CONFIG, memory=False, out=tmp_path / "r.json")
+    assert result["reference"] == "t"
+    assert result["rows"][1]["speedup_vs_ensemble"] > 0
+    alone = bench_artifacts(artifacts[1:], dataset, config=CONFIG, memory=False, out=tmp_path / "r2.json")
+    assert alone["reference"] is None
+    assert alone["rows"][0]["speedup_vs_ensemble"] is None
+    assert alone["comparisons"] == []
+
+
+def test_other_classes_are_mapped_or_refused(tmp_path: Path) -> None:
+    path = write_detector(tmp_path / "a.onnx", GOOD_BOXES, GOOD_SCORES)
+    swapped = make_dataset(tmp_path / "data", images=2, class_names=("square", "Round"))
+    mapped = bench_artifacts([BenchArtifact(path, "a")], swapped, config=CONFIG, memory=False, out=tmp_path / "r.json")
+    assert mapped["rows"][0]["map"]["ap50"] == 0.0  # right places, but the labels' names are exchanged
+    foreign = make_dataset(tmp_path / "data2", images=2, class_names=("cat", "dog"))
+    with pytest.raises(ClassMapError):
+        bench_artifacts([BenchArtifact(path, "a")], foreign, config=CONFIG, memory=False, out=tmp_path / "r2.json")
+    assert not (tmp_path / "r2.json").exists()
+    by_map = BenchArtifact(path, "a", class_map={"round": "cat", "square": "dog"})
+    assert (
+        bench_artifacts([by_map], foreign, config=CONFIG, memory=False, out=tmp_path / "r3.json")["rows"][0]["map"][
+            "ap50"
+        ]
+        == 1.0
+    )
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an onnx file"])
+def test_broken_artefacts(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ArtifactError):
+        describe_artifact(path)
+    with pytest.raises(ArtifactError):
+        bench_artifacts(
+            [BenchArtifact(path, "a")],
+            make_dataset(tmp_path / "d", 1),
+            config=CONFIG,
+            memory=False,
+            out=tmp_path / "r.json",
+        )
+
+
+def test_empty_split(tmp_path: Path) -> None:
+    path = write_detector(tmp_path / "a.onnx", GOOD_BOXES, GOOD_SCORES)
+    with pytest.raises(DataError, match="no images"):
+        bench_artifacts(
+            [BenchArtifact(path, "a")],
+            make_dataset(tmp_path / "d", 0),
+            config=CONFIG,
+            memory=False,
+            out=tmp_path / "r.json",
+        )
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"schema": "other/1", "rows": []}'])
+def test_broken_results(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "result.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ArtifactError):
+        read_result(path)
+    with pytest.raises(ArtifactError):
+        read_saved(path)
+
+
+def test_graph_counts(tmp_path: Path) -> None:
+    facts = describe_artifact(write_detector(tmp_path / "a.onnx", GOOD_BOXES, GOOD_SCORES, width=16))
+    assert facts.parameters == 16 * 27 + 16
+    assert facts.macs == 16 * 27 * 64 * 64
+    assert (facts.precision, facts.counted_from) == ("fp32", "graph")
+
+
+def test_published_counts_of_a_black_box(yolo11n_onnx: Path) -> None:
+    facts = describe_artifact(yolo11n_onnx, (640, 640))
+    assert facts.parameters == pytest.approx(2.62e6, rel=0.01)
+    assert facts.macs == pytest.approx(6.5e9 / 2, rel=0.02)  # 6.5 GFLOPs as published
+    assert describe_artifact(yolo11n_onnx).macs is None  # its input size is open
+
+
+def test_device_facts_are_json_and_never_fail() -> None:
+    facts = device_facts()
+    json.dumps(facts, allow_nan=False)
+    assert facts["usable_threads"] >= 1
+    assert facts["memory_bytes"] > 0
+    contention = Contention()
+    np.linalg.svd(np.ones((300, 300)))
+    used = contention.cores()
+    assert used is None or used >= 0
+    assert process_peak_bytes() > 1_000_000
