@@ -30,15 +30,17 @@ AdapterAnswer = Sequence[tuple[Any, Any]]
 
 @runtime_checkable
 class ModuleAdapter(Protocol):
-    """What a factory named in a recipe must return.
+    """What a factory named in a recipe must return; plain attributes will do for the properties."""
 
-    Attributes:
-        preprocess: how images are prepared for it.
-        class_names: its classes, in the order of `class_probs`.
-    """
+    @property
+    def preprocess(self) -> PreprocessSpec:
+        """How images are prepared for it."""
+        ...
 
-    preprocess: PreprocessSpec
-    class_names: Sequence[str]
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Its classes, in the order of `class_probs`."""
+        ...
 
     def __call__(self, images: Tensor) -> AdapterAnswer:
         """Answer a batch: images (B, 3, h, w) float32, normalised by `preprocess`, on the teacher's device."""
@@ -47,13 +49,12 @@ class ModuleAdapter(Protocol):
 
 @runtime_checkable
 class TappedAdapter(ModuleAdapter, Protocol):
-    """An adapter that can also hand out feature maps.
+    """An adapter that can also hand out feature maps."""
 
-    Attributes:
-        tap_specs: what `taps` may name.
-    """
-
-    tap_specs: Mapping[str, TapSpec]
+    @property
+    def tap_specs(self) -> Mapping[str, TapSpec]:
+        """What `taps` may name."""
+        ...
 
     def call_with_taps(self, images: Tensor, taps: Sequence[str]) -> tuple[AdapterAnswer, Mapping[str, Tensor]]:
         """Like `__call__`, with the maps that were asked for, each (B, C, H, W)."""
@@ -137,7 +138,7 @@ class AdapterTeacher(PredictorTeacher):
         student_class_names: the label set of all answers.
         class_map: teacher class to student class, where names do not say it.
         device: where images are put before the adapter is called.
-        finished: the adapter does its own NMS, so that none follows.
+        facts: what is known of it, for provenance.
 
     Raises:
         ClassMapError: none of its classes is one of the student's.

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import builtins
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, UserError
+from edgekd.runtimes.ort import OrtRuntime, has_provider, with_extra_outputs
+from tests.toy_onnx import write_constant_detector
+
+ARRAYS = {"boxes": np.ones((1, 5, 4), np.float32), "scores": np.full((1, 5, 2), 0.5, np.float32)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_constant_detector(tmp_path / "toy.onnx", ARRAYS, metadata={"key": "value"})
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+def test_runs_and_tells_what_it_is(model: Path, as_bytes: bool) -> None:
+    with OrtRuntime(model.read_bytes() if as_bytes else model, "cpu", threads=1) as runtime:
+        assert (runtime.name, runtime.provider) == ("onnxruntime", "CPUExecutionProvider")
+        assert runtime.input_shape == (1, 3, 64, 96)
+        assert runtime.output_names == ("boxes", "scores")
+        assert not runtime.dynamic_batch
+        assert runtime.metadata["key"] == "value"
+        outputs = runtime.run(np.zeros((1, 3, 64, 96), np.float32))
+        for name, array in ARRAYS.items():
+            np.testing.assert_array_equal(outputs[name], array)
+    with pytest.raises(RuntimeFailure, match="closed"):
+        runtime.run(np.zeros((1, 3, 64, 96), np.float32))
+
+
+def test_dynamic_axes_are_told(tmp_path: Path) -> None:
+    path = write_constant_detector(tmp_path / "d.onnx", ARRAYS, ("batch", 3, "h", "w"))
+    runtime = OrtRuntime(path)
+    assert runtime.dynamic_batch
+    assert runtime.dynamic_hw
+    assert runtime.input_shape == (1, 3, 0, 0)
+    assert OrtRuntime(path, input_hw=(32, 48)).input_shape == (1, 3, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((1, 3, 64, 96), "FLOAT16"), ((3, 64, 96), "FLOAT")], ids=["half precision", "no batch axis"]
+)
+def test_feeds_what_the_graph_declares(tmp_path: Path, shape: tuple[int, ...], kind: str) -> None:
+    path = write_constant_detector(tmp_path / "d.onnx", ARRAYS, shape, input_type=kind)
+    outputs = OrtRuntime(path).run(np.zeros((1, 3, 64, 96), np.float32))
+    np.testing.assert_array_equal(outputs["boxes"], ARRAYS["boxes"])
+
+
+def test_a_wrong_input_is_a_failure_with_both_shapes(model: Path) -> None:
+    with pytest.raises(RuntimeFailure, match=r"\(1, 3, 32, 32\)"):
+        OrtRuntime(model).run(np.zeros((1, 3, 32, 32), np.float32))
+
+
+@pytest.mark.parametrize("kept", [0, 10, 200, -40])
+def test_a_damaged_file_is_an_artifact_error(model: Path, kept: int) -> None:
+    model.write_bytes(model.read_bytes()[:kept])
+    with pytest.raises(ArtifactError, match="toy"):
+        OrtRuntime(model)
+
+
+def test_a_missing_file_and_a_foreign_one(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such file"):
+        OrtRuntime(tmp_path / "none.onnx")
+    text = tmp_path / "text.onnx"
+    text.write_text("not a model")
+    with pytest.raises(ArtifactError, match="cannot load"):
+        OrtRuntime(text)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96, 3), (1, 10)], ids=["channels last", "no image"])
+def test_an_input_that_is_no_image_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = write_constant_detector(tmp_path / "d.onnx", ARRAYS, shape)
+    with pytest.raises(ArtifactError, match="can feed"):
+        OrtRuntime(path)
+
+
+def test_an_unknown_provider_lists_those_there_are(model: Path) -> None:
+    with pytest.raises(MissingDependencyError, match="CPUExecutionProvider"):
+        OrtRuntime(model, "FancyExecutionProvider")
+    assert has_provider("cpu")
+    assert not has_provider("FancyExecutionProvider")
+
+
+def test_a_silent_fallback_is_a_failure(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    class Fallen:
+        def __init__(self, *args: object, **kwargs: object) -> None: ...
+        def disable_fallback(self) -> None: ...
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
+    with pytest.raises(RuntimeFailure, match="fell back"):
+        OrtRuntime(model, "cuda")
+
+
+def test_without_onnx_runtime_the_message_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: object, **kwargs: object) -> object:
+        if name == "onnxruntime":
+            raise ImportError("libfoo.so: cannot open shared object file")
+        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingDependencyError, match="pip install onnxruntime"):
+        OrtRuntime(model)
+    assert not has_provider("cpu")
+
+
+def test_inner_tensors_become_outputs_in_memory_alone(model: Path) -> None:
+    before = model.read_bytes()
+    runtime = OrtRuntime(with_extra_outputs(model, ["inner"]))
+    images = np.random.default_rng(0).normal(size=(1, 3, 64, 96)).astype(np.float32)
+    np.testing.assert_array_equal(runtime.run(images)["inner"], np.maximum(images, 0))
+    assert model.read_bytes() == before
+
+
+def test_an_unknown_inner_tensor_lists_near_ones(model: Path) -> None:
+    with pytest.raises(UserError, match="such as inner"):
+        with_extra_outputs(model, ["inne"])
+
+
+def test_a_damaged_file_cannot_be_tapped(model: Path) -> None:
+    model.write_bytes(b"junk" * 10)
+    with pytest.raises(ArtifactError, match="not a readable ONNX"):
+        with_extra_outputs(model, ["inner"])
+
+
+def test_taps_without_onnx(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingDependencyError, match="pip install onnx"):
+        with_extra_outputs(model, ["inner"])
+
+
+def test_a_second_input_for_original_sizes_is_filled(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    import onnxruntime
+
+    class Session:
+        """RT-DETR's exports ask for each image's (width, height)."""
+
+        def __init__(self, *args: object, **kwargs: object) -> None: ...
+        def disable_fallback(self) -> None: ...
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+        def get_inputs(self) -> list[SimpleNamespace]:
+            image = SimpleNamespace(name="images", shape=["N", 3, 64, 96], type="tensor(float)")
+            return [image, SimpleNamespace(name="orig_target_sizes", shape=["N", 2], type="tensor(int64)")]
+
+        def get_outputs(self) -> list[SimpleNamespace]:
+            return [SimpleNamespace(name="sizes", shape=["N", 2], type="tensor(int64)")]
+
+        def get_modelmeta(self) -> SimpleNamespace:
+            return SimpleNamespace(custom_metadata_map={})
+
+        def run(self, names: object, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return [feed["orig_target_sizes"]]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    sizes = OrtRuntime(model).run(np.zeros((2, 3, 64, 96), np.float32))["sizes"]
+    np.testing.assert_array_equal(sizes, [[96, 64], [96, 64]])
