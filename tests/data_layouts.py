@@ -17,7 +17,9 @@ Objects = Sequence[tuple[str, Box]]
 def picture(path: Path, hw: tuple[int, int] = (40, 60), seed: int | None = None) -> Path:
     """A random RGB picture, different for every path unless the seed says otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed if seed is not None else list(path.name.encode()) + list(path.parent.name.encode()))
+    rng = np.random.default_rng(
+        seed if seed is not None else list(path.name.encode()) + list(path.parent.name.encode())
+    )
     Image.fromarray(rng.integers(0, 256, (*hw, 3), np.uint8)).save(path)
     return path
 

@@ -48,9 +48,7 @@ def test_the_fast_path_gives_pillows_pixels_on_photographs(voc2007: Path, tiny_c
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize(
-    ("suffix", "options"), [("jpg", {}), ("png", {}), ("tif", {}), ("webp", {"lossless": True})]
-)
+@pytest.mark.parametrize(("suffix", "options"), [("jpg", {}), ("png", {}), ("tif", {}), ("webp", {"lossless": True})])
 def test_exif_orientation(tmp_path: Path, suffix: str, options: dict[str, object], orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -70,7 +68,12 @@ GRAY16 = RNG.integers(0, 65536, (24, 36), np.uint16)
 PALETTE = Image.fromarray(RGB).quantize(16)
 CASES = {
     "gray": (Image.fromarray(RGB[..., 0]), "png", {}, np.repeat(RGB[..., :1], 3, 2)),
-    "gray-alpha": (Image.merge("LA", [Image.fromarray(RGB[..., i]) for i in (0, 1)]), "png", {}, np.repeat(RGB[..., :1], 3, 2)),
+    "gray-alpha": (
+        Image.merge("LA", [Image.fromarray(RGB[..., i]) for i in (0, 1)]),
+        "png",
+        {},
+        np.repeat(RGB[..., :1], 3, 2),
+    ),
     "rgba": (Image.merge("RGBA", [*Image.fromarray(RGB).split(), Image.new("L", (36, 24), 0)]), "png", {}, RGB),
     "gray16": (Image.fromarray(GRAY16), "png", {}, np.repeat((GRAY16 >> 8).astype(np.uint8)[..., None], 3, 2)),
     "gray16-tiff": (Image.fromarray(GRAY16), "tif", {}, np.repeat((GRAY16 >> 8).astype(np.uint8)[..., None], 3, 2)),
@@ -132,7 +135,12 @@ def test_a_jpeg_with_bytes_behind_its_end_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "empty"), (b"hello", "not an image"), (b"\xff\xd8\xff\xe0garbage\xff\xd9", "bad.jpg"), (None, "no such image")],
+    [
+        (b"", "empty"),
+        (b"hello", "not an image"),
+        (b"\xff\xd8\xff\xe0garbage\xff\xd9", "bad.jpg"),
+        (None, "no such image"),
+    ],
 )
 @pytest.mark.parametrize("read", [load_image, image_hw])
 def test_what_is_no_image_is_named(tmp_path: Path, read, content: bytes | None, words: str) -> None:

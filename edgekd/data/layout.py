@@ -26,6 +26,7 @@ class RawObject:
         box: (x1, y1, x2, y2), pixels, or shares of the image where `RawImage.normalised`.
         label: the class name; an index where a YOLO data set names no classes or the index is out of range.
         line: 1-based line of the object in the annotation file.
+        label_line: line of its class, if that is another.
         item: its entry, for formats without lines.
     """
 
@@ -34,6 +35,7 @@ class RawObject:
     difficult: bool = False
     crowd: bool = False
     line: int | None = None
+    label_line: int | None = None
     item: str = ""
 
 

@@ -156,7 +156,7 @@ class _Judge:
         return None
 
     def _report(self, kind: str, message: str, obj: RawObject | None) -> None:
-        line = obj.line if obj else None
+        line = (obj.label_line if kind == "unknown-class" else None) or obj.line if obj else None
         item = obj.item if obj else self.raw.item
         self.problems.append(Problem(kind, self.raw.annotation, message, line, item, self.split))
 

@@ -250,6 +250,7 @@ def _object(element: Element) -> RawObject:
         difficult=_flag(element, "difficult"),
         crowd=_flag(element, "crowd"),
         line=box.line,
+        label_line=name.line,
     )
 
 

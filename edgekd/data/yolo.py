@@ -8,6 +8,8 @@ without a label file shows only background. A line of a segmentation polygon bec
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,13 +110,11 @@ class YoloSource:
     def scan(self, split: str, problems: list[Problem], limit: int | None = None) -> list[RawImage]:
         """See `layout.Source.scan`."""
         require_split(split, self.splits(), self.root)
-        listed = self._listed(split, problems)[:limit]
-        stems: dict[str, int] = {}
-        for image in listed:
-            stems[stem_of(image.name)] = stems.get(stem_of(image.name), 0) + 1
+        listed = self._listed(split, problems)
+        stems = Counter(stem_of(image.name) for image in listed)
         raws: list[RawImage] = []
         ids: set[str] = set()
-        for image in listed:
+        for image in listed[:limit]:
             stem = stem_of(image.name)
             unique = stem if stems[stem] == 1 else printable(self._relative(image.path))
             raw = self._read(image, split, unique, problems)
@@ -163,8 +163,10 @@ class YoloSource:
             if path is None:
                 problems.append(Problem("missing-image", listing, f"{text!r} is not there", line, split=split))
                 continue
-            found.append(_Listed(path, _name_in_list(text), listing, line))
-        return found
+            found.append(_Listed(path, text.replace("\\", "/"), listing, line))
+        folders = [image.name.split("/")[:-1] for image in found]
+        shared = len(os.path.commonprefix(folders))  # of lists of folder names, not of characters
+        return [replace(image, name="/".join(image.name.split("/")[shared:])) for image in found]
 
     def _read(self, image: _Listed, split: str, default_id: str, problems: list[Problem]) -> RawImage:
         label = label_path(image.path)
@@ -250,12 +252,6 @@ def parse_line(text: str) -> tuple[int, tuple[float, float, float, float]]:
             return int(values[0]), (math.nan,) * 4
         return int(values[0]), (min(xs), min(ys), max(xs), max(ys))
     raise ValueError(f"{len(values)} numbers; expected class cx cy w h, or class and a polygon of 3 points or more")
-
-
-def _name_in_list(text: str) -> str:
-    """An image's name within its split: what follows the last "images/", or else its file name."""
-    text = text.replace("\\", "/")
-    return text.rsplit("images/", 1)[1] if "images/" in text else text.rsplit("/", 1)[-1]
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
