@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd.checkpoint import save_detector
+from edgekd.detectors.base import TapSpec
+from edgekd.errors import (
+    ArtifactError,
+    ClassMapError,
+    DistillationSetupError,
+    MissingDependencyError,
+    RuntimeFailure,
+    UserError,
+)
+from edgekd.preprocess import normalise
+from edgekd.recipe import CheckpointTeacher, ModelConfig, ModuleTeacher, OnnxTeacher, TorchvisionTeacher, TrainedTeacher
+from edgekd.teachers import build_teacher
+from edgekd.types import PreprocessSpec
+from tests.toy import CLASSES, toy_detector
+from tests.toy_onnx import write_constant_detector
+
+NAMES = ("cat", "dog")
+BOXES = np.array([[16, 0, 48, 32], [17, 0, 48, 32], [60, 40, 80, 64]], np.float32)
+SCORES = np.array([[0.9, 0.1], [0.6, 0.2], [0.005, 0.4]], np.float32)
+IMAGE = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+
+
+def onnx_file(path: Path, batch: int = 1) -> Path:
+    arrays = {"boxes": np.stack([BOXES] * batch), "scores": np.stack([SCORES] * batch)}
+    return write_constant_detector(path, arrays, (batch, 3, 64, 96))
+
+
+def onnx_config(path: Path, **changes: object) -> OnnxTeacher:
+    return OnnxTeacher(name="t", onnx=str(path), class_names=NAMES, box_format="xyxy", **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def native_run(tmp_path: Path) -> Path:
+    save_detector(tmp_path / "run" / "model.pt", toy_detector(), {})
+    return tmp_path / "run"
+
+
+def test_a_native_teacher_gives_boxes_raw_outputs_and_taps(native_run: Path) -> None:
+    teacher = build_teacher(CheckpointTeacher(name="t", checkpoint=str(native_run)), CLASSES)
+    detector = teacher.detector
+    assert detector is not None
+    assert not detector.training
+    assert not any(p.requires_grad for p in detector.parameters())
+    tap = next(iter(teacher.tap_specs))
+    images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    output = teacher.respond(images, [tap])
+    assert output.dense is not None
+    assert output.dense.cls_logits.shape[:2] == (2, len(detector.prior_boxes()))
+    assert output.taps[tap].shape == (2, teacher.tap_specs[tap].channels, *teacher.tap_specs[tap].grid_hw)
+    assert not output.taps[tap].requires_grad
+    assert not output.taps[tap].is_inference()  # the student's loss must be able to save it for backward
+    assert len(output.soft.boxes_xyxy) == len(output.soft.class_probs) == 2
+    for boxes, probs in zip(output.soft.boxes_xyxy, output.soft.class_probs, strict=True):
+        assert boxes.shape == (len(probs), 4)
+        assert probs.shape[1] == len(CLASSES)
+
+
+def test_a_native_teacher_sees_in_a_batch_what_it_sees_alone(native_run: Path) -> None:
+    teacher = build_teacher(CheckpointTeacher(name="t", checkpoint=str(native_run)), CLASSES)
+    detector = teacher.detector
+    assert detector is not None
+    images = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    dense = teacher.respond(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).dense
+    assert dense is not None
+    for index, image in enumerate(images):
+        with torch.no_grad():
+            alone = detector(torch.from_numpy(normalise(image, teacher.preprocess)))
+        torch.testing.assert_close(dense.cls_logits[index], alone.cls_logits[0], rtol=1e-3, atol=1e-4)
+    one = torch.from_numpy(images[:1].transpose(0, 3, 1, 2).copy())
+    assert len(teacher.answer(images[0])) == len(teacher.respond(one).soft.boxes_xyxy[0])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_onnx_teacher_answers_batches_of_any_size(tmp_path: Path, batch: int) -> None:
+    teacher = build_teacher(onnx_config(onnx_file(tmp_path / "t.onnx", batch)), ("dog", "bird"))
+    assert teacher.detector is None
+    assert teacher.unknown_classes == ("bird",)
+    assert teacher.known.tolist() == [True, False]
+    output = teacher.respond(torch.zeros((3, 3, 64, 96), dtype=torch.uint8))
+    assert output.dense is None
+    assert len(output.soft.boxes_xyxy) == 3
+    for boxes, probs in zip(output.soft.boxes_xyxy, output.soft.class_probs, strict=True):
+        np.testing.assert_allclose(boxes, BOXES[[2, 1]])
+        np.testing.assert_allclose(probs, [[0.4, 0], [0.2, 0]])
+
+
+def test_answers_leave_out_what_is_too_weak_to_teach_but_detections_do_not(tmp_path: Path) -> None:
+    config = onnx_config(onnx_file(tmp_path / "t.onnx"), class_map={"dog": ""})
+    teacher = build_teacher(config, NAMES)
+    assert len(teacher.answer(IMAGE)) == 1
+    np.testing.assert_allclose(teacher.detect(IMAGE).scores, [0.9, 0.005], rtol=1e-6)
+
+
+def test_taps_of_an_onnx_teacher(tmp_path: Path) -> None:
+    teacher = build_teacher(onnx_config(onnx_file(tmp_path / "t.onnx"), taps={"neck": "inner"}), NAMES)
+    assert teacher.tap_specs == {"neck": TapSpec("neck", "neck", 3, (64, 96))}
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    taps = teacher.respond(images, ["neck"]).taps
+    torch.testing.assert_close(taps["neck"], images / 255.0)
+    with pytest.raises(DistillationSetupError, match="neck"):
+        teacher.respond(images, ["head"])
+
+
+def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
+    teacher = build_teacher(onnx_config(onnx_file(tmp_path / "t.onnx")), NAMES)
+    for images in (torch.zeros((1, 3, 96, 64), dtype=torch.uint8), torch.zeros((1, 3, 64, 96))):
+        with pytest.raises(DistillationSetupError, match="input size"):
+            teacher.respond(images)
+
+
+def test_identity_follows_content(tmp_path: Path) -> None:
+    first = build_teacher(onnx_config(onnx_file(tmp_path / "a.onnx")), NAMES).identity()
+    json.dumps(first)
+    assert build_teacher(onnx_config(onnx_file(tmp_path / "b.onnx")), NAMES).identity() == first
+    assert build_teacher(onnx_config(onnx_file(tmp_path / "b.onnx"), resize="letterbox"), NAMES).identity() != first
+    assert build_teacher(onnx_config(onnx_file(tmp_path / "b.onnx")), ("dog",)).identity() != first
+
+
+def test_a_teacher_that_knows_nothing_of_the_students_classes(tmp_path: Path) -> None:
+    with pytest.raises(ClassMapError, match="rbc"):
+        build_teacher(onnx_config(onnx_file(tmp_path / "t.onnx")), ("rbc",))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CheckpointTeacher(name="t", checkpoint="nowhere"), OnnxTeacher(name="t", onnx="nowhere.onnx")],
+    ids=["checkpoint", "onnx"],
+)
+def test_a_missing_file(config: CheckpointTeacher | OnnxTeacher) -> None:
+    with pytest.raises(ArtifactError, match="nowhere"):
+        build_teacher(config, NAMES)
+
+
+def test_a_teacher_that_is_still_to_be_trained() -> None:
+    with pytest.raises(DistillationSetupError, match="still to be trained"):
+        build_teacher(TrainedTeacher(name="t", train=ModelConfig(model="yolo-nano")), NAMES)
+
+
+ADAPTER = """
+import numpy as np, torch
+from edgekd.types import PreprocessSpec
+from edgekd.detectors.base import TapSpec
+
+class Adapter:
+    preprocess = PreprocessSpec((64, 96), "stretch", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    class_names = ["cat", "dog"]
+
+    def __init__(self, score=0.7, fault=""):
+        self.score, self.fault = score, fault
+
+    def __call__(self, images):
+        assert images.shape[1:] == (3, 64, 96) and images.dtype == torch.float32 and not torch.is_grad_enabled()
+        if self.fault == "raise":
+            raise ValueError("broken inside")
+        if self.fault == "classes":
+            return [(torch.zeros(1, 4), torch.zeros(1, 3)) for _ in images]
+        if self.fault == "count":
+            return []
+        box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
+        return [(box, np.array([[self.score, float(image.mean())]], np.float32)) for image in images]
+
+class Tapped(Adapter):
+    tap_specs = {"mean": TapSpec("mean", "neck", 3, (1, 1))}
+
+    def call_with_taps(self, images, taps):
+        return self(images), {"mean": images.mean((2, 3), keepdim=True)}
+
+def tapped(): return Tapped()
+def refuses(): raise RuntimeError("no licence")
+def nothing(): return object()
+"""
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_adapters.py").write_text(ADAPTER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_adapters", raising=False)
+    return "my_adapters"
+
+
+def test_a_module_of_the_users_own(adapters: str) -> None:
+    before = list(sys.path)
+    config = ModuleTeacher(name="t", module=f"{adapters}:Adapter", args={"score": 0.6})
+    teacher = build_teacher(config, ("dog", "cat"))
+    assert sys.path == before
+    images = torch.stack([torch.full((3, 64, 96), 255), torch.zeros(3, 64, 96)]).to(torch.uint8)
+    output = teacher.respond(images)
+    np.testing.assert_allclose(output.soft.class_probs[0], [[1.0, 0.6]], atol=1e-5)  # white is 1 after (x - 0.5) / 0.5
+    np.testing.assert_allclose(output.soft.class_probs[1], [[0.0, 0.6]], atol=1e-5)
+    answer = teacher.answer(np.full((128, 192, 3), 255, np.uint8))
+    np.testing.assert_allclose(answer.boxes_xyxy, [[16, 16, 80, 80]])
+    assert teacher.identity()["args"] == {"score": 0.6}
+    assert teacher.tap_specs == {}
+    teacher.close()
+    with pytest.raises(RuntimeFailure, match="closed"):
+        teacher.respond(images)
+
+
+def test_taps_of_an_adapter(adapters: str) -> None:
+    teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:tapped"), NAMES)
+    output = teacher.respond(torch.full((2, 3, 64, 96), 255, dtype=torch.uint8), ["mean"])
+    torch.testing.assert_close(output.taps["mean"], torch.ones(2, 3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "words"),
+    [
+        ("no_such_module_here:f", {}, "cannot be imported"),
+        ("my_adapters", {}, "package.module:function"),
+        ("my_adapters:Adaptr", {}, "Adapter"),
+        ("my_adapters:refuses", {}, "no licence"),
+        ("my_adapters:nothing", {}, "did not return an adapter"),
+        ("my_adapters:Adapter", {"scores": 1}, "factory failed"),
+    ],
+)
+def test_a_factory_that_does_not_work(adapters: str, module: str, args: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_teacher(ModuleTeacher(name="t", module=module, args=args), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("raise", RuntimeFailure, "broken inside"),
+        ("classes", UserError, "wrong shape"),
+        ("count", UserError, "wrong shape"),
+    ],
+)
+def test_an_adapter_that_answers_wrongly(adapters: str, fault: str, error: type[Exception], words: str) -> None:
+    teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:Adapter", args={"fault": fault}), NAMES)
+    with pytest.raises(error, match=words):
+        teacher.respond(torch.zeros((1, 3, 64, 96), dtype=torch.uint8))
+
+
+class _BrokenFinder:
+    """Stands for a torchvision whose compiled operators want libraries that are not there."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.startswith("torchvision"):
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("no module"),
+        OSError("libcudart.so.12: cannot open"),
+        RuntimeError("operator torchvision::nms does not exist"),
+    ],
+)
+def test_torchvision_that_does_not_import_for_any_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_BrokenFinder(error), *sys.meta_path])
+    with pytest.raises(MissingDependencyError) as caught:
+        build_teacher(TorchvisionTeacher(name="t", torchvision="ssd300_vgg16"), NAMES)
+    assert str(error) in str(caught.value)
+
+
+class _FakeSsd(torch.nn.Module):
+    """Answers like torchvision's detectors: labels are COCO category ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.transform = SimpleNamespace(fixed_size=(96, 64), min_size=(64,))
+
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        boxes = torch.tensor([[10.0, 10, 50, 40], [12, 10, 50, 40], [1, 1, 9, 9]])
+        labels, scores = torch.tensor([1, 3, 17]), torch.tensor([0.9, 0.8, 0.4])
+        return [{"boxes": boxes, "labels": labels, "scores": scores} for _ in images]
+
+
+@pytest.fixture
+def fake_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, models, detection = (ModuleType(f"torchvision{part}") for part in ("", ".models", ".models.detection"))
+    package.models, models.detection = models, detection  # type: ignore[attr-defined]
+    models.list_models = lambda module: ["ssd300_vgg16"]  # type: ignore[attr-defined]
+    models.get_model = lambda name, **kwargs: _FakeSsd()  # type: ignore[attr-defined]
+    names = ["__background__", "person", "bicycle", "car", *["N/A"] * 13, "cat"]
+    models.get_model_weights = lambda name: {"DEFAULT": SimpleNamespace(meta={"categories": names})}  # type: ignore[attr-defined]
+    for module in (package, models, detection):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.usefixtures("fake_torchvision")
+@pytest.mark.parametrize("weights", [None, "file"])
+def test_a_torchvision_detector(weights: str | None, tmp_path: Path) -> None:
+    if weights:
+        weights = str(tmp_path / "ssd.pth")
+        torch.save(_FakeSsd().state_dict(), weights)
+    config = TorchvisionTeacher(name="t", torchvision="ssd300_vgg16", weights=weights)
+    teacher = build_teacher(config, ("car", "cat", "horse"))
+    assert teacher.preprocess == PreprocessSpec((64, 96), "stretch", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    found = teacher.detect(IMAGE)
+    np.testing.assert_array_equal(found.labels, [0, 1])  # the person is dropped
+    np.testing.assert_allclose(found.scores, [0.8, 0.4])
+    assert ("horse" in teacher.unknown_classes) == (weights is None)
+
+
+@pytest.mark.usefixtures("fake_torchvision")
+@pytest.mark.parametrize(
+    ("model", "weights"), [("ssd301", None), ("ssd300_vgg16", "NO_SUCH"), ("ssd300_vgg16", "junk")]
+)
+def test_a_torchvision_detector_that_cannot_be_had(model: str, weights: str | None, tmp_path: Path) -> None:
+    if weights == "junk":
+        weights = str(tmp_path / "junk.pth")
+        Path(weights).write_bytes(b"junk")
+    with pytest.raises(UserError):
+        build_teacher(TorchvisionTeacher(name="t", torchvision=model, weights=weights), NAMES)
