@@ -157,6 +157,8 @@ def test_a_native_checkpoint_and_its_run_folder(tmp_path: Path) -> None:
         ("none.onnx", None, {}, ArtifactError, "no such file"),
         ("bad.onnx", b"\x08\x08junk", {}, ArtifactError, "cannot load"),
         ("bad.pt", b"PK\x03\x04junk", {}, ArtifactError, "not a readable checkpoint"),
+        ("junk.pt", b"junk", {}, ArtifactError, "not a readable checkpoint"),
+        ("junk.pt", b"\x80\x02}q", {}, ArtifactError, "not a readable checkpoint"),
         ("image.jpg", b"\xff\xd8", {}, ArtifactError, "not a kind of file that detects"),
         ("model.engine", b"x", {}, MissingDependencyError, "engines"),
         ("model.pt", b"x", {"runtime": "onnxruntime"}, UserError, "does not fit"),
