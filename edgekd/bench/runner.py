@@ -21,10 +21,10 @@ from edgekd.bench.latency import Measurement, MeasurementPlan, measure
 from edgekd.bench.memory import PeakMemory, peak_memory
 from edgekd.bench.result import SCHEMA, compare, ensemble_facts, headline_rows, result_row, together, warnings_of
 from edgekd.bench.saved import Saved, SavedRow, save
-from edgekd.bench.systems import EnsembleSystem, SingleSystem, System, fusion_of
+from edgekd.bench.systems import Member, System, ensemble_of
 from edgekd.data.images import load_image
 from edgekd.errors import DataError
-from edgekd.predictor import Predictor, RuntimeChoice, load_predictor
+from edgekd.predictor import RuntimeChoice, load_predictor
 from edgekd.recipe import BenchConfig
 from edgekd.types import Dataset, Detections
 
@@ -43,7 +43,7 @@ class _Subject:
     role: Role
     artifact: str
     system: System
-    predictors: tuple[Predictor, ...]
+    members: tuple[Member, ...]
     facts: ArtifactFacts
     loads: list[dict[str, Any]]
 
@@ -89,7 +89,7 @@ def bench_artifacts(
         stack.enter_context(_opencv_threads(threads))
         subjects = _open(artifacts, dataset, config, threads, runtime, provider, stack)
         if ensemble is not None:
-            subjects.append(_ensemble_subject(ensemble, subjects))
+            subjects.append(_ensemble_subject(ensemble, subjects, dataset, config))
         answers = _answer_all(subjects, dataset, tell)
         plan = MeasurementPlan(config.samples, _block(config.samples), warmup_seconds=config.warmup_seconds, seed=seed)
         images = [load_image(dataset.records[i].path) for i in _evenly(len(dataset), LATENCY_IMAGES)]
@@ -164,17 +164,16 @@ def _open(
             "nms_iou": config.nms_iou,
             "max_detections": config.max_detections,
         }
-        opened = stack.enter_context(load_predictor(**settings, options=artifact.options))
-        class_map = artifact.options.class_map if artifact.options is not None else None
-        predictor = opened.with_classes(dataset.class_names, class_map or artifact.class_map)
+        predictor = stack.enter_context(load_predictor(**settings, options=artifact.options))
+        class_map = (artifact.options.class_map if artifact.options is not None else None) or artifact.class_map
         options = None if artifact.options is None else artifact.options.model_dump(mode="json")
         subjects.append(
             _Subject(
                 artifact.name,
                 artifact.role,
                 _shown_path(artifact.path),
-                SingleSystem(predictor),
-                (predictor,),
+                System(predictor.with_classes(dataset.class_names, class_map)),
+                (Member(artifact.name, predictor, class_map),),
                 describe_artifact(artifact.path, predictor.preprocess.input_hw),
                 [{**settings, "path": str(artifact.path.resolve()), "options": options}],
             )
@@ -182,18 +181,20 @@ def _open(
     return subjects
 
 
-def _ensemble_subject(ensemble: BenchEnsemble, subjects: Sequence[_Subject]) -> _Subject:
+def _ensemble_subject(
+    ensemble: BenchEnsemble, subjects: Sequence[_Subject], dataset: Dataset, config: BenchConfig
+) -> _Subject:
     by_name = {subject.name: subject for subject in subjects}
-    members = [by_name[name] for name in ensemble.members]
-    predictors = tuple(predictor for member in members for predictor in member.predictors)
+    chosen = [by_name[name] for name in ensemble.members]
+    members = tuple(member for subject in chosen for member in subject.members)
     return _Subject(
         ensemble.name,
         "ensemble",
-        " + ".join(member.artifact for member in members),
-        EnsembleSystem(predictors, fusion_of(ensemble, predictors)),
-        predictors,
-        together([member.facts for member in members]),
-        [settings for member in members for settings in member.loads],
+        " + ".join(subject.artifact for subject in chosen),
+        System(ensemble_of(ensemble, members, dataset.class_names, config)),
+        members,
+        together([subject.facts for subject in chosen]),
+        [settings for subject in chosen for settings in subject.loads],
     )
 
 
@@ -226,16 +227,15 @@ def _rows(
 ) -> list[dict[str, Any]]:
     rows = []
     for subject, accuracy, measurement, peak in zip(subjects, accuracies, measured, peaks, strict=True):
-        predictor = subject.predictors[0]
+        runtime = subject.members[0].predictor.runtime
         identity = {
             "name": subject.name,
             "role": subject.role,
             "artifact": subject.artifact,
-            "runtime": predictor.runtime.name,
-            "provider": predictor.runtime.provider,
+            "runtime": runtime.name,
+            "provider": runtime.provider,
             "threads": threads,
-            "input_hw": [list(p.preprocess.input_hw) for p in subject.predictors],
-            "unknown_classes": predictor.describe()["unknown_classes"] if len(subject.predictors) == 1 else [],
+            "input_hw": [list(member.predictor.preprocess.input_hw) for member in subject.members],
         }
         rows.append(result_row(identity, subject.facts, accuracy, measurement, peak))
     return rows

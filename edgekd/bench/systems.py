@@ -1,99 +1,84 @@
-"""A deployed system under measurement: one detector, or several with their fusion, one image at a time."""
+"""A deployed system under measurement: one detector, or an ensemble with its fusion, one image at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from edgekd.bench.entries import BenchEnsemble
 from edgekd.bench.latency import Clock
-from edgekd.postprocess import weighted_boxes_fusion
-from edgekd.predictor import Predictor
-from edgekd.types import Detections, ImageArray, SoftDetections
-
-Fusion = Callable[[Sequence[SoftDetections]], Detections]
-"""Several members' answers to one image into one answer."""
+from edgekd.predictor import Predictor, Selection
+from edgekd.recipe import BenchConfig
+from edgekd.types import Detections, ImageArray
 
 
-class System(Protocol):
-    """What the benchmark runs: an answer for accuracy, stage times for latency."""
+class Staged(Protocol):
+    """What `Predictor` and `Ensemble` have in common: three stages that can be called apart."""
 
-    def detect(self, image: ImageArray) -> Detections:
-        """Answer one original image, in the data set's labels."""
+    def prepare(self, image: ImageArray) -> tuple[Any, Any]:
+        """Image to (input tensors, geometries)."""
         ...
 
-    def stages_ns(self, image: ImageArray, clock: Clock) -> tuple[int, int, int]:
-        """Answer one image; nanoseconds spent in (pre, infer, post)."""
+    def infer(self, tensor: Any, /) -> Any:
+        """Input tensors to raw outputs, computed when it returns."""
+        ...
+
+    def finish(self, raw: Any, geometry: Any, /) -> Detections:
+        """Raw outputs to detections in the image's own pixels."""
+        ...
+
+    def detect(self, image: ImageArray) -> Detections:
+        """All three."""
         ...
 
 
-class SingleSystem:
-    """One detector."""
+class System:
+    """Runs a detector or an ensemble, saying how long each stage took."""
 
-    def __init__(self, predictor: Predictor) -> None:
-        self.predictor = predictor
+    def __init__(self, staged: Staged) -> None:
+        self.staged = staged
 
     def detect(self, image: ImageArray) -> Detections:
-        """As deployed."""
-        return self.predictor.detect(image)
+        """As deployed, in the data set's labels."""
+        return self.staged.detect(image)
 
     def stages_ns(self, image: ImageArray, clock: Clock) -> tuple[int, int, int]:
-        """Nanoseconds of prepare, infer, finish."""
-        predictor = self.predictor
+        """Answer one image; nanoseconds spent in (pre, infer, post). An ensemble's fusion is part of post."""
         start = clock()
-        tensor, geometry = predictor.prepare(image)
+        tensor, geometry = self.staged.prepare(image)
         prepared = clock()
-        raw = predictor.infer(tensor)
+        raw = self.staged.infer(tensor)
         inferred = clock()
-        predictor.finish(raw, geometry)
+        self.staged.finish(raw, geometry)
         return prepared - start, inferred - prepared, clock() - inferred
 
 
-class EnsembleSystem:
-    """All members one after the other on every image, then fusion: what deploying the ensemble would cost."""
+@dataclass(frozen=True)
+class Member:
+    """One detector of an ensemble.
 
-    def __init__(self, members: Sequence[Predictor], fuse: Fusion) -> None:
-        self.members = tuple(members)
-        self.fuse = fuse
+    Attributes:
+        predictor: in its own classes.
+        class_map: its classes onto the data set's, where names do not say it.
+    """
 
-    def detect(self, image: ImageArray) -> Detections:
-        """As deployed."""
-        return self.fuse([member.answer(image) for member in self.members])
-
-    def stages_ns(self, image: ImageArray, clock: Clock) -> tuple[int, int, int]:
-        """Nanoseconds of all members' prepare, all members' infer, all members' selection with the fusion."""
-        pre = infer = post = 0
-        answers = []
-        for member in self.members:
-            start = clock()
-            tensor, geometry = member.prepare(image)
-            prepared = clock()
-            raw = member.infer(tensor)
-            inferred = clock()
-            answers.append(member.soften(raw, geometry))
-            post += clock() - inferred
-            pre += prepared - start
-            infer += inferred - prepared
-        start = clock()
-        self.fuse(answers)
-        return pre, infer, post + clock() - start
+    name: str
+    predictor: Predictor
+    class_map: Mapping[str, str] | None
 
 
-def fusion_of(ensemble: BenchEnsemble, members: Sequence[Predictor]) -> Fusion:
-    """How a benchmark's ensemble fuses its members' answers, as `edgekd.teachers.ensemble` does it.
+def ensemble_of(
+    ensemble: BenchEnsemble, members: Sequence[Member], class_names: Sequence[str], config: BenchConfig
+) -> Staged:
+    """The members as one deployed system: all of them on every image, one after the other, then fusion.
 
     Raises:
-        UserError: a fusion that does not work on files.
+        UserError: a fusion that does not work on these files, or weights that are not positive.
     """
-    iou, weights = ensemble.config.iou, ensemble.weights
-    known = [None if member.class_map is None else member.class_map.known for member in members]
-    every = np.ones(len(members[0].class_names), np.bool_)
-    sees = [every if k is None else k for k in known]
+    from edgekd.teachers.ensemble import Ensemble
+    from edgekd.teachers.predicted import PredictorTeacher
 
-    def fuse(answers: Sequence[SoftDetections]) -> Detections:
-        fused = weighted_boxes_fusion(answers, weights, iou, known=sees)
-        return fused.hard()
-
-    return fuse
+    teachers = [PredictorTeacher(m.name, m.predictor, class_names, m.class_map) for m in members]
+    selection = Selection(config.score_threshold, config.nms_iou, config.max_detections)
+    return Ensemble(teachers, ensemble.config, ensemble.weights, selection=selection)
