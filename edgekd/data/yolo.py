@@ -156,17 +156,16 @@ class YoloSource:
         return sorted(unique, key=lambda image: order.get(stem_of(image.name), len(order)))
 
     def _read_list(self, listing: Path, split: str, problems: list[Problem]) -> list[_Listed]:
-        found = []
+        found: list[tuple[Path, int]] = []
         for line, text in numbered_lines(listing):
-            tries = [listing.parent / text, self._base / text]
+            tries = [base / text.replace("\\", "/") for base in (listing.parent, self._base)]
             path = next((path for path in tries if path.is_file()), None)
             if path is None:
                 problems.append(Problem("missing-image", listing, f"{text!r} is not there", line, split=split))
                 continue
-            found.append(_Listed(path, text.replace("\\", "/"), listing, line))
-        folders = [image.name.split("/")[:-1] for image in found]
-        shared = len(os.path.commonprefix(folders))  # of lists of folder names, not of characters
-        return [replace(image, name="/".join(image.name.split("/")[shared:])) for image in found]
+            found.append((Path(os.path.normpath(path)), line))
+        shared = os.path.commonpath([path.parent for path, _ in found]) if found else ""
+        return [_Listed(path, path.relative_to(shared).as_posix(), listing, line) for path, line in found]
 
     def _read(self, image: _Listed, split: str, default_id: str, problems: list[Problem]) -> RawImage:
         label = label_path(image.path)
