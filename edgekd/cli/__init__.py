@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgekd import __version__
-from edgekd.cli import bench, data, deploy, recipes, train
+from edgekd.cli import bench, compare, data, deploy, recipes, train
 from edgekd.cli.session import (
     CommandGroup,
     DebugOption,
@@ -63,6 +63,7 @@ app.command()(deploy.export)
 app.command()(bench.bench)
 app.command()(deploy.predict)
 app.command()(train.run)
+app.command()(compare.compare)
 app.command()(deploy.report)
 app.add_typer(recipes.app, name="recipe")
 

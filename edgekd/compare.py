@@ -1,0 +1,283 @@
+"""The student alone against the same student with each method, over seeds: is the gain real?
+
+Everything but the method is held equal: schedule, data order, augmentation, seeds, images, teachers. Each run writes its own
+result when it ends, so nothing is lost when a machine dies, and the same command goes on from there.
+
+    DIR/teachers/NAME/  answers/NAME/  alone/seed-N/  RECIPE/seed-N/{model.pt, ..., evaluation/}
+        comparison.json  comparison.md  comparison.svg
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from edgekd.artifact import is_current, sha256_file, source_commit, versions, write_json, write_manifest, write_text
+from edgekd.bench.accuracy import evaluate
+from edgekd.bench.matching import Matches, match_coco
+from edgekd.bench.precision_recall import mean_ap50
+from edgekd.checkpoint import MODEL_FILE, load_detector
+from edgekd.errors import RecipeError, UserError
+from edgekd.recipe import Recipe
+from edgekd.stages import distill_student, ready_teachers, train_student
+from edgekd.train import RunResult
+from edgekd.types import Detections
+from edgekd.validate import ResizedImages, detect_dataset
+from edgekd.workspace import Workspace, is_synthetic, open_workspace
+
+ALONE = "alone"
+SCHEMA = "edgekd.comparison/1"
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t, 97.5 %, for 1, 2, ... 15 degrees of freedom; beyond, 2.1 is a little wide, which is the safe side."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One trained student on the validation split.
+
+    Attributes:
+        method: "alone" or a recipe's name. figures: what `Accuracy.to_dict` gives. matches: for the bootstrap.
+    """
+
+    method: str
+    seed: int
+    figures: Mapping[str, Any]
+    matches: Matches
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `comparison.json` holds, and the same as text."""
+
+    folder: Path
+    data: Mapping[str, Any]
+    table: str
+
+
+def compare_recipes(
+    recipes: Sequence[Recipe], seeds: Sequence[int], out: Path, *, device: str = "auto", quiet: bool = False
+) -> Comparison:
+    """Train and evaluate every (method, seed) that is not there yet, and compare.
+
+    Raises:
+        UserError: no recipes, repeated seeds or names.
+        RecipeError: the recipes differ in more than their method.
+    """
+    _check(recipes, seeds)
+    with open_workspace(recipes[0], out, device=device, quiet=quiet) as base:
+        runs: list[Evaluated] = []
+        teachers = {r.name: ready_teachers(replace(base, recipe=r), out / "teachers") for r in recipes}
+        for seed in seeds:  # seed by seed, so that a table cut off early still compares like with like
+            work = _seeded(base, recipes[0], seed)
+            runs.append(_evaluate(work, train_student(work, out / ALONE / f"seed-{seed}"), ALONE))
+            for recipe in recipes:
+                work = _seeded(base, recipe, seed)
+                folder = out / recipe.name / f"seed-{seed}"
+                run = distill_student(work, teachers[recipe.name], folder, answers=out / "answers")
+                runs.append(_evaluate(work, run, recipe.name))
+                data = _summary(base, recipes, runs)
+                write_json(out / "comparison.json", data)
+                write_text(out / "comparison.md", table_markdown(data))
+        from edgekd.report.comparison import draw_comparison
+
+        draw_comparison(data, out / "comparison.svg")
+        return Comparison(out, data, table_markdown(data))
+
+
+def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
+    if not recipes or not seeds:
+        raise UserError("compare needs at least one recipe and one seed")
+    for what, values in (("recipe names", [r.name for r in recipes]), ("seeds", list(seeds))):
+        if len(set(values)) != len(values):
+            raise UserError(f"{what} repeat", got=", ".join(map(str, values)), expected="each once")
+    if ALONE in [r.name for r in recipes]:
+        raise UserError(f"a recipe may not be named {ALONE!r}: that is the student without distillation")
+    first = recipes[0]
+    for other in recipes[1:]:
+        differing = [
+            key for key in ("data", "student", "train", "augment") if getattr(first, key) != getattr(other, key)
+        ]
+        if differing:
+            raise RecipeError(
+                f"recipes {first.name} and {other.name} differ in more than their method",
+                got=f"different {', '.join(differing)}",
+                expected="equal data, student, train and augment, so that only the method can explain a difference",
+            )
+
+
+def _seeded(base: Workspace, recipe: Recipe, seed: int) -> Workspace:
+    return replace(base, recipe=recipe.model_copy(update={"seed": seed}))
+
+
+def _evaluate(work: Workspace, run: RunResult, method: str) -> Evaluated:
+    folder = run.folder / "evaluation"
+    seed, val = work.recipe.seed, work.val
+    inputs = {"model": sha256_file(run.folder / MODEL_FILE), "val": work.data_identity["val"]}
+    arrays = folder / "detections.npz"
+    if is_current(folder, "evaluation", inputs):
+        with np.load(arrays, allow_pickle=False) as saved:
+            ends = np.cumsum(saved["counts"])
+            found = [
+                Detections(saved["boxes"][e - c : e], saved["scores"][e - c : e], saved["labels"][e - c : e])
+                for e, c in zip(ends, saved["counts"], strict=True)
+            ]
+        figures = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
+    else:
+        detector = load_detector(run.model)
+        images = ResizedImages(val, detector, cache_mib=0)
+        with work.terminal.counting(f"evaluate {method}, seed {seed}") as progress:
+            found = detect_dataset(detector, images, score_threshold=0.001, progress=progress)
+        figures = evaluate(val.records, found, val.class_names).to_dict()
+        figures.pop("curves")
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(
+            arrays,
+            counts=np.array([len(d) for d in found]),
+            boxes=np.concatenate([d.boxes_xyxy for d in found]),
+            scores=np.concatenate([d.scores for d in found]),
+            labels=np.concatenate([d.labels for d in found]),
+        )
+        write_json(folder / "accuracy.json", figures)
+        write_manifest(folder, "evaluation", inputs, ["detections.npz", "accuracy.json"], {"seed": seed})
+    return Evaluated(method, seed, figures, match_coco(val.records, found, len(val.class_names)))
+
+
+def _summary(base: Workspace, recipes: Sequence[Recipe], runs: Sequence[Evaluated]) -> dict[str, Any]:
+    alone = {run.seed: run for run in runs if run.method == ALONE}
+    methods = [ALONE, *dict.fromkeys(run.method for run in runs if run.method != ALONE)]
+    rows = []
+    for method in methods:
+        own = [run for run in runs if run.method == method]
+        row: dict[str, Any] = {
+            "method": method,
+            "seeds": [run.seed for run in own],
+            **{key: spread([run.figures[key] for run in own]) for key in ("ap50", "ap", "voc07")},
+        }
+        if method != ALONE:
+            row["gain"] = gain(own, [alone[run.seed] for run in own])
+        rows.append(row)
+    return {
+        "schema": SCHEMA,
+        "data": {
+            "name": base.val.root.name,
+            "train": base.train.split,
+            "train_images": len(base.train),
+            "val": base.val.split,
+            "images": len(base.val),
+            "synthetic": is_synthetic(base.val.root),
+        },
+        "student": recipes[0].student.model_dump(mode="json", exclude={"weights"}),
+        "pretrained_backbone": recipes[0].student.weights is not None,
+        "train": recipes[0].train.model_dump(mode="json"),
+        "methods": {
+            recipe.name: {
+                "distill": recipe.distill.model_dump(mode="json"),
+                "teachers": [teacher.name for teacher in recipe.teachers],
+            }
+            for recipe in recipes
+        },
+        "rows": rows,
+        "provenance": {"commit": source_commit(), "versions": versions(), "device": base.device},
+    }
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds (None where a figure does not exist), and each value."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return {"mean": None, "sd": None, "values": list(values)}
+    return {"mean": fmean(there), "sd": stdev(there) if len(there) > 1 else None, "values": list(values)}
+
+
+def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated], resamples: int = 1000) -> dict[str, Any]:
+    """The paired difference in AP50, method minus alone, with two 95 % intervals that answer two questions.
+
+    "seeds" (Student's t over the paired differences): would other seeds show it? "images" (bootstrap over images of the mean
+    over seeds): would other images show it? A gain is shown when both exclude zero.
+    """
+    differences = [m.figures["ap50"] - a.figures["ap50"] for m, a in zip(method, alone, strict=True)]
+    mean, count = fmean(differences), len(differences)
+    by_seed: list[float] | None = None
+    if count > 1:
+        half = T_975[min(count - 1, len(T_975)) - 1] * stdev(differences) / math.sqrt(count)
+        by_seed = [mean - half, mean + half]
+    images = len(method[0].matches.positives)
+    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1.0 / images), size=resamples)
+    drawn = np.mean(
+        [mean_ap50(m.matches, draws) - mean_ap50(a.matches, draws) for m, a in zip(method, alone, strict=True)], axis=0
+    )
+    by_image = [float(v) for v in np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])]
+    intervals = [interval for interval in (by_seed, by_image) if interval is not None]
+    shown = by_seed is not None and (all(i[0] > 0 for i in intervals) or all(i[1] < 0 for i in intervals))
+    return {
+        "ap50": mean,
+        "values": differences,
+        "interval_seeds": by_seed,
+        "interval_images": by_image,
+        "verdict": ("gain" if mean > 0 else "loss") if shown else "no difference shown",
+        "per_class": _paired(method, alone, "per_class"),
+        "by_size": _paired(method, alone, "by_size"),
+    }
+
+
+def _paired(method: Sequence[Evaluated], alone: Sequence[Evaluated], group: str) -> dict[str, float | None]:
+    """Mean AP50 difference of each class or size."""
+    out: dict[str, float | None] = {}
+    for key in method[0].figures[group]:
+        pairs = [
+            (m.figures[group][key]["ap50"], a.figures[group][key]["ap50"]) for m, a in zip(method, alone, strict=True)
+        ]
+        values = [x - y for x, y in pairs if x is not None and y is not None]
+        out[key] = fmean(values) if values else None
+    return out
+
+
+def table_markdown(data: Mapping[str, Any]) -> str:
+    """The comparison as a Markdown table; figures in points of 100."""
+    facts = data["data"]
+    kind = "synthetic " if facts["synthetic"] else ""
+    seeds = max(len(row["seeds"]) for row in data["rows"])
+    lines = [
+        f"{data['student']['model']} (width {data['student']['width']:g}, {data['student']['input_size']} px), "
+        f"{kind}{facts['name']} {facts['train']} ({facts['train_images']} images) -> {facts['val']} "
+        f"({facts['images']} images), {data['train']['epochs']} epochs, {seeds} seed{'s' if seeds != 1 else ''}",
+        "",
+        "| | AP50 | AP | VOC07 | gain in AP50 | 95 % over seeds | 95 % over images | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        cells = [row["method"], *(_mean_sd(row[key]) for key in ("ap50", "ap", "voc07"))]
+        if "gain" in row:
+            g = row["gain"]
+            cells += [f"{100 * g['ap50']:+.1f}", _interval(g["interval_seeds"]), _interval(g["interval_images"])]
+            cells.append(g["verdict"])
+        else:
+            cells += ["", "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    sizes = [row for row in data["rows"] if "gain" in row]
+    if sizes:
+        lines += ["", "Gain in AP50 by object size and by class:", ""]
+        names = [*sizes[0]["gain"]["by_size"], *sizes[0]["gain"]["per_class"]]
+        lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for row in sizes:
+            values = {**row["gain"]["by_size"], **row["gain"]["per_class"]}
+            cells = ["-" if values[n] is None else f"{100 * values[n]:+.1f}" for n in names]
+            lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_sd(value: Mapping[str, Any]) -> str:
+    if value["mean"] is None:
+        return "-"
+    return f"{100 * value['mean']:.1f}" + ("" if value["sd"] is None else f" ± {100 * value['sd']:.1f}")
+
+
+def _interval(values: Sequence[float] | None) -> str:
+    return "one seed" if values is None else f"{100 * values[0]:+.1f} to {100 * values[1]:+.1f}"
