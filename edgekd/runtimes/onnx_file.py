@@ -110,9 +110,7 @@ def _open_ours(path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], dec
 def _open_foreign(path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
     input_hw = _foreign_input_hw(path, runtime, metadata, declared)
     picture = normalise(probe_picture(input_hw), PreprocessSpec(input_hw, "stretch", _ZERO, _ONE))
-    arrays = {
-        name: np.array(value) for name, value in runtime.run(np.repeat(picture, runtime.input_shape[0], 0)).items()
-    }
+    arrays = {name: np.array(value) for name, value in runtime.run(picture).items()}
     own = {name: array for name, array in arrays.items() if name not in declared.taps.values()}
     found = recognise(Probe(str(path), own, input_hw), declared, names_in_metadata(metadata))
     yolo = found.form.kind.startswith("yolo") or "stride" in metadata

@@ -89,11 +89,16 @@ class OrtRuntime:
     def run(self, images: FloatArray) -> Mapping[str, NDArray[np.generic]]:
         """One inference: images (B, 3, H, W) float32, normalised; every output by name.
 
+        A graph with a fixed batch takes fewer images too: the rest is filled up, and its outputs are to be ignored.
+
         Raises:
             RuntimeFailure: ONNX Runtime failed, or the session is closed.
         """
         if self._session is None:
             raise RuntimeFailure(f"{self._source}: this session is closed")
+        missing = 0 if self.dynamic_batch else self.input_shape[0] - len(images)
+        if missing > 0:
+            images = np.concatenate([images, np.repeat(images[-1:], missing, 0)])
         feed: dict[str, NDArray[np.generic]] = {self._image.name: self._as_declared(images)}
         for info in self._extra:  # original sizes, so that boxes come back in input pixels
             feed[info.name] = np.array([[images.shape[-1], images.shape[-2]]] * len(images), np.int64)

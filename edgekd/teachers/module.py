@@ -161,7 +161,6 @@ class AdapterTeacher(PredictorTeacher):
         super().__init__(name, predictor, student_class_names, class_map, tap_specs=specs)
         self._runtime = runtime
         self._adapter = adapter
-        self._facts = dict(facts or {})
 
     def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
         """Answer a batch: images (B, 3, h, w) uint8 RGB, already at `preprocess.input_hw`.
@@ -184,10 +183,6 @@ class AdapterTeacher(PredictorTeacher):
             self._answering.soft_candidates({key: value[None] for key, value in answer.items()}) for answer in answers
         ]
         return TeacherOutput(soft_targets_from(soft, images_u8.device), taps=dict(maps))
-
-    def identity(self) -> dict[str, Any]:
-        """What is known to decide the answers: the factory and its arguments; the code behind it is not hashed."""
-        return {**super().identity(), **self._facts}
 
 
 def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: str) -> AdapterTeacher:

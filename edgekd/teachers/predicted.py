@@ -15,7 +15,7 @@ from edgekd.predictor import Predictor
 from edgekd.preprocess import normalisation
 from edgekd.runtimes.outputs import Arrays
 from edgekd.teachers.base import TeacherOutput
-from edgekd.types import BoolArray, Detections, FloatArray, ImageArray, SoftDetections
+from edgekd.types import BoolArray, Detections, ImageArray, SoftDetections
 
 ANSWER_THRESHOLD = 0.01
 """Candidates below this neither teach nor fuse; on VOC it costs an ensemble no AP50 and halves the rows."""
@@ -78,12 +78,11 @@ class PredictorTeacher:
         answers: list[SoftDetections] = []
         maps: dict[str, list[Tensor]] = {tap: [] for tap in taps}
         for start in range(0, len(images), size):
-            chunk = _filled(images[start : start + size], size)
-            real = min(size, len(images) - start)
+            chunk = images[start : start + size]
             raw = self.predictor.infer(chunk)
-            answers.extend(self._answering.soft_candidates(raw, item) for item in range(real))
+            answers.extend(self._answering.soft_candidates(raw, item) for item in range(len(chunk)))
             for tap in taps:
-                maps[tap].append(self._tap(raw, tap)[:real])
+                maps[tap].append(self._tap(raw, tap)[: len(chunk)])
         return TeacherOutput(
             soft_targets_from(answers, images_u8.device),
             taps={tap: torch.cat(parts).to(images_u8.device) for tap, parts in maps.items()},
@@ -119,27 +118,9 @@ class PredictorTeacher:
         """Answer one original image as a deployed detector, in the student's labels."""
         return self.predictor.detect(image)
 
-    def identity(self) -> dict[str, Any]:
-        """What decides this teacher's answers, in plain JSON types: the file's hash, classes, format, thresholds."""
-        known = ("sha256", "preprocess", "output", "source_class_names", "precision")
-        described = self.predictor.describe()
-        sources = self.predictor.class_map.sources if self.predictor.class_map is not None else None
-        return {
-            **{key: described[key] for key in known},
-            "class_map": sources,
-            "threshold": ANSWER_THRESHOLD,
-            "nms_iou": self._answering.selection.nms_iou,
-        }
-
     def close(self) -> None:
         """Free the model."""
         self.predictor.close()
-
-
-def _filled(images: FloatArray, size: int) -> FloatArray:
-    """A last, smaller batch filled up by repeating, for graphs with a fixed batch."""
-    missing = size - len(images)
-    return images if missing <= 0 else np.concatenate([images, np.repeat(images[-1:], missing, 0)])
 
 
 def soft_targets_from(answers: Sequence[SoftDetections], device: torch.device) -> SoftTargets:
