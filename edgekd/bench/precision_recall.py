@@ -68,18 +68,26 @@ def difference_interval(
     a: Matches, b: Matches, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float, float] | None:
     """`map_difference` for answers that are matched already."""
-    images = len(a.positives)
-    if not a.positives.sum():
-        return None
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(images, np.full(images, 1.0 / images), size=resamples)
+    drawn = resampled_ap50([a, b], resamples=resamples, seed=seed)
+    return percentile_interval(drawn[0] - drawn[1], confidence)
+
+
+def resampled_ap50(models: Sequence[Matches], *, resamples: int = 1000, seed: int = 0) -> Float64Array:
+    """(models, 1 + resamples) AP50 on the split itself, then on resampled images, the same ones for every model."""
+    images = len(models[0].positives)
+    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1.0 / images), size=resamples)
     weights = np.concatenate([np.ones((1, images), np.int64), draws])
-    differences = mean_ap50(a, weights) - mean_ap50(b, weights)
-    drawn = differences[1:]
-    drawn = drawn[np.isfinite(drawn)]  # a draw without any object says nothing
+    return np.stack([mean_ap50(matches, weights) for matches in models])
+
+
+def percentile_interval(values: Float64Array, confidence: float = 0.95) -> tuple[float, float, float] | None:
+    """(the first, low, high) of a figure and its resampled values; None if the figure itself is not there."""
+    if not np.isfinite(values[0]):
+        return None
+    drawn = values[1:][np.isfinite(values[1:])]  # a draw without any object says nothing
     tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(drawn, [tail, 100.0 - tail]) if len(drawn) else (differences[0], differences[0])
-    return float(differences[0]), float(low), float(high)
+    low, high = np.percentile(drawn, [tail, 100.0 - tail]) if len(drawn) else (values[0], values[0])
+    return float(values[0]), float(low), float(high)
 
 
 def mean_ap50(matches: Matches, weights: NDArray[np.int64]) -> Float64Array:

@@ -14,7 +14,7 @@ from edgekd.bench.entries import BenchEnsemble
 from edgekd.bench.latency import STAGES, Measurement
 from edgekd.bench.matching import match_coco
 from edgekd.bench.memory import PeakMemory
-from edgekd.bench.precision_recall import difference_interval
+from edgekd.bench.precision_recall import percentile_interval, resampled_ap50
 from edgekd.bench.stats import drift, median_ratio, summarise
 from edgekd.errors import ArtifactError
 from edgekd.types import Dataset, Detections
@@ -86,46 +86,50 @@ def compare(
     student: int | None,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Fill in every row's speedup over the reference, and give AP50 differences with intervals.
+    """Fill in every row's AP50 interval and speedup over the reference, and give AP50 differences with intervals.
 
     Differences: each distilled student against the student alone of the same precision, and each student against the
-    reference. Both models answer the same images, so the bootstrap is paired.
+    reference. All models answer the same resampled images, so the bootstrap is paired.
     """
     if reference is not None:
         for index, row in enumerate(rows):
             ratio = median_ratio(measured[reference].total_ms, measured[index].total_ms, seed=seed)
             row["speedup_vs_ensemble"] = round(ratio.value, 4)
             row["speedup_interval"] = [round(ratio.low, 4), round(ratio.high, 4)]
-    pairs = _pairs(rows, reference)
-    matched = {
-        index: match_coco(dataset.records, answers[index], len(dataset.class_names))
-        for index in sorted({index for pair in pairs for index in pair})
-    }
+    matched = [match_coco(dataset.records, found, len(dataset.class_names)) for found in answers]
+    drawn = resampled_ap50(matched, resamples=RESAMPLES, seed=seed)
+    for row, values in zip(rows, drawn, strict=True):
+        interval = percentile_interval(values)
+        row["map"]["ap50_interval"] = None if interval is None else [round(v, 6) for v in interval[1:]]
     comparisons = []
-    for a, b in pairs:
-        found = difference_interval(matched[a], matched[b], resamples=RESAMPLES, seed=seed)
-        if found is None:
-            continue
-        difference, low, high = found
-        comparisons.append(
-            {
-                "metric": "ap50",
-                "a": rows[a]["name"],
-                "b": rows[b]["name"],
-                "a_role": rows[a]["role"],
-                "b_role": rows[b]["role"],
-                "difference": round(difference, 6),
-                "low": round(low, 6),
-                "high": round(high, 6),
-                "confidence": 0.95,
-                "method": "paired bootstrap over images",
-                "resamples": RESAMPLES,
-                "images": len(dataset),
-                "difference_shown": not low <= 0.0 <= high,
-                "headline": a == student and b == reference,
-            }
-        )
+    for a, b in _pairs(rows, reference):
+        found = percentile_interval(drawn[a] - drawn[b])
+        if found is not None:
+            headline = a == student and b == reference
+            comparisons.append(_comparison(rows[a], rows[b], found, len(dataset), headline))
     return comparisons
+
+
+def _comparison(
+    a: dict[str, Any], b: dict[str, Any], found: tuple[float, float, float], images: int, headline: bool
+) -> dict[str, Any]:
+    difference, low, high = found
+    return {
+        "metric": "ap50",
+        "a": a["name"],
+        "b": b["name"],
+        "a_role": a["role"],
+        "b_role": b["role"],
+        "difference": round(difference, 6),
+        "low": round(low, 6),
+        "high": round(high, 6),
+        "confidence": 0.95,
+        "method": "paired bootstrap over images",
+        "resamples": RESAMPLES,
+        "images": images,
+        "difference_shown": not low <= 0.0 <= high,
+        "headline": headline,
+    }
 
 
 def _pairs(rows: Rows, reference: int | None) -> list[tuple[int, int]]:
