@@ -100,17 +100,20 @@ class _Lines:
         self.console, self.label = console, label
         self.start = self.last = time.monotonic()
         self.first: int | None = None
+        self.finished = False
 
     def __call__(self, done: int, total: int, text: str) -> None:
         now = time.monotonic()
+        if self.finished:
+            return
         if self.first is None:  # a run that is resumed does not begin at 0
             self.first = done - 1
         if now - self.last < LINE_EVERY_S and done < total:
             return
-        self.last = now
+        self.last, self.finished = now, done >= total
         left = (now - self.start) / max(1, done - self.first) * (total - done)
         tail = f", about {left:.0f} s left" if done < total else f", {now - self.start:.0f} s"
-        self.console.print(f"      {self.label}: {done}/{total}{tail}  {text}", markup=False)
+        self.console.print(f"      {self.label}: {done}/{total}{tail}  {text}".rstrip(), markup=False)
 
 
 class _TrainingListener:

@@ -23,7 +23,6 @@ from edgekd.errors import EdgeKDError
 from edgekd.export import ExportData, Thresholds, export_run
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher, Recipe, TeacherConfig
 from edgekd.recipe_file import dump_recipe
-from edgekd.report.page import write_report
 from edgekd.stages import RECIPE_FILE, distill_student, ready_teachers, train_student
 from edgekd.summary import summary_text
 from edgekd.teaching import check_setup, ensemble_weights, teacher_identity
@@ -88,6 +87,8 @@ class _Chain:
         self._begin(4)
         result = self._bench(teachers, files)
         self._begin(5)
+        from edgekd.report.page import write_report
+
         page = write_report(out, out / "report.html")
         work.terminal.note(str(page))
         return ChainResult(out, page, result, summary_text(result), tuple(self.failures))

@@ -1,0 +1,108 @@
+"""Every module imports, and every `--help` prints, without the libraries that a machine may lack."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BLOCKER = """
+import importlib.abc, sys
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked by the test)", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+OPTIONAL = ("tensorrt", "pycuda", "onnx", "onnxruntime", "onnxscript", "openvino", "torchvision", "pynvml")
+HEAVY = (*OPTIONAL, "torch", "numpy", "cv2", "PIL", "yaml", "matplotlib", "lightning_fabric")
+
+COMMANDS = (
+    [],
+    ["doctor"],
+    ["data"],
+    ["data", "make"],
+    ["data", "check"],
+    ["data", "convert"],
+    ["data", "fetch"],
+    ["train"],
+    ["distill"],
+    ["export"],
+    ["bench"],
+    ["predict"],
+    ["run"],
+    ["compare"],
+    ["report"],
+    ["recipe"],
+    ["recipe", "check"],
+    ["recipe", "schema"],
+)
+HELP_LIMIT_S = 1.5
+
+
+def run_blocked(code: str, blocked: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
+    source = f"BLOCKED = {blocked!r}\n{BLOCKER}\n{code}"
+    return subprocess.run([sys.executable, "-c", source, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_every_module_imports_without_optional_libraries() -> None:
+    code = """
+import importlib, pkgutil, edgekd
+names = [module.name for module in pkgutil.walk_packages(edgekd.__path__, "edgekd.")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(len(names))
+"""
+    done = run_blocked(code, OPTIONAL)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= len(list((ROOT / "edgekd").rglob("[a-z]*.py"))) - 1
+
+
+def test_the_blocker_blocks() -> None:
+    done = run_blocked("import onnx", OPTIONAL)
+    assert done.returncode != 0
+    assert "blocked by the test" in done.stderr
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    code = "import sys, edgekd, edgekd.cli\nprint([name for name in ('torch', 'numpy', 'cv2') if name in sys.modules])"
+    done = run_blocked(code, ())
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "edgekd")
+def test_help_prints_quickly_with_only_typer(command: list[str]) -> None:
+    seconds = []
+    for _ in range(3):  # the quickest of three, since other tests run beside this one
+        start = time.perf_counter()
+        done = run_blocked("from edgekd.cli import main; main()", HEAVY, *command, "--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "Usage" in done.stdout
+        if seconds[-1] < HELP_LIMIT_S:
+            return
+    pytest.fail(f"--help took {min(seconds):.2f} s")
+
+
+def test_every_command_is_in_the_list_above() -> None:
+    import typer.main
+
+    from edgekd.cli import app
+
+    found = [[]]
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        found.append([name])
+        found += [[name, below] for below in getattr(command, "commands", {})]
+    assert sorted(found) == sorted(COMMANDS)
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "edgekd", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stdout.startswith("edgekd ")
