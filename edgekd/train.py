@@ -176,7 +176,7 @@ class _Trainer:
 
     def _epoch(self, epoch: int, log: RunLog) -> None:
         self.learner.train()
-        if self.learner.distiller is not None:
+        if self.learner.distiller is not None and self.progress.batch == 0:  # else it has begun, before the cut
             for entry in self.learner.distiller.terms:
                 entry.term.begin_epoch(epoch, self.cfg.epochs)
         clock_start, images_seen = time.perf_counter(), 0
@@ -510,11 +510,10 @@ def _ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
     def update(averaged: Any, current: Any, count: Any) -> None:
         # Early on a short memory, so that the average is not held back by the first, random weights.
         now = min(decay, (1 + float(count)) / (10 + float(count)))
-        floats = [(a, c) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [c for _, c in floats], 1 - now)
-        for a, c in zip(averaged, current, strict=True):
-            if not a.is_floating_point():
-                a.copy_(c)
+        if averaged[0].is_floating_point():  # torch hands over one kind of tensor at a time
+            torch._foreach_lerp_(averaged, current, 1 - now)
+        else:  # BatchNorm's counters
+            torch._foreach_copy_(averaged, current)
 
     return update
 

@@ -91,7 +91,7 @@ class GKDTerm(LevelTerm):
         """Search prototypes among the instances of the epoch before, and begin to gather anew."""
         for index, bank in enumerate(self.banks):
             if not len(bank):
-                continue  # the first epoch, or a resumed one whose search is already in the state
+                continue  # the first epoch
             self.prototypes[index] = {}
             for label in range(len(self.student[0].spec.class_names)):
                 features = bank.features(label)

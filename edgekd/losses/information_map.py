@@ -10,8 +10,6 @@ outputs (a black box) has its neck weighted by its boxes' confidence.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -108,7 +106,7 @@ class InformationMapTerm(Term):
     ) -> None:
         super().__init__()
         self.weights = (backbone_weight, neck_weight)
-        kinds = cast(tuple[TapKind, TapKind], ("backbone", "neck"))
+        kinds: tuple[TapKind, TapKind] = ("backbone", "neck")
         for kind in kinds:
             for owner, taps in [("student", pair.student.tap_specs), *((t.name, t.tap_specs) for t in pair.teachers)]:
                 if not any(tap.kind == kind for tap in taps.values()):

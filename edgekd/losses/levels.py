@@ -33,7 +33,7 @@ class LevelPair:
         if teacher_map.shape[-2:] == target_hw:
             return teacher_map
         if teacher_map.shape[-1] >= 2 * target_hw[-1]:
-            return functional.adaptive_avg_pool2d(teacher_map, list(target_hw))
+            return functional.adaptive_avg_pool2d(teacher_map, (target_hw[0], target_hw[1]))
         return functional.interpolate(teacher_map, size=list(target_hw), mode="bilinear", align_corners=False)
 
 

@@ -66,7 +66,8 @@ def attention_mask(features: Tensor, share: float, temperature: float) -> Tensor
 def random_mask(features: Tensor, share: float) -> Tensor:
     """(B, 1, H, W) of 0 and 1: each cell is 0 with probability `share`."""
     b, _, h, w = features.shape
-    return (torch.rand(b, 1, h, w, device=features.device) >= share).to(features.dtype)
+    kept: Tensor = torch.rand(b, 1, h, w, device=features.device) >= share
+    return kept.to(features.dtype)
 
 
 class MGDTerm(LevelTerm):

@@ -1,0 +1,197 @@
+"""The Distiller in the loop: terms reach the student, weight 0 is exactly nothing, ratios are met, answers are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd.checkpoint import load_detector
+from edgekd.detectors.base import Detector
+from edgekd.distill import Distiller, TeacherSet, fuse_answers
+from edgekd.errors import DistillationSetupError
+from edgekd.recipe import DistillConfig, TermConfig
+from edgekd.runlog import read_log
+from edgekd.teachers.answers import collect_answers
+from edgekd.train import TrainJob, train_detector
+from edgekd.types import Dataset, SoftDetections
+from tests.test_train import make_job, step_losses
+from tests.toy import CLASSES, ToyTeacher, toy_detector
+
+
+def oracle(dataset: Dataset, noise: float = 0.0) -> dict[str, SoftDetections]:
+    """A teacher that knows the truth, almost."""
+    rng = np.random.default_rng(0)
+    answers = {}
+    for record in dataset.records:
+        probs = np.full((len(record.labels), len(CLASSES)), 0.05, np.float32)
+        probs[np.arange(len(record.labels)), record.labels] = 0.9
+        boxes = record.boxes_xyxy + rng.normal(0, noise, record.boxes_xyxy.shape).astype(np.float32)
+        answers[record.image_id] = SoftDetections(boxes, probs)
+    return answers
+
+
+def distilling(job: TrainJob, config: DistillConfig, teachers: int = 1) -> TrainJob:
+    natives = tuple(ToyTeacher(toy_detector(seed=9 + i), f"t{i}") for i in range(teachers))
+    answers = tuple(oracle(job.dataset, noise=float(i)) for i in range(teachers))
+
+    def make(student: Detector) -> Distiller:
+        weights = tuple(1 / teachers for _ in range(teachers))
+        fused = fuse_answers(answers[:1], lambda found: found[0])
+        return Distiller(student, TeacherSet(natives, weights, lambda found: found[0], answers, fused), config)
+
+    return replace(job, make_distiller=make, inputs={**job.inputs, "distill": repr(config)})
+
+
+def test_every_part_is_logged_with_its_pull(tmp_path: Path) -> None:
+    config = DistillConfig(terms=(TermConfig(loss="response"), TermConfig(loss="feature")))
+    job = distilling(make_job(tmp_path, epochs=1), config)
+    train_detector(job)
+    first = next(r for r in read_log(job.out) if r["event"] == "step")
+    assert {"det", "det_cls", "det_box", "response", "feature", "loss"} <= set(first["losses"])
+    assert set(first["pull"]) == {"det", "response", "feature"}
+    assert all(value > 0 for value in first["pull"].values())
+    assert first["gradient_ratio"] == pytest.approx(
+        (first["pull"]["response"] + first["pull"]["feature"]) / first["pull"]["det"]
+    )
+    losses = first["losses"]
+    assert losses["loss"] == pytest.approx(losses["det"] + losses["response"] + losses["feature"], rel=1e-5)
+
+
+def test_a_term_of_weight_zero_changes_nothing_bit_for_bit(tmp_path: Path) -> None:
+    plain = make_job(tmp_path, "plain", epochs=2)
+    config = DistillConfig(terms=(TermConfig(loss="feature", weight=0.0), TermConfig(loss="response", weight=0.0)))
+    weightless = distilling(make_job(tmp_path, "weightless", epochs=2), config)
+    train_detector(plain)
+    train_detector(weightless)
+    ours, theirs = (load_detector(job.out).state_dict() for job in (weightless, plain))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert step_losses(plain.out) == step_losses(weightless.out)
+
+
+def test_a_gradient_ratio_is_met_whatever_the_scale(tmp_path: Path) -> None:
+    config = DistillConfig(terms=(TermConfig(loss="amd", gradient_ratio=0.25),))
+    job = distilling(make_job(tmp_path, epochs=1), config)
+    train_detector(job)
+    first = next(r for r in read_log(job.out) if r["event"] == "step")
+    assert first["pull"]["amd"] == pytest.approx(0.25 * first["pull"]["det"], rel=1e-3)
+
+
+def test_an_unmoving_term_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekd.train.MEASURE_EVERY", 1)
+    config = DistillConfig(terms=(TermConfig(loss="feature", weight=1e-9),))
+    job = distilling(make_job(tmp_path, epochs=2), config)
+    train_detector(job)
+    told = [r["message"] for r in read_log(job.out) if r["event"] == "warning"]
+    assert len(told) == 1
+    assert "next to nothing" in told[0]
+
+
+def test_export_drops_what_the_terms_added(tmp_path: Path) -> None:
+    config = DistillConfig(terms=(TermConfig(loss="feature"),))
+    job = distilling(make_job(tmp_path, epochs=1), config)
+    train_detector(job)
+    plain = set(toy_detector().state_dict())
+    assert set(load_detector(job.out).state_dict()) == plain
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"), [((), "terms"), ((TermConfig(loss="feature", student_taps=("nothing",)),), "nothing")]
+)
+def test_a_pair_that_cannot_work_fails_before_step_0(tmp_path: Path, terms: tuple[TermConfig, ...], words: str) -> None:
+    job = distilling(make_job(tmp_path), DistillConfig(terms=terms))
+    with pytest.raises(DistillationSetupError, match=words):
+        train_detector(job)
+    assert not step_losses(job.out)
+
+
+def test_the_adversary_is_trained_by_its_own_optimiser(tmp_path: Path) -> None:
+    config = DistillConfig(terms=(TermConfig(loss="adversarial"),))
+    job = distilling(make_job(tmp_path, epochs=2), config, teachers=2)
+    train_detector(job)
+    steps = [r for r in read_log(job.out) if r["event"] == "step"]
+    assert steps[-1]["losses"]["adversary"] < steps[0]["losses"]["adversary"]
+    assert 0 <= steps[0]["statistics"]["adversarial.discriminator_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("loss", ["gkd", "adversarial"])
+def test_a_distillation_resumes_step_for_step(tmp_path: Path, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = DistillConfig(terms=(TermConfig(loss=loss, params={"min_side": 8.0} if loss == "gkd" else {}),))
+
+    def job(out: str) -> TrainJob:
+        return distilling(make_job(tmp_path, out, epochs=3, checkpoint_every=1), config)
+
+    train_detector(job("whole"))
+    _stop_after(4, monkeypatch)
+    with pytest.raises(RuntimeError, match="cut off"):
+        train_detector(job("cut"))
+    monkeypatch.undo()
+    train_detector(job("cut"))
+    assert step_losses(tmp_path / "cut") == step_losses(tmp_path / "whole")
+
+
+def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd import train
+
+    original: Callable[..., dict[str, float]] = train._Trainer._step
+
+    def step(self: train._Trainer, *arguments: object) -> dict[str, float]:
+        if self.progress.step == steps:
+            raise RuntimeError("cut off")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(train._Trainer, "_step", step)
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+class Counting(ToyTeacher):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def answer(self, image: np.ndarray) -> SoftDetections:
+        type(self).asked += 1
+        return super().answer(image)
+
+
+def test_answers_are_asked_once_and_again_when_anything_changes(tmp_path: Path) -> None:
+    dataset = make_job(tmp_path).dataset
+    teacher, folder = Counting(toy_detector(seed=9)), tmp_path / "answers"
+    Counting.asked = 0
+    first = collect_answers(teacher, dataset, folder, {"sha256": "a"})
+    assert Counting.asked == len(dataset)
+    again = collect_answers(teacher, dataset, folder, {"sha256": "a"})
+    assert Counting.asked == len(dataset)
+    for image_id, answer in first.items():
+        assert np.allclose(answer.boxes_xyxy, again[image_id].boxes_xyxy)
+        assert np.allclose(answer.class_probs, again[image_id].class_probs, atol=1e-3)
+    collect_answers(teacher, dataset, folder, {"sha256": "b"})
+    assert Counting.asked == 2 * len(dataset)
+    path = dataset.records[0].path
+    path.write_bytes(dataset.records[1].path.read_bytes())
+    collect_answers(teacher, dataset, folder, {"sha256": "b"})
+    assert Counting.asked == 3 * len(dataset)
+
+
+def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
+    dataset = make_job(tmp_path).dataset
+    teacher, folder = ToyTeacher(toy_detector(seed=9)), tmp_path / "answers"
+    first = collect_answers(teacher, dataset, folder, {})
+    shard = next(folder.glob("*.npz"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert collect_answers(teacher, dataset, folder, {}).keys() == first.keys()
+
+
+def test_a_teacher_that_finds_nothing_is_an_error(tmp_path: Path) -> None:
+    class Blind(ToyTeacher):
+        def answer(self, image: np.ndarray) -> SoftDetections:
+            return SoftDetections.empty(len(CLASSES))
+
+    with pytest.raises(DistillationSetupError, match="finds nothing"):
+        collect_answers(Blind(toy_detector()), make_job(tmp_path).dataset, tmp_path / "answers", {})
