@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ def coco_files(root: Path) -> dict[str, Path]:
     for folder in (root / "annotations", root / "Annotations", root):
         if not folder.is_dir():
             continue
-        for path in sorted(folder.glob("*.json")):
+        for path in sorted(folder.glob("[!.]*.json")):
             if _OTHER_TASKS.match(path.name) or not path.is_file():
                 continue
             if path.name.startswith("instances_") or _looks_like_coco(path):
@@ -202,12 +203,8 @@ class _Reader:
 
     def _find(self, name: str) -> Path | None:
         for folder in self.folders:
-            path = folder / name
-            try:
-                if path.is_file():
-                    return path
-            except (OSError, ValueError):  # a name too long, or with a NUL
-                return None
+            if os.path.isfile(folder / name):  # unlike Path.is_file, it takes names too long or with a NUL
+                return folder / name
         return None
 
     def _searched(self) -> str:

@@ -97,8 +97,9 @@ class VocSource:
         found: set[str] = set()
         for split in self.splits():
             for key in dict.fromkeys(key for key, _ in self._entries(split)):
+                path = self._annotation_path(split, key)
                 try:
-                    found.update(_object_names(self._annotation_path(split, key)))
+                    found.update(_object_names(path) if path else ())
                 except (OSError, XmlError):  # reported by whoever scans that split
                     continue
         return tuple(sorted(found))
@@ -131,11 +132,11 @@ class VocSource:
 
     def _read(self, split: str, key: str, line: int | None, problems: list[Problem]) -> RawImage | None:
         path = self._annotation_path(split, key)
-        blame = (self._lists[split], line) if split in self._lists else (path, None)
-        if not path.is_file():
-            message = f"{key!r} has no annotation {printable(path)}"
-            problems.append(Problem("missing-annotation", blame[0], message, blame[1], split=split))
+        if path is None:  # only a list can name what is not there
+            message = f"{key!r} has no annotation in {printable(self._annotation_folder(split))}"
+            problems.append(Problem("missing-annotation", self._lists[split], message, line, split=split))
             return None
+        blame = (self._lists[split], line) if split in self._lists else (path, None)
         try:
             declared, file_name, objects = read_annotation(path)
         except (XmlError, AnnotationError) as error:
@@ -162,22 +163,25 @@ class VocSource:
 
     def _key(self, split: str, text: str) -> str:
         """An image key out of a line, which may carry a flag (as class_split.txt do) or a file suffix."""
-        if self._annotation_path(split, text).is_file():
+        if self._annotation_path(split, text):
             return text
         key = text.rsplit(None, 1)[0] if re.search(r"\s-?[01]$", text) else text
         trimmed = re.sub(r"\.(jpe?g|png|xml)$", "", key, flags=re.IGNORECASE)
-        return trimmed if self._annotation_path(split, trimmed).is_file() else key
+        return trimmed if self._annotation_path(split, trimmed) else key
+
+    def _annotation_folder(self, split: str) -> Path:
+        base = self._folders.get(split, self.base)
+        return _annotation_folder(base) or base / "Annotations"
 
     def _annotation_index(self, split: str) -> dict[str, list[Path]]:
         base = self._folders.get(split, self.base)
         if base not in self._annotations:
-            folder = _annotation_folder(base)
-            self._annotations[base] = index_by_stem(folder, {".xml"}) if folder else {}
+            self._annotations[base] = index_by_stem(self._annotation_folder(split), {".xml"})
         return self._annotations[base]
 
-    def _annotation_path(self, split: str, key: str) -> Path:
+    def _annotation_path(self, split: str, key: str) -> Path | None:
         found = self._annotation_index(split).get(printable(key))
-        return found[0] if found else self._folders.get(split, self.base) / "Annotations" / (key + ".xml")
+        return found[0] if found else None
 
     def _image_folder(self, split: str) -> Path:
         base = self._folders.get(split, self.base)
@@ -286,7 +290,8 @@ def _has_image_sets(folder: Path) -> bool:
 
 def _list_files(base: Path) -> list[Path]:
     for folder in (base / "ImageSets" / "Main", base / "ImageSets"):
-        if folder.is_dir() and (files := sorted(folder.glob("*.txt"))):
+        files = sorted(path for path in folder.glob("[!.]*.txt") if path.is_file())
+        if files:
             return files
     return []
 

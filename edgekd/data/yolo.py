@@ -44,7 +44,7 @@ def yolo_yaml(root: Path) -> Path | None:
     for name in _YAMLS:
         if (root / name).is_file():
             return root / name
-    for path in sorted(path for path in root.glob("*.y*ml") if path.is_file()):
+    for path in sorted(path for path in root.glob("[!.]*.y*ml") if path.is_file()):
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -134,10 +134,10 @@ class YoloSource:
         """The split's images that exist, each once."""
         found: list[_Listed] = []
         for entry in self._splits[split]:
-            if entry.is_dir():
+            if os.path.isdir(entry):
                 paths = [path for path in files_under(entry) if is_image(path)]
                 found += [_Listed(path, path.relative_to(entry).as_posix()) for path in paths]
-            elif entry.is_file():
+            elif os.path.isfile(entry):
                 found += self._read_list(entry, split, problems)
             else:
                 message = f"split {split!r} is at {printable(entry)}, which is not there"
@@ -159,7 +159,7 @@ class YoloSource:
         found: list[tuple[Path, int]] = []
         for line, text in numbered_lines(listing):
             tries = [base / text.replace("\\", "/") for base in (listing.parent, self._base)]
-            path = next((path for path in tries if path.is_file()), None)
+            path = next((path for path in tries if os.path.isfile(path)), None)  # takes any text
             if path is None:
                 problems.append(Problem("missing-image", listing, f"{text!r} is not there", line, split=split))
                 continue
@@ -170,7 +170,7 @@ class YoloSource:
     def _read(self, image: _Listed, split: str, default_id: str, problems: list[Problem]) -> RawImage:
         label = label_path(image.path)
         objects: tuple[RawObject, ...] = ()
-        if label.is_file():
+        if label.exists():
             objects = tuple(self._objects(label, split, problems))
         note = self._sidecar.note(split, stem_of(image.name))
         image_id = default_id
@@ -207,7 +207,7 @@ class YoloSource:
         """Name label files without an image; only where the split's folders have label folders of their own."""
         wanted = {label_path(image.path) for image in listed}
         for entry in self._splits[split]:
-            if not entry.is_dir() or "images" not in entry.parts:
+            if not os.path.isdir(entry) or "images" not in entry.parts:
                 continue
             folder = label_path(entry / "x.jpg").parent
             if not folder.is_dir():
@@ -271,7 +271,7 @@ def _yaml_splits(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, l
     """The base folder, and each split's folders and lists."""
     base = path.parent
     stated = data.get("path")
-    if isinstance(stated, str) and (base / stated).is_dir():  # a path from the author's machine is passed over
+    if isinstance(stated, str) and os.path.isdir(base / stated):  # a path from the author's machine is passed over
         base = base / stated
     splits: dict[str, list[Path]] = {}
     for key, value in data.items():
@@ -283,7 +283,7 @@ def _yaml_splits(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, l
                 raise DataError(f"{printable(path)}: {key} must be a path or a list of paths", got=repr(value))
             continue
         entries = [_resolve(text, base, path.parent) for text in texts]
-        if key in _USUAL or all(entry.is_dir() or entry.is_file() for entry in entries):
+        if key in _USUAL or all(map(os.path.exists, entries)):
             splits[key] = entries
     return base, splits
 
@@ -293,7 +293,7 @@ def _resolve(text: str, base: Path, beside: Path) -> Path:
     tries = [base / text, beside / text]
     if text.startswith("../"):
         tries.append(beside / text[3:])
-    return next((path for path in tries if path.exists()), tries[0])
+    return next((path for path in tries if os.path.exists(path)), tries[0])
 
 
 def _yaml_names(path: Path, data: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -1,0 +1,273 @@
+"""Every way to break a data set that the tests know: what is spoilt, and how `data check` must name it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.data_layouts import make_coco, make_voc, make_yolo, voc_xml
+
+Spoil = Callable[[Path], object]
+DOG = [("dog", (2, 3, 30, 20))]
+
+
+class Case(NamedTuple):
+    form: str
+    spoil: Spoil
+    kind: str
+    where: str
+
+
+def voc(root: Path) -> Path:
+    return make_voc(root, {"train": {"a": DOG, "b": DOG}, "val": {"c": DOG}})
+
+
+def coco(root: Path) -> Path:
+    return make_coco(root, {"train": {"a": DOG, "b": DOG}, "val": {"c": DOG}}, {"dog": 5})
+
+
+def yolo(root: Path) -> Path:
+    line = "0 0.5 0.5 0.5 0.5"
+    return make_yolo(root, {"train": {"a": [line], "b": [line]}, "val": {"c": []}}, ["dog"])
+
+
+MAKERS = {"voc": voc, "coco": coco, "yolo": yolo}
+
+
+def write(name: str, content: str | bytes) -> Spoil:
+    return lambda root: (root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def both(*spoils: Spoil) -> Spoil:
+    return lambda root: [spoil(root) for spoil in spoils]
+
+
+def folder_instead(name: str) -> Spoil:
+    return lambda root: ((root / name).unlink(), (root / name).mkdir())
+
+
+def xml(content: str | bytes) -> Spoil:
+    return write("Annotations/a.xml", content)
+
+
+def box(xmin: object, ymin: object, xmax: object, ymax: object) -> Spoil:
+    return xml(voc_xml([("dog", (xmin, ymin, xmax, ymax)), *DOG]))  # type: ignore[list-item]
+
+
+def listing(content: bytes) -> Spoil:
+    return write("ImageSets/Main/train.txt", content)
+
+
+def instances(content: str | bytes) -> Spoil:
+    return write("annotations/instances_train.json", content)
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Spoil:
+    def apply(root: Path) -> None:
+        path = root / "annotations" / "instances_train.json"
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+
+    return apply
+
+
+def image_entry(position: int, **changes: object) -> Spoil:
+    return edit(lambda data: data["images"][position].update(changes))
+
+
+def second(**changes: object) -> Spoil:
+    """Change the second annotation."""
+    return edit(lambda data: data["annotations"][1].update(changes))
+
+
+def labels(content: str | bytes) -> Spoil:
+    return write("labels/train/a.txt", content)
+
+
+def data_yaml(content: str) -> Spoil:
+    return write("data.yaml", content)
+
+
+def list_file(content: str | bytes) -> Spoil:
+    return both(write("t.txt", content), data_yaml("train: t.txt\nnames: [dog]"))
+
+
+def image(form: str, change: Spoil) -> Spoil:
+    folder = {"voc": "JPEGImages", "coco": "train", "yolo": "images/train"}[form]
+    return lambda root: change(root / folder / "a.png")
+
+
+def obj(*lines: str) -> str:
+    return "\n".join(["<annotation>", "<object>", *lines, "</object></annotation>"])
+
+
+LAUGHS = (
+    '<!DOCTYPE a [<!ENTITY l "ha"><!ENTITY m "&l;&l;&l;">]><annotation><object><name>&m;</name></object></annotation>'
+)
+OUTSIDE = '<!DOCTYPE a [<!ENTITY l SYSTEM "file:///etc/passwd">]><annotation>&l;</annotation>'
+KLINGON = "<?xml version='1.0' encoding='klingon'?><annotation/>"
+DEEP = "<annotation>" + "<a>" * 5000 + "</a>" * 5000 + "</annotation>"
+ALL_BYTES = bytes(range(256))
+NAN, INF = float("nan"), float("inf")
+STALE = {
+    "schema": "edgekd.dataset/1",
+    "class_names": [],
+    "category_ids": None,
+    "images": {"train": {"a": {"objects": 3, "difficult": [0], "crowd": []}}},
+}
+
+VOC_CASES = {
+    "cut": Case("voc", xml("<annotation><object><name>dog"), "bad-annotation", "a.xml:1"),
+    "blank": Case("voc", xml(" "), "bad-annotation", "a.xml"),
+    "of zero bytes": Case("voc", xml(b""), "bad-annotation", "a.xml"),
+    "binary": Case("voc", xml(ALL_BYTES), "bad-annotation", "a.xml:1"),
+    "not utf-8": Case("voc", xml(b"<annotation>\n\xff</annotation>"), "bad-annotation", "a.xml:2"),
+    "unknown encoding": Case("voc", xml(KLINGON), "bad-annotation", "a.xml:1"),
+    "other root": Case("voc", xml("<html></html>"), "bad-annotation", "a.xml:1"),
+    "entities": Case("voc", xml(LAUGHS), "bad-annotation", "a.xml:1"),
+    "external entity": Case("voc", xml(OUTSIDE), "bad-annotation", "a.xml:1"),
+    "undeclared entity": Case("voc", xml("<annotation>&nope;</annotation>"), "bad-annotation", "a.xml:1"),
+    "nested deeply": Case("voc", xml(DEEP), "bad-annotation", "a.xml:1"),
+    "no box": Case("voc", xml(obj("<name>dog</name>")), "bad-annotation", "a.xml:2"),
+    "no name": Case("voc", xml(obj("<bndbox/>")), "bad-annotation", "a.xml:2"),
+    "empty name": Case("voc", xml(obj("<name> </name>")), "bad-annotation", "a.xml:3"),
+    "no corner": Case("voc", xml(obj("<name>dog</name>", "<bndbox/>")), "bad-annotation", "a.xml:4"),
+    "words": Case("voc", box("one", 2, 3, 4), "bad-annotation", "a.xml:5"),
+    "text for a box": Case("voc", xml(obj("<name>dog</name>", "<bndbox>x</bndbox>")), "bad-annotation", "a.xml:4"),
+    "difficult of words": Case(
+        "voc", xml(voc_xml(DOG, extra="<difficult>so</difficult>")), "bad-annotation", "a.xml:6"
+    ),
+    "nan": Case("voc", box("nan", 2, 30, 20), "non-finite-box", "a.xml:5"),
+    "infinite": Case("voc", box(1, 2, "1e999", 20), "non-finite-box", "a.xml:5"),
+    "inverted": Case("voc", box(30, 3, 2, 20), "inverted-box", "a.xml:5"),
+    "outside": Case("voc", box(100, 3, 200, 20), "outside-box", "a.xml:5"),
+    "overhang": Case("voc", box(-9, 3, 20, 20), "clipped-box", "a.xml:5"),
+    "empty": Case("voc", box(5, 5, 4, 20), "empty-box", "a.xml:5"),
+    "one pixel": Case("voc", box(5, 5, 5, 5), "tiny-box", "a.xml:5"),
+    "twice": Case("voc", box(*DOG[0][1]), "duplicate-box", "a.xml:10"),
+    "other size": Case("voc", xml(voc_xml(DOG, hw=(400, 600))), "size-mismatch", "a.xml"),
+    "turned size": Case("voc", xml(voc_xml(DOG, hw=(60, 40))), "size-mismatch", "a.xml"),
+    "zero size": Case("voc", xml(voc_xml(DOG, hw=(0, 0))), "no-size", "a.xml"),
+    "no xml": Case("voc", lambda root: (root / "Annotations" / "a.xml").unlink(), "missing-annotation", "train.txt:1"),
+    "a folder": Case("voc", folder_instead("Annotations/a.xml"), "missing-annotation", "train.txt:1"),
+    "absent in list": Case("voc", listing(b"a\r\n\r\nb\r\nzzz\r\n"), "missing-annotation", "train.txt:4"),
+    "long in list": Case("voc", listing(b"a\nb\n" + b"x" * 5000), "missing-annotation", "train.txt:3"),
+    "bytes in list": Case("voc", listing(b"a\nb\n\xff\xfe\x00x\n"), "missing-annotation", "train.txt:3"),
+    "binary list": Case("voc", listing(ALL_BYTES), "missing-annotation", "train.txt"),
+    "empty list": Case("voc", listing(b""), "empty-split", ""),
+    "twice in list": Case("voc", listing(b"a\nb\na\n"), "repeated-image", "train.txt:3"),
+    "no image": Case("voc", image("voc", Path.unlink), "missing-image", "train.txt:1"),
+    "two images": Case(
+        "voc", image("voc", lambda path: shutil.copy(path, path.with_suffix(".jpg"))), "ambiguous-image", "a.xml"
+    ),
+    "sidecar": Case("voc", write("edgekd.json", "[]"), "bad-layout", "edgekd.json"),
+}
+
+JSON = "instances_train.json"
+COCO_CASES = {
+    "cut": Case("coco", instances('{"images": [\n{"id": 1'), "bad-annotation", f"{JSON}:2"),
+    "of zero bytes": Case("coco", instances(b""), "bad-annotation", JSON),
+    "binary": Case("coco", instances(ALL_BYTES), "bad-annotation", JSON),
+    "a list": Case("coco", instances("[]"), "bad-annotation", JSON),
+    "nested deeply": Case("coco", instances("[" * 100_000), "bad-annotation", JSON),
+    "no images": Case("coco", edit(lambda data: data.pop("images")), "bad-annotation", JSON),
+    "null annotations": Case("coco", edit(lambda data: data.update(annotations=None)), "bad-annotation", JSON),
+    "categories of words": Case("coco", edit(lambda data: data.update(categories=["dog"])), "bad-layout", JSON),
+    "category twice": Case(
+        "coco", edit(lambda data: data["categories"].append(data["categories"][0])), "bad-layout", JSON
+    ),
+    "image id twice": Case("coco", image_entry(1, id=1), "duplicate-id", "images[1] (id 1)"),
+    "image id twice, as text": Case("coco", image_entry(1, id="1"), "duplicate-id", "images[1] (id 1)"),
+    "own id twice": Case("coco", image_entry(1, edgekd_id="1"), "duplicate-id", "images[1] (id 2)"),
+    "image id null": Case("coco", image_entry(1, id=None), "bad-annotation", "images[1]"),
+    "image name null": Case("coco", image_entry(1, file_name=None), "bad-annotation", "images[1]"),
+    "image a number": Case("coco", edit(lambda data: data["images"].append(7)), "bad-annotation", "images[2]"),
+    "image name with NUL": Case("coco", image_entry(1, file_name="a\0b"), "missing-image", "images[1]"),
+    "image name too long": Case("coco", image_entry(1, file_name="a" * 5000), "missing-image", "images[1]"),
+    "image name surrogate": Case("coco", image_entry(1, file_name="\ud800.png"), "missing-image", "images[1]"),
+    "annotation id twice": Case("coco", second(id=1), "repeated-annotation-id", "annotations[1] (id 1)"),
+    "annotation of no image": Case("coco", second(image_id=99), "orphan-annotation", "annotations[1] (id 2)"),
+    "annotation a number": Case("coco", edit(lambda data: data["annotations"].append(7)), "bad-annotation", "ions[2]"),
+    "unknown category": Case("coco", second(category_id=99), "unknown-class", "annotations[1] (id 2)"),
+    "category of words": Case("coco", second(category_id="dog"), "bad-annotation", "annotations[1]"),
+    "no bbox": Case("coco", second(bbox=None), "bad-annotation", "annotations[1]"),
+    "bbox of three": Case("coco", second(bbox=[1, 2, 3]), "bad-annotation", "annotations[1]"),
+    "bbox of words": Case("coco", second(bbox=["1", 2, 3, 4]), "bad-annotation", "annotations[1]"),
+    "bbox of a huge integer": Case("coco", second(bbox=[1, 2, 3, 10**400]), "bad-annotation", "annotations[1]"),
+    "nan": Case("coco", second(bbox=[NAN, 2, 3, 4]), "non-finite-box", "annotations[1]"),
+    "infinite": Case("coco", second(bbox=[1, 2, INF, 4]), "non-finite-box", "annotations[1]"),
+    "negative": Case("coco", second(bbox=[10, 2, -3, 4]), "inverted-box", "annotations[1]"),
+    "no area": Case("coco", second(bbox=[10, 2, 0, 4]), "empty-box", "annotations[1]"),
+    "outside": Case("coco", second(bbox=[-10, 2, 4, 4]), "outside-box", "annotations[1]"),
+    "iscrowd of words": Case("coco", second(iscrowd="yes"), "bad-annotation", "annotations[1]"),
+    "iscrowd a list": Case("coco", second(iscrowd=[]), "bad-annotation", "annotations[1]"),
+    "other size": Case("coco", image_entry(0, width=61), "size-mismatch", "images[0] (id 1)"),
+    "no size": Case("coco", image_entry(0, width=None), "no-size", "images[0] (id 1)"),
+    "infinite size": Case("coco", image_entry(0, width=INF), "no-size", "images[0] (id 1)"),
+    "image gone": Case("coco", image("coco", Path.unlink), "missing-image", "images[0] (id 1)"),
+    "nothing": Case("coco", edit(lambda data: data.update(images=[], annotations=[])), "empty-split", ""),
+    "no objects": Case("coco", edit(lambda data: data.update(annotations=[])), "empty-split", ""),
+}
+
+YOLO_CASES = {
+    "class too large": Case("yolo", labels("0 0.5 0.5 0.5 0.5\n\n7 0.5 0.5 0.5 0.5\n"), "unknown-class", "a.txt:3"),
+    "class negative": Case("yolo", labels("-1 0.5 0.5 0.5 0.5\n"), "unknown-class", "a.txt:1"),
+    "class fractional": Case("yolo", labels("0.5 0.5 0.5 0.5 0.5\n"), "bad-annotation", "a.txt:1"),
+    "class nan": Case("yolo", labels("nan 0.5 0.5 0.5 0.5\n"), "bad-annotation", "a.txt:1"),
+    "class infinite": Case("yolo", labels("1e999 0.5 0.5 0.5 0.5\n"), "bad-annotation", "a.txt:1"),
+    "class a name": Case("yolo", labels("dog 0.5 0.5 0.5 0.5\n"), "bad-annotation", "a.txt:1"),
+    "four numbers": Case("yolo", labels("0 0.5 0.5 0.5\n"), "bad-annotation", "a.txt:1"),
+    "six numbers": Case("yolo", labels("0 0.5 0.5 0.5 0.5 0.9\n"), "bad-annotation", "a.txt:1"),
+    "commas": Case("yolo", labels("0,0.5,0.5,0.5,0.5\n"), "bad-annotation", "a.txt:1"),
+    "binary": Case("yolo", labels(ALL_BYTES), "bad-annotation", "a.txt"),
+    "utf-16": Case("yolo", labels("0 0.5 0.5 0.5 0.5\n".encode("utf-16")), "bad-annotation", "a.txt:1"),
+    "a folder": Case("yolo", folder_instead("labels/train/a.txt"), "bad-annotation", "a.txt"),
+    "nan": Case("yolo", labels("0 nan 0.5 0.5 0.5\n0 0.5 0.5 0.5 0.5\n"), "non-finite-box", "a.txt:1"),
+    "nan polygon": Case("yolo", labels("0 0.1 0.1 nan 0.1 0.5 0.5\n"), "non-finite-box", "a.txt:1"),
+    "pixels": Case("yolo", labels("0 30 20 10 10\n"), "unnormalised-box", "a.txt:1"),
+    "negative": Case("yolo", labels("0 0.5 0.5 -0.5 0.5\n"), "inverted-box", "a.txt:1"),
+    "outside": Case("yolo", labels("0 1.5 0.5 0.5 0.5\n"), "outside-box", "a.txt:1"),
+    "overhang": Case("yolo", labels("0 0.1 0.5 0.5 0.5\n"), "clipped-box", "a.txt:1"),
+    "no area": Case("yolo", labels("0 0.5 0.5 0 0.5\n"), "empty-box", "a.txt:1"),
+    "twice": Case("yolo", labels("0 0.5 0.5 0.5 0.5\r\n0 0.5 0.5 0.5 0.5\r\n"), "duplicate-box", "a.txt:2"),
+    "label without image": Case("yolo", image("yolo", Path.unlink), "orphan-label", "a.txt"),
+    "yaml cut": Case("yolo", data_yaml("train: images/train\nnames: [a\n"), "bad-layout", "data.yaml:3"),
+    "yaml empty": Case("yolo", data_yaml(""), "bad-layout", "data.yaml"),
+    "yaml a list": Case("yolo", data_yaml("- a"), "bad-layout", "data.yaml"),
+    "yaml tag": Case("yolo", data_yaml("train: !!python/object/apply:os.system ['true']"), "bad-layout", "data.yaml:1"),
+    "no splits": Case("yolo", data_yaml("names: [dog]"), "bad-layout", "data.yaml"),
+    "split a number": Case("yolo", data_yaml("train: 3\nnames: [dog]"), "bad-layout", "data.yaml"),
+    "split elsewhere": Case("yolo", data_yaml("train: nowhere\nnames: [dog]"), "bad-layout", "data.yaml"),
+    "split long": Case("yolo", data_yaml("train: " + "x" * 5000 + "\nnames: [dog]"), "bad-layout", "data.yaml"),
+    "split with NUL": Case("yolo", data_yaml('train: "a\\0b"\nnames: [dog]'), "bad-layout", "data.yaml"),
+    "names and nc": Case("yolo", data_yaml("train: images/train\nnc: 2\nnames: [dog]"), "bad-layout", "data.yaml"),
+    "names repeat": Case("yolo", data_yaml("train: images/train\nnames: [dog, dog]"), "bad-layout", "data.yaml"),
+    "names gap": Case("yolo", data_yaml("train: images/train\nnames: {0: dog, 2: cat}"), "bad-layout", "data.yaml"),
+    "names a word": Case("yolo", data_yaml("train: images/train\nnames: dog"), "bad-layout", "data.yaml"),
+    "no names": Case("yolo", data_yaml("train: images/train"), "bad-layout", "does not name its classes"),
+    "list": Case("yolo", list_file(b"\xef\xbb\xbfimages/train/a.png\r\n\r\nnope.png"), "missing-image", "t.txt:3"),
+    "long in list": Case("yolo", list_file("images/train/a.png\n" + "x" * 5000), "missing-image", "t.txt:2"),
+    "binary list": Case("yolo", list_file(ALL_BYTES), "missing-image", "t.txt"),
+    "twice in list": Case("yolo", list_file("images/train/a.png\n./images/train/a.png"), "repeated-image", "t.txt:2"),
+    "sidecar": Case("yolo", write("edgekd.json", "{"), "bad-layout", "edgekd.json"),
+    "stale sidecar": Case("yolo", write("edgekd.json", json.dumps(STALE)), "stale-sidecar", "a.txt"),
+}
+
+IMAGE_CASES: dict[str, tuple[Spoil, str, str]] = {
+    "image of zero bytes": (lambda path: path.write_bytes(b""), "bad-image", "a.png"),
+    "image of text": (lambda path: path.write_text("hi"), "bad-image", "a.png"),
+    "image cut": (lambda path: path.write_bytes(path.read_bytes()[:900]), "broken-pixels", "a.png"),
+    "image again": (lambda path: shutil.copy(path, path.with_name("b.png")), "duplicate-image", "b.png"),
+}
+
+BROKEN: dict[str, Case] = {
+    f"{case.form} {name}": case for cases in (VOC_CASES, COCO_CASES, YOLO_CASES) for name, case in cases.items()
+} | {
+    f"{form} {name}": Case(form, image(form, change), kind, where)
+    for form in MAKERS
+    for name, (change, kind, where) in IMAGE_CASES.items()
+}

@@ -1,0 +1,218 @@
+"""Broken data sets: every one gives a problem with a name and a place, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgekd.data import read_dataset
+from edgekd.data.check import check_dataset, write_contact_sheet
+from edgekd.data.problems import RULES
+from edgekd.errors import DataError
+from tests.broken_data import BROKEN, DOG, MAKERS, voc, yolo
+from tests.data_layouts import make_voc, make_yolo, picture, voc_xml
+
+
+@pytest.mark.parametrize("form", MAKERS)
+def test_sound_data_is_ok(tmp_path: Path, form: str) -> None:
+    report = check_dataset(MAKERS[form](tmp_path))
+    assert report.problems == ()
+    assert report.ok
+    train = report.splits[0]
+    assert (train.name, train.images, train.objects, dict(train.per_class)) == ("train", 2, 2, {"dog": 2})
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert report.text().endswith("ok")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_break_is_named(tmp_path: Path, name: str) -> None:
+    form, spoil, kind, where = BROKEN[name]
+    root = MAKERS[form](tmp_path)
+    spoil(root)
+    report = check_dataset(root)
+    found = [problem for problem in report.problems if problem.kind == kind]
+    assert found, report.text()
+    assert any(where in str(problem) for problem in found), [str(problem) for problem in found]
+    assert report.ok == all(RULES[problem.kind].severity == "warning" for problem in report.problems)
+    if RULES[kind].severity == "error":
+        assert not report.ok
+    json.dumps(report.to_dict(), allow_nan=False)
+    report.text().encode("utf-8")
+    if RULES[kind].stops:
+        with pytest.raises(DataError):
+            read_dataset(root, "train")
+    else:
+        dataset = read_dataset(root, "train")
+        for record in dataset.records:
+            h, w = record.image_hw
+            assert np.isfinite(record.boxes_xyxy).all()
+            assert (record.boxes_xyxy[:, :2] < record.boxes_xyxy[:, 2:]).all()
+            assert (record.boxes_xyxy >= 0).all()
+            assert (record.boxes_xyxy <= (w, h, w, h)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN if RULES[BROKEN[name].kind].treatment.endswith("refused")])
+def test_refused_boxes_leave_the_others(tmp_path: Path, name: str) -> None:
+    form, spoil, *_ = BROKEN[name]
+    root = MAKERS[form](tmp_path)
+    spoil(root)
+    counts = [len(record.labels) for record in read_dataset(root, "train").records]
+    assert sum(counts) in (1, 2)  # whatever else stood beside the refused one
+
+
+def test_every_rule_has_a_case() -> None:
+    covered = {case.kind for case in BROKEN.values()}
+    assert covered | {"leak", "absent-class"} == set(RULES)
+
+
+def test_reading_refuses_what_it_cannot_pass_over_with_all_places(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path, {"train": {"a": ["9 0.5 0.5 1 1", "x"], "b": ["1 2"]}}, ["dog"])
+    with pytest.raises(DataError, match=r"3 problems(.|\n)*a.txt:2(.|\n)*b.txt:1(.|\n)*a.txt:1"):
+        read_dataset(root, "train")
+
+
+# ------------------------------------------------------------------------------------------------ whole splits
+
+
+@pytest.mark.parametrize("form", MAKERS)
+@pytest.mark.parametrize("suffix", [".png", ".bmp"])
+def test_the_same_picture_in_two_splits_is_a_leak(tmp_path: Path, form: str, suffix: str) -> None:
+    root = MAKERS[form](tmp_path)
+    train, val = next(root.rglob("a.png")), next(root.rglob("c.png"))
+    Image.open(train).save(val.with_suffix(suffix))
+    if suffix != ".png":
+        val.unlink()
+        path = root / "annotations" / "instances_val.json"
+        if form == "coco":
+            path.write_text(path.read_text().replace("c.png", "c.bmp"))
+    report = check_dataset(root)
+    assert [problem.kind for problem in report.problems] == ["leak"]
+    assert "a.png of split 'train'" in report.problems[0].message
+    assert not report.ok
+
+
+def test_the_same_file_in_two_splits_is_a_leak_but_a_union_is_none(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    lists = root / "ImageSets" / "Main"
+    (lists / "trainval.txt").write_text("a\nb\nc\n")
+    report = check_dataset(root)
+    assert report.ok
+    assert report.unions == ("trainval",)
+    (lists / "everything.txt").write_text("c\nb\na\n")  # the exact union of others, whatever its name
+    assert check_dataset(root).ok
+    (lists / "val.txt").write_text("c\nb\n")
+    leaks = [problem for problem in check_dataset(root).problems if problem.kind == "leak"]
+    assert {(problem.split, problem.path.name) for problem in leaks} == {("val", "b.png")}
+
+
+def test_a_validation_split_inside_the_training_split_is_a_leak(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    (root / "ImageSets" / "Main" / "val.txt").write_text("b\n")
+    assert [problem.kind for problem in check_dataset(root).problems] == ["leak"]
+
+
+def test_classes_without_objects_and_asked_classes(tmp_path: Path) -> None:
+    report = check_dataset(voc(tmp_path), class_names=("cat", "dog"))
+    assert report.ok
+    assert [problem.kind for problem in report.problems] == ["absent-class"]
+    assert "cat" in report.problems[0].message
+    report = check_dataset(tmp_path, class_names=("cat",))
+    assert {problem.kind for problem in report.problems} == {"unknown-class", "empty-split"}
+
+
+def test_splits_asked_for(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    (root / "Annotations" / "c.xml").write_text("broken")
+    assert check_dataset(root, splits=["train"]).ok
+    assert not check_dataset(root, splits=["val"]).ok
+    with pytest.raises(DataError, match="no split 'test'"):
+        check_dataset(root, splits=["test"])
+
+
+def test_a_problem_in_a_union_is_told_once(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    (root / "ImageSets" / "Main" / "trainval.txt").write_text("a\nb\nc\n")
+    (root / "Annotations" / "a.xml").write_text(voc_xml([("dog", (30, 3, 2, 20)), *DOG]))
+    assert [(problem.kind, problem.split) for problem in check_dataset(root).problems] == [("inverted-box", "train")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are bytes on POSIX only")
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    root = yolo(tmp_path)
+    odd = os.fsdecode(b"caf\xe9.png")
+    (root / "images" / "train" / "a.png").rename(root / "images" / "train" / odd)
+    (root / "labels" / "train" / "a.txt").rename(root / "labels" / "train" / odd.replace(".png", ".txt"))
+    (root / "labels" / "train" / odd.replace(".png", ".txt")).write_text("0 nan 0.5 0.5 0.5")
+    report = check_dataset(root)
+    assert [problem.kind for problem in report.problems] == ["non-finite-box"]
+    report.text().encode("utf-8")
+    assert "caf\\xe9.txt:1" in str(report.problems[0])
+    assert "caf\\xe9" in {record.image_id for record in read_dataset(root, "train").records}
+
+
+def test_names_that_are_not_utf8_in_a_voc_list(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    stem = os.fsdecode(b"caf\xe9")
+    (root / "JPEGImages" / "a.png").rename(root / "JPEGImages" / f"{stem}.png")
+    (root / "Annotations" / "a.xml").rename(root / "Annotations" / f"{stem}.xml")
+    (root / "ImageSets" / "Main" / "train.txt").write_bytes(b"caf\xe9\nb\n")
+    report = check_dataset(root)
+    assert report.problems == ()
+    assert read_dataset(root, "train").records[0].image_id == "caf\\xe9"
+
+
+def test_sizes_and_balance(tmp_path: Path) -> None:
+    root = make_voc(
+        tmp_path, {"train": {"a": [("dog", (1, 1, 31, 40)), ("dog", (1, 1, 60, 40)), ("cat", (1, 1, 15, 10))]}}
+    )
+    split = check_dataset(root).splits[0]
+    assert dict(split.per_class) == {"cat": 1, "dog": 2}
+    assert dict(split.sizes) == {"small": 1, "medium": 2, "large": 0}
+    assert split.relative_size["100%"] == 1.0
+    assert split.relative_size["0%"] == 0.25  # 15 x 10 of 60 x 40
+    assert split.image_hw == ((40, 60), (40, 60))
+
+
+def test_real_data_is_ok(bccd: Path, tiny_coco: Path) -> None:
+    report = check_dataset(bccd)
+    assert report.ok
+    assert sum(split.objects for split in report.splits if split.name in ("trainval", "test")) == 4888
+    assert {problem.kind for problem in report.problems} == {"tiny-box"}
+    assert check_dataset(tiny_coco).ok
+
+
+# ------------------------------------------------------------------------------------------------ contact sheet
+
+
+def test_contact_sheet_shows_boxes_in_place(tmp_path: Path) -> None:
+    root = make_voc(tmp_path / "set", {"train": {"a": [("dog", (11, 11, 50, 30))]}})
+    Image.new("RGB", (60, 40)).save(root / "JPEGImages" / "a.png")
+    path = write_contact_sheet(read_dataset(root, "train"), tmp_path / "sheet.png", tile_px=60)
+    sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    tile = sheet[6 + 10 : 6 + 50, 6:66]  # the margin, then the picture centred in its tile
+    assert (tile[20, 10] == tile[28, 49]).all()
+    assert tile[20, 10].max() == 255
+    assert tile[26, 45].max() == 0
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 6), (5, 2), (100, 3)])
+def test_contact_sheet_of_any_number_with_broken_images(tmp_path: Path, count: int, columns: int) -> None:
+    root = make_voc(tmp_path / "set", {"train": {f"i{n}": DOG for n in range(7)}})
+    dataset = read_dataset(root, "train")
+    picture(root / "JPEGImages" / "i3.png").write_bytes(b"broken")
+    path = write_contact_sheet(dataset, tmp_path / "deep" / "sheet.jpg", count=count, columns=columns, tile_px=64)
+    shown = min(count, 7)
+    width = min(columns, shown)
+    assert Image.open(path).size == (width * 70 + 6, -(-shown // width) * 86 + 6)
+
+
+def test_contact_sheet_of_nothing(tmp_path: Path) -> None:
+    root = voc(tmp_path)
+    (root / "ImageSets" / "Main" / "test.txt").write_text("")
+    with pytest.raises(DataError, match="no images to draw"):
+        write_contact_sheet(read_dataset(root, "test"), tmp_path / "sheet.png")
