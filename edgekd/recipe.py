@@ -24,7 +24,19 @@ MODELS: tuple[str, ...] = (
 )
 """The names in `edgekd.detectors.DETECTORS`, written out so that checking a recipe needs no torch."""
 
-LOSSES: tuple[str, ...] = ("response", "feature")
+LOSSES: tuple[str, ...] = (
+    "response",
+    "feature",
+    "adversarial",
+    "information_map",
+    "amd",
+    "gkd",
+    "decoupled",
+    "cwd",
+    "mgd",
+    "fgd",
+    "pkd",
+)
 """The names in `edgekd.losses.TERMS`, likewise."""
 
 TEACHER_KINDS = ("train", "checkpoint", "onnx", "module", "torchvision")

@@ -78,7 +78,8 @@ def _problem(document: Document, path: KeyPath, details: list[ErrorDetails]) -> 
     if "extra_forbidden" in kinds:
         return Problem(document.place(path, key=True), path, f"unknown key{_key_hint(path, document.data)}")
     if "missing" in kinds:
-        return Problem(document.place(path[:-1]), path, _missing_message(path, document.data, value))
+        place = document.place(path[:-1], key=isinstance(path[-1], str))
+        return Problem(place, path, _missing_message(path, document.data, value))
     if "union_tag_not_found" in kinds:
         return Problem(document.place(path), path, _teacher_message(value))
     if "value_error" in kinds:
