@@ -9,7 +9,7 @@ from torch import Tensor
 from edgekd.detectors import DETECTORS, spec_for
 from edgekd.detectors.base import DetectorOutput, SoftTargets, Targets
 from edgekd.detectors.complexity import count_macs, count_parameters
-from edgekd.detectors.ssd import SSD, build_ssd
+from edgekd.detectors.ssd import SSD, L2Norm, build_ssd
 from edgekd.errors import RecipeError
 from edgekd.recipe import ModelConfig
 from edgekd.types import DetectorSpec, PreprocessSpec
@@ -129,6 +129,36 @@ def test_rows_follow_the_priors() -> None:
         for prior in range(6)
     ]
     assert rows.tolist() == wanted
+
+
+@pytest.mark.parametrize("model", [LITE, "vgg11-ssd"])
+def test_rows_follow_the_grid(model: str) -> None:
+    detector = build_ssd(DetectorSpec(model, ("a", "b"), PreprocessSpec((96, 160)), 0.25)).eval()
+    names = [name for name in detector.tap_specs if name.startswith("neck.")]
+    with torch.no_grad():
+        output = detector(torch.randn(1, 3, 96, 160), taps=names)
+        raw = [predict(output.taps[name]) for predict, name in zip(detector.head.boxes, names, strict=True)]
+    priors, (height, width) = detector.prior_boxes(), (96, 160)
+    row = 0
+    for level, ((rows, columns), count) in enumerate(
+        zip(detector.prior_layout.grids_hw, detector.prior_layout.priors_a_cell, strict=True)
+    ):
+        for y in range(rows):
+            for x in range(columns):
+                centre = [(x + 0.5) / columns * width, (y + 0.5) / rows * height]
+                for prior in range(count):
+                    cell = raw[level][0, 4 * prior : 4 * prior + 4, y, x]
+                    assert torch.equal(output.bbox_regression[0, row], cell)
+                    assert priors[row, :2].tolist() == pytest.approx(centre)
+                    row += 1
+    assert row == len(priors)
+
+
+def test_l2norm_gives_every_cell_the_length_of_its_scale() -> None:
+    x = torch.rand(2, 8, 3, 5) * 300
+    x[0, :, 1, 1] = 0
+    out = L2Norm(8)(x)
+    assert torch.allclose(out, x / x.norm(dim=1, keepdim=True).clamp(min=1e-6) * 20, atol=1e-4)
 
 
 def test_an_untrained_head_has_the_losses_share_of_background() -> None:

@@ -38,8 +38,9 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
-        # Shrunk first: squares of VGG's activations, summed over 512 channels, pass the largest fp16.
-        return F.normalize(x / 64, dim=1) * self.scale.view(1, -1, 1, 1)
+        # Shrunk first: squares of VGG's activations, summed over 512 channels, pass the largest fp16. The floor of the
+        # norm is one that fp16 can tell from zero.
+        return F.normalize(x / 64, dim=1, eps=1e-4) * self.scale.view(1, -1, 1, 1)
 
 
 class SsdNeck(nn.Module):
