@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.detectors import DETECTORS, build_detector, spec_for
-from edgekd.errors import ExportError, UserError
+from edgekd.errors import ExportError
 from edgekd.export.graph import GraphIndex, metadata_of, open_session, opset_of, raw_tensors
 from edgekd.export.nms import Thresholds, append_nms
 from edgekd.export.onnx import export_onnx, trace
@@ -99,8 +99,9 @@ def test_dynamic_batch_has_a_name_and_works(toy: ToyDetector):
         alone = open_session(model).run(None, {"images": images[index : index + 1]})
         for one, many in zip(alone, together, strict=True):
             assert np.allclose(one[0], many[index], atol=1e-4)
-    with pytest.raises(UserError, match="batch 1"):
-        append_nms(model, Thresholds())
+    complete = append_nms(model, Thresholds())
+    assert [dim.dim_value for dim in complete.graph.input[0].type.tensor_type.shape.dim] == [1, 3, 64, 64]
+    assert len(open_session(complete).run(None, {"images": images[:1]})[1]) == 100
 
 
 QUICK = ("mobilenetv2-ssd-lite", "yolo-nano")

@@ -111,10 +111,11 @@ def export_run(
     if out.suffix != ".onnx" or out.is_dir():
         raise UserError("an export goes to an .onnx file", got=out, expected="a name such as student.onnx")
     detector = load_detector(source)
+    notes: list[str] = []
     if data is None:
-        data = data_of_run(source)
+        data, notes = data_of_run(source)
     config, thresholds, say = config or ExportConfig(), thresholds or Thresholds(), say or _silent
-    calibration, notes = _calibration(detector, data, config) if precision == "int8" else ((), [])
+    calibration = _calibration(detector, data, config, notes) if precision == "int8" else ()
     say(f"tracing {detector.spec.model}")
     base = trace(detector, opset=config.opset, dynamic_batch=config.dynamic_batch)
     target = config.target
@@ -147,23 +148,24 @@ def complete_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.nms.onnx")
 
 
-def data_of_run(source: Path) -> ExportData | None:
-    """The data set that a run's own recipe names; None where there is no recipe or its data is gone."""
+def data_of_run(source: Path) -> tuple[ExportData | None, list[str]]:
+    """The data set that a run's own recipe names, or None with a note why not."""
     from edgekd.data import read_dataset
     from edgekd.recipe_file import load_recipe
 
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     recipe_file = folder / RECIPE_FILE
     if not recipe_file.is_file():
-        return None
-    section = load_recipe(recipe_file).data
-    if not Path(section.root).is_dir():
-        return None
-    train, val = (
-        read_dataset(Path(section.root), split, format=section.format, class_names=section.classes)
-        for split in (section.train, section.val)
-    )
-    return ExportData(train, val)
+        return None, []
+    try:
+        section = load_recipe(recipe_file).data
+        train, val = (
+            read_dataset(Path(section.root), split, format=section.format, class_names=section.classes)
+            for split in (section.train, section.val)
+        )
+    except UserError as error:
+        return None, [f"the run's own data set cannot be used: {error.what}"]
+    return ExportData(train, val), []
 
 
 def _provenance(source: Path) -> dict[str, Any]:
@@ -178,17 +180,18 @@ def _silent(_: str) -> None:
     return None
 
 
-def _calibration(detector: Detector, data: ExportData | None, config: ExportConfig) -> tuple[PreparedImages, list[str]]:
-    """Images to calibrate int8 on, and what the user should know about them."""
+def _calibration(detector: Detector, data: ExportData | None, config: ExportConfig, notes: list[str]) -> PreparedImages:
+    """Images to calibrate int8 on."""
     dataset = None if data is None else (data.train or data.val)
     if data is None or dataset is None or not len(dataset):
         raise DataError(
             "int8 needs training images to calibrate on",
-            got="a run without its data set",
+            got="; ".join(notes) or "no data set, and no recipe beside the checkpoint that names one",
             fix="give the data set with --data DIR (and --split NAME)",
         )
-    notes = [] if data.train else [f"calibrated on split {dataset.split!r}, since no training split was given"]
-    return PreparedImages(spread(dataset.records, config.calibration_images), detector.spec.preprocess), notes
+    if not data.train:
+        notes.append(f"calibrated on split {dataset.split!r}, since no training split was given")
+    return PreparedImages(spread(dataset.records, config.calibration_images), detector.spec.preprocess)
 
 
 def _kept_note(int8: Int8Result | None) -> list[str]:

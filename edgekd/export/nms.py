@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.errors import UserError
 from edgekd.postprocess import PRE_NMS_TOP_K, select
 from edgekd.types import Detections, FloatArray
 
@@ -48,13 +47,11 @@ def append_nms(model: ModelProto, thresholds: Thresholds) -> ModelProto:
     """A copy that ends in detections: "boxes" (N, 4) xyxy input pixels, "scores" (N,), "labels" (N,) int64, best first.
 
     Gives what `edgekd.postprocess.select` gives on the same boxes and scores: class-wise NMS over the best
-    `PRE_NMS_TOP_K` (box, class) pairs. Standard operators alone.
+    `PRE_NMS_TOP_K` (box, class) pairs. Standard operators alone. A dynamic batch becomes a batch of 1, since
+    detections of several images do not fit these outputs.
 
     Args:
         model: with outputs "boxes" (1, P, 4) and "scores" (1, P, K).
-
-    Raises:
-        UserError: the batch is dynamic; detections of several images do not fit these outputs.
     """
     from onnx import TensorProto, checker, helper
 
@@ -62,19 +59,16 @@ def append_nms(model: ModelProto, thresholds: Thresholds) -> ModelProto:
 
     model = copy_of(model)
     graph = model.graph
-    shape = [dim.dim_value for dim in next(o for o in graph.output if o.name == "scores").type.tensor_type.shape.dim]
-    if shape[0] != 1:
-        raise UserError(
-            "the form with NMS inside needs batch 1",
-            got="a dynamic batch" if not shape[0] else f"batch {shape[0]}",
-            fix="export it without dynamic batch; the decoded form takes any batch",
-        )
+    for info in (*graph.input, *graph.output):
+        info.type.tensor_type.shape.dim[0].dim_value = 1
+    scores = next(output for output in graph.output if output.name == "scores")
+    _, boxes, classes = (dim.dim_value for dim in scores.type.tensor_type.shape.dim)
     for node in graph.node:  # the decoded tensors give their names to the new outputs
         for field in (node.input, node.output):
             for position, name in enumerate(field):
                 if name in ("boxes", "scores"):
                     field[position] = f"decoded_{name}"
-    _append_selection(model, thresholds, pairs=shape[1] * shape[2])
+    _append_selection(model, thresholds, pairs=boxes * classes)
     del graph.output[:]
     graph.output.extend(
         [

@@ -192,7 +192,7 @@ def export_onnx(
 
     Raises:
         ExportError: the exporter failed.
-        UserError: int8 without calibration images, or NMS with a dynamic batch.
+        DataError: int8 without calibration images.
     """
     from edgekd.export.precision import convert
 

@@ -21,7 +21,7 @@ NATIVE = 18
 """What torch's exporter writes."""
 
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
-_NEW_IN_18 = {
+_NEW_IN_18: dict[str, dict[str, Any]] = {
     "Resize": {"antialias": 0, "keep_aspect_ratio_policy": b"stretch"},
     "Split": {},
     **{f"Reduce{name}": {"noop_with_empty_axes": 0} for name in _REDUCTIONS},
