@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -152,14 +152,14 @@ def check_dataset(
         judged = problems if names else []  # without class names every object would be of an unknown one
         records[split] = [item.record for item in resolve(raws, names, split, judged)]
     digests = _pixel_digests(records, problems, progress)
-    unions = _unions(records)
+    unions = _unions(records, digests)
     problems += _duplicates(records, digests, unions)
     problems += _empty(source.root, records, names)
     summaries = tuple(_summary(split, found, names) for split, found in records.items())
-    return CheckReport(Path(root), source.format, names, summaries, _once(problems, unions), unions)
+    return CheckReport(Path(root), source.format, names, summaries, _once(problems, unions), tuple(unions))
 
 
-def _once(problems: Sequence[Problem], unions: Sequence[str]) -> tuple[Problem, ...]:
+def _once(problems: Sequence[Problem], unions: Collection[str]) -> tuple[Problem, ...]:
     """Without what the splits of a union have reported already."""
     seen: set[Problem] = set()
     kept = []
@@ -228,21 +228,22 @@ def _digest(path: Path) -> str | DataError:
     return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
 
 
-def _unions(records: Mapping[str, list[ImageRecord]]) -> tuple[str, ...]:
-    """Splits that consist of other splits' image files: two or more of them exactly, or named as such and around one."""
-    files = {split: {record.path for record in found} for split, found in records.items()}
-    unions = []
-    for split, own in files.items():
-        parts = [other for name, other in files.items() if name != split and other and other < own]
-        if parts and (split in _UNIONS or (len(parts) > 1 and set().union(*parts) == own)):
-            unions.append(split)
-    return tuple(unions)
+def _unions(records: Mapping[str, list[ImageRecord]], digests: Mapping[Path, str]) -> dict[str, frozenset[str]]:
+    """Splits that consist of other splits' pictures -> those: two or more exactly, or named as such and around one."""
+    pictures = {split: {digests.get(r.path, str(r.path)) for r in found} for split, found in records.items()}
+    unions = {}
+    for split, own in pictures.items():
+        parts = frozenset(name for name, other in pictures.items() if name != split and other and other < own)
+        exact = len(parts) > 1 and set().union(*(pictures[part] for part in parts)) == own
+        if parts and (split in _UNIONS or exact):
+            unions[split] = parts
+    return unions
 
 
 def _duplicates(
-    records: Mapping[str, list[ImageRecord]], digests: Mapping[Path, str], unions: Sequence[str]
+    records: Mapping[str, list[ImageRecord]], digests: Mapping[Path, str], unions: Mapping[str, frozenset[str]]
 ) -> list[Problem]:
-    """The same pixels within a split, and across splits unless one is a union that holds the other's very file."""
+    """The same pixels within a split, and across splits unless one is a part of the other."""
     holders: dict[str, list[tuple[str, Path]]] = {}
     for split in sorted(records, key=lambda split: split in unions):
         for record in records[split]:
@@ -254,8 +255,9 @@ def _duplicates(
         for position, (split, path) in enumerate(group):
             for other_split, other in group[:position]:
                 kind = "duplicate-image" if split == other_split else "leak"
-                is_union = split in unions or other_split in unions
-                if (kind == "leak" and is_union) or (kind, path) in reported:
+                is_part = other_split in unions.get(split, ()) or split in unions.get(other_split, ())
+                is_part = is_part or (split in unions and other_split in unions)  # their parts tell
+                if is_part or (kind, path) in reported:
                     continue
                 reported.add((kind, path))
                 message = f"the same picture as {printable(other)} of split {other_split!r}"
