@@ -33,7 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs: Colle
         path: the YAML file.
         overrides: "a.b=c" each, c being YAML; list entries by index, as in "teachers.0.weight=2".
         needs: sections whose files must be there ("data", "student", "teachers"); "teachers" also
-            asks for at least one.
+            asks for at least one, "teacher-files" does not.
 
     Raises:
         RecipeError: with all problems in its message and in its `problems`.
@@ -186,7 +186,7 @@ def _resolve_paths(document: Document, folder: Path, needs: Collection[str]) -> 
         choices = list(dict.fromkeys(Path(os.path.abspath(base / value)) for base in bases))
         there = [choice for choice in choices if choice.exists()]
         parent[path[-1]] = str((there or choices)[0])
-        if not there and path[0] in needs:
+        if not there and (path[0] in needs or (path[0] == "teachers" and "teacher-files" in needs)):
             message = f"there is no {' nor '.join(str(choice) for choice in choices)}"
             problems.append(Problem(place, path, message))
     return problems

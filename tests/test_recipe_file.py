@@ -347,6 +347,7 @@ def test_files_are_looked_for_when_they_are_needed(tmp_path: Path) -> None:
 
 def test_distilling_needs_teachers(tmp_path: Path) -> None:
     text = GOOD[: GOOD.index("teachers")]
+    load_recipe(write(tmp_path, text), needs=("teacher-files",))
     assert problems(tmp_path, text, needs=("teachers",)) == ["/recipe.yaml:1:1: teachers: needs at least one teacher"]
 
 

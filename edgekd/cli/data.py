@@ -139,7 +139,8 @@ def fetch(
     session = session_of(context)
     session.merge(json=json, quiet=quiet)
     session.resume_hint = "the same command goes on with the download"
+    from edgekd.console import Terminal
     from edgekd.data.fetch import fetch as fetch_dataset
 
-    root = fetch_dataset(name, out)
+    root = fetch_dataset(name, out, progress=Terminal(session.quiet).staged())
     session.finish({"name": name, "root": str(root)}, lambda: typer.echo(str(root)))

@@ -26,7 +26,7 @@ def check(
     session.merge(json=json, sets=sets)
     from edgekd.recipe_file import dump_recipe, load_recipe
 
-    checked = load_recipe(recipe, session.overrides, needs=("data", "student", "teachers") if files else ())
+    checked = load_recipe(recipe, session.overrides, needs=("data", "student", "teacher-files") if files else ())
     session.finish(checked.model_dump(mode="json"), lambda: typer.echo(dump_recipe(checked, Path.cwd()), nl=False))
 
 

@@ -1,0 +1,240 @@
+"""The command line as scripts see it: exit codes, stdout, stderr, options on either side of a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from edgekd import __version__
+from edgekd.cli import app
+from edgekd.errors import ExportError
+from edgekd.train import RunResult
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def edgekd(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def process(*arguments: object, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, after `code`."""
+    source = f"{code}\nfrom edgekd.cli import main\nmain()"
+    return subprocess.run(
+        [sys.executable, "-c", source, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "scenes"
+    assert edgekd("data", "make", "--out", out, "--train", 4, "--val", 2, "--quiet").exit_code == 0
+    return out
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, scenes: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"name: tiny\ndata: {{root: {scenes}}}\nstudent: {{model: mobilenetv2-ssd-lite}}\n", encoding="utf-8"
+    )
+    return path
+
+
+def test_version() -> None:
+    assert edgekd("--version").output == f"edgekd {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["train"], ["data", "make", "--train", "x"], ["--nope"]])
+def test_usage_errors_exit_2(arguments: list[str]) -> None:
+    assert edgekd(*arguments).exit_code == 2
+
+
+def test_make_and_check(scenes: Path, tmp_path: Path) -> None:
+    again = edgekd("--json", "data", "make", "--out", scenes, "--train", 4, "--val", 2)
+    made = json.loads(again.stdout)
+    assert made["images"] == {"train": 4, "val": 2}
+    assert made["synthetic"] is True
+    sheet = tmp_path / "sheet.png"
+    result = edgekd("data", "check", scenes, "--json", "--sheet", sheet)
+    report = json.loads(result.stdout)
+    assert result.exit_code == (0 if report["ok"] else 2)
+    assert sheet.is_file()
+    assert report["contact_sheet"] == str(sheet)
+
+
+def test_check_exits_2_on_a_bad_set(tmp_path: Path) -> None:
+    from edgekd.data.scenes import make_scenes
+
+    root = make_scenes(tmp_path / "scenes", counts={"train": 3, "val": 1})
+    image = next(path for path in root.rglob("*.png"))
+    image.write_bytes(b"no image")
+    result = edgekd("data", "check", root)
+    assert result.exit_code == 2
+    assert image.name in result.output
+
+
+def test_convert_there_and_back(scenes: Path, tmp_path: Path) -> None:
+    assert edgekd("data", "convert", scenes, "--to", "coco", "--out", tmp_path / "coco").exit_code == 0
+    result = edgekd("data", "convert", tmp_path / "coco", "--to", "yolo", "--out", tmp_path / "yolo", "--json")
+    assert json.loads(result.stdout)["images"] == {"train": 4, "val": 2}
+    assert edgekd("data", "convert", scenes, "--to", "xml", "--out", tmp_path / "x").exit_code == 2
+
+
+def test_seed_may_stand_before_or_after(tmp_path: Path) -> None:
+    pixels = []
+    for index, words in enumerate((["--seed", "7", "data", "make"], ["data", "make", "--seed", "7"], ["data", "make"])):
+        out = tmp_path / str(index)
+        assert edgekd(*words, "--out", out, "--train", 1, "--val", 0).exit_code == 0
+        pixels.append(next(out.rglob("*.png")).read_bytes())
+    assert pixels[0] == pixels[1] != pixels[2]
+
+
+def test_recipe_check(recipe: Path) -> None:
+    assert "epochs:" in edgekd("recipe", "check", recipe).output
+    shown = json.loads(edgekd("recipe", "check", recipe, "--set", "train.epochs=3", "--no-files", "--json").stdout)
+    assert shown["train"]["epochs"] == 3
+    assert edgekd("recipe", "check", recipe, "--set", "data.root=no").exit_code == 2
+    assert edgekd("recipe", "check", recipe, "--set", "data.root=no", "--no-files").exit_code == 0
+
+
+def test_run_needs_teachers(recipe: Path) -> None:
+    result = edgekd("run", recipe, "--out", "x")
+    assert result.exit_code == 2
+    assert "needs at least one teacher" in result.stderr
+
+
+def test_a_recipe_with_mistakes_exits_2_and_lists_them(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "epochs: 3\n", encoding="utf-8")
+    result = edgekd("train", recipe, "--out", "x", "--set", "train.lr=-1")
+    assert result.exit_code == 2
+    assert f"{recipe}:4:1: epochs: unknown key" in result.stderr
+    assert "--set train.lr=-1: train.lr: got -1" in result.stderr
+    assert "Traceback" not in result.output
+    as_json = edgekd("--json", "train", recipe, "--out", "x")
+    body = json.loads(as_json.stdout)["error"]
+    assert body["kind"] == "RecipeError"
+    assert len(body["problems"]) == 1
+
+
+def test_what_train_is_told(monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path) -> None:
+    told: dict[str, Any] = {}
+
+    def fake(work: Any, out: Path) -> RunResult:
+        told.update(seed=work.recipe.seed, device=work.device, quiet=work.terminal.quiet, lr=work.recipe.train.lr)
+        return RunResult(out, out / "model.pt", {"ap50": 0.5})
+
+    monkeypatch.setattr("edgekd.stages.train_student", fake)
+    words = [
+        "--seed",
+        3,
+        "--set",
+        "train.lr=0.5",
+        "train",
+        recipe,
+        "--out",
+        tmp_path / "o",
+        "--device",
+        "cpu",
+        "-q",
+        "--json",
+    ]
+    result = edgekd(*words)
+    assert told == {"seed": 3, "device": "cpu", "quiet": True, "lr": 0.5}
+    assert json.loads(result.stdout)["metrics"] == {"ap50": 0.5}
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0"])
+def test_unknown_devices_are_refused(recipe: Path, name: str) -> None:
+    result = edgekd("train", recipe, "--out", "x", "--device", name)
+    assert result.exit_code == 2
+    assert "auto, cpu, cuda or cuda:N" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ExportError("the exporter failed", got="x"), 1, "error: the exporter failed\n  got:      x"),
+        (KeyboardInterrupt(), 130, "the same command goes on from there"),
+        (ZeroDivisionError("a bug"), 1, "internal error: ZeroDivisionError: a bug"),
+        (OSError(28, "No space left on device", "/x/y"), 1, "error: /x/y: No space left on device"),
+    ],
+)
+def test_how_errors_end(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path, error: BaseException, code: int, words: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("edgekd.stages.train_student", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = edgekd("train", recipe, "--out", tmp_path / "o")
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    if "internal" in words:
+        kept = Path(result.stderr.split("traceback: ")[1].strip())
+        assert "ZeroDivisionError: a bug" in kept.read_text()
+        assert "Traceback" in edgekd("--debug", "train", recipe, "--out", tmp_path / "o").stderr
+    body = json.loads(edgekd("train", recipe, "--out", tmp_path / "o", "--json").stdout)
+    assert body["error"]["exit_code"] == code
+
+
+def test_json_is_all_that_stdout_gets(tmp_path: Path) -> None:
+    noise = "import os, edgekd.data.scenes as s\nreal = s.make_scenes\n" + (
+        "def noisy(*a, **k):\n    print('python noise'); os.write(1, b'library noise\\n'); return real(*a, **k)\n"
+        "s.make_scenes = noisy"
+    )
+    done = process("data", "make", "--out", tmp_path / "s", "--train", 1, "--val", 1, "--json", code=noise)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == {"train": 1, "val": 1}
+    assert "python noise" in done.stderr
+    assert "library noise" in done.stderr
+    assert "scenes: 2/2" in done.stderr
+
+
+def test_a_folder_is_held_by_one_process(recipe: Path, tmp_path: Path) -> None:
+    from edgekd.workspace import locked
+
+    with locked(tmp_path / "o"):
+        done = process("train", recipe, "--out", tmp_path / "o")
+    assert done.returncode == 2
+    assert f"another edgekd process works in {tmp_path / 'o'}" in done.stderr
+    assert str(os.getpid()) in done.stderr
+    with locked(tmp_path / "o"):
+        pass
+
+
+def test_out_must_be_a_folder_that_can_be_made(recipe: Path) -> None:
+    result = edgekd("train", recipe, "--out", recipe)
+    assert result.exit_code == 2
+    assert "is a file" in result.stderr
+
+
+def test_shell_completion() -> None:
+    done = process(_EDGEKD_COMPLETE="complete_bash", COMP_WORDS="edgekd d", COMP_CWORD="1")
+    assert set(done.stdout.split()) == {"doctor", "data", "distill"}
+
+
+def test_doctor_exits_0_where_the_base_works() -> None:
+    result = edgekd("doctor", "--json")
+    assert json.loads(result.stdout)["ok"] is (result.exit_code == 0)
+
+
+def test_bench_refuses_what_it_cannot_read(scenes: Path) -> None:
+    result = edgekd("bench", "teacher:a=no.onnx", "--data", scenes, "--split", "val")
+    assert result.exit_code == 2
+    assert "no.onnx" in result.stderr
+    assert edgekd("bench", "a.onnx", "--ensemble", "--data", scenes, "--split", "val").exit_code == 2
