@@ -166,11 +166,11 @@ def _obtain(
             _download(file, part, progress)
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             gained = part.is_file() and part.stat().st_size > before
-            failures = 1 if gained else failures + 1  # a large file may be cut off often, as long as it grows
+            failures = 0 if gained else failures + 1  # a large file may be cut off often, as long as it grows
             final = isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410)
             if failures >= attempts or final:
                 raise _unreachable(file, files, downloads, error) from error
-            time.sleep(wait_s * 2 ** (failures - 1))
+            time.sleep(wait_s * 2 ** max(0, failures - 1))
             continue
         found = _md5(part, progress)
         if found == file.md5:
@@ -239,7 +239,7 @@ def _md5(path: Path, progress: Progress | None) -> str:
             digest.update(block)
             done += len(block)
             if progress:
-                progress(f"{path.name}: checksum", done, total)
+                progress(f"{path.name.removesuffix('.part')}: checksum", done, total)
     return digest.hexdigest()
 
 
