@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from edgekd.artifact import atomic_path, write_json
-from edgekd.bench.matching import IOU_THRESHOLD, iou_with_crowds
+from edgekd.bench.matching import assign
 from edgekd.data.images import load_image
 from edgekd.errors import ArtifactError
 from edgekd.types import Dataset, Detections, ImageRecord
@@ -58,18 +58,16 @@ def choose_examples(
 
 
 def _mistakes(record: ImageRecord, found: Detections) -> int:
-    """Objects missed and detections wrong in one image, at `SHOWN_SCORE` and IoU 0.5."""
-    shown = found.take(found.scores >= SHOWN_SCORE)
-    ignored = record.difficult | record.crowd
-    overlap = iou_with_crowds(
-        shown.boxes_xyxy.astype(np.float64), record.boxes_xyxy.astype(np.float64), np.zeros(len(ignored), np.bool_)
-    )
-    overlap[shown.labels[:, None] != record.labels[None, :]] = 0.0
-    hits = overlap >= IOU_THRESHOLD
-    missed = int((~hits.any(0) & ~ignored).sum())
-    found_objects = int((hits.any(0) & ~ignored).sum())
-    excused = int((hits.any(1) & ~(hits & ~ignored[None, :]).any(1)).sum())
-    return missed + len(shown) - excused - found_objects
+    """Objects missed and detections wrong in one image, among those that would be shown."""
+    verdict, _ = assign(record, shown(found))
+    to_find = int((~(record.difficult | record.crowd)).sum())
+    return to_find - int((verdict == 1).sum()) + int((verdict == 0).sum())
+
+
+def shown(found: Detections) -> Detections:
+    """The detections that a picture shows, best first."""
+    kept = found.take(found.scores >= SHOWN_SCORE)
+    return kept.take(np.argsort(-kept.scores, kind="stable"))
 
 
 def write_examples(folder: Path, dataset: Dataset, chosen: Sequence[tuple[int, str]]) -> Path:

@@ -82,33 +82,38 @@ def match_coco(records: Sequence[ImageRecord], detections: Sequence[Detections],
         ignored = record.difficult | record.crowd
         columns.add_objects(index, record.labels[~ignored])
         order = np.argsort(-found.scores.astype(np.float64), kind="stable")
-        labels = found.labels[order]
-        keep = _first_of_each(labels, MAX_DETECTIONS)
-        order, labels = order[keep], labels[keep]
-        verdict = np.zeros(len(order), np.int8)
-        if len(order) and len(record.labels):
-            boxes, objects = found.boxes_xyxy[order].astype(np.float64), record.boxes_xyxy.astype(np.float64)
-            overlap = iou_with_crowds(boxes, objects, record.crowd)
-            overlap[labels[:, None] != record.labels[None, :]] = 0.0
-            _greedy(overlap, ignored, record.crowd, verdict)
-        columns.add(index, labels, found.scores[order], verdict)
+        order = order[_first_of_each(found.labels[order], MAX_DETECTIONS)]
+        verdict, _ = assign(record, found.take(order))
+        columns.add(index, found.labels[order], found.scores[order], verdict)
     return columns.matches()
 
 
-def _greedy(overlap: Float64Array, ignored: BoolArray, crowd: BoolArray, verdict: NDArray[np.int8]) -> None:
-    """Fill `verdict` (1 correct, -1 ignored, 0 wrong) for rows in score order; columns of other classes hold 0."""
-    candidates = overlap >= IOU_THRESHOLD
+def assign(record: ImageRecord, found: Detections) -> tuple[NDArray[np.int8], IntpArray]:
+    """COCO's greedy assignment in one image at IoU 0.5.
+
+    Args:
+        found: by falling score.
+
+    Returns:
+        (N,) verdicts: 1 correct, 0 wrong, -1 on an ignored object; (N,) the object each is assigned to, -1 for none.
+    """
+    verdict, owner = np.zeros(len(found), np.int8), np.full(len(found), -1, np.intp)
+    if not len(found) or not len(record.labels):
+        return verdict, owner
+    ignored, crowd = record.difficult | record.crowd, record.crowd
+    overlap = iou_with_crowds(found.boxes_xyxy.astype(np.float64), record.boxes_xyxy.astype(np.float64), crowd)
+    candidates = (overlap >= IOU_THRESHOLD) & (found.labels[:, None] == record.labels[None, :])
     taken = np.zeros(len(ignored), np.bool_)
     for row in np.flatnonzero(candidates.any(1)).tolist():
         free = candidates[row] & (~taken | crowd)
-        for group in (free & ~ignored, free & ignored):
+        for group in (free & ~ignored, free & ignored):  # real objects before ignored ones
             columns = np.flatnonzero(group)
             if len(columns):
                 # The last of equally good ones, as pycocotools takes it.
                 best = columns[len(columns) - 1 - int(np.argmax(overlap[row, columns][::-1]))]
-                taken[best] = True
-                verdict[row] = -1 if ignored[best] else 1
+                taken[best], owner[row], verdict[row] = True, best, -1 if ignored[best] else 1
                 break
+    return verdict, owner
 
 
 def match_voc(records: Sequence[ImageRecord], detections: Sequence[Detections], num_classes: int) -> Matches:

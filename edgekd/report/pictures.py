@@ -1,0 +1,152 @@
+"""Example pictures: what was to be found, what the reference found, what the student found, drawn over one JPEG."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.bench.examples import read_examples, shown
+from edgekd.bench.matching import assign
+from edgekd.bench.saved import Saved
+from edgekd.report import svg
+from edgekd.types import Detections, ImageRecord
+
+_MOST_LABELS = 14
+_MAX_JPEG_BYTES = 200_000
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing over a picture."""
+
+    title: str
+    picture: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with its panels; `jpeg` is the picture as a data URI, referred to by every panel."""
+
+    key: str
+    image_id: str
+    why: str
+    width: int
+    height: int
+    jpeg: str
+    panels: Sequence[Panel]
+
+
+def examples_of(folder: Path, saved: Saved, wanted: Sequence[tuple[str, str]]) -> list[Example]:
+    """Examples out of a benchmark's `examples` folder.
+
+    Args:
+        wanted: (row name, panel title) of the models to show.
+
+    Raises:
+        ArtifactError: examples.json cannot be read.
+    """
+    rows = {row.name: row for row in saved.rows}
+    found = []
+    for position, entry in enumerate(read_examples(folder / "examples.json")):
+        file = folder / Path(str(entry["file"])).name
+        if not file.is_file() or file.stat().st_size > _MAX_JPEG_BYTES:
+            continue
+        record = _record(entry)
+        panels = [_truth_panel(f"ex{position}", record, saved.class_names)]
+        panels += [
+            _model_panel(f"ex{position}", title, record, rows[name].detections[int(entry["index"])], saved.class_names)
+            for name, title in wanted
+            if name in rows and int(entry["index"]) < len(rows[name].detections)
+        ]
+        height, width = record.image_hw
+        data = base64.b64encode(file.read_bytes()).decode("ascii")
+        found.append(
+            Example(
+                f"ex{position}",
+                record.image_id,
+                str(entry["why"]),
+                width,
+                height,
+                f"data:image/jpeg;base64,{data}",
+                panels,
+            )
+        )
+    return found
+
+
+def _record(entry: Mapping[str, Any]) -> ImageRecord:
+    objects = entry["objects"]
+    ignored = np.array(objects["ignored"], np.bool_)
+    return ImageRecord(
+        str(entry["image_id"]),
+        Path(str(entry["file"])),
+        (int(entry["image_hw"][0]), int(entry["image_hw"][1])),
+        np.array(objects["boxes_xyxy"], np.float32).reshape(-1, 4),
+        np.array(objects["labels"], np.int64),
+        ignored,
+        np.zeros_like(ignored),
+    )
+
+
+def _truth_panel(key: str, record: ImageRecord, names: Sequence[str]) -> Panel:
+    boxes = [
+        (box, "ignored" if skip else "object", _name(names, label))
+        for box, label, skip in zip(record.boxes_xyxy, record.labels.tolist(), record.difficult, strict=True)
+    ]
+    count = int((~record.difficult).sum())
+    summary = f"{count} object{'s' if count != 1 else ''}"
+    return Panel("Ground truth", _draw(key, record, boxes, f"Ground truth of {record.image_id}: {summary}"), summary)
+
+
+def _model_panel(key: str, title: str, record: ImageRecord, found: Detections, names: Sequence[str]) -> Panel:
+    """Detections that are right, wrong, on ignored objects; and the objects that were missed."""
+    kept = shown(found)
+    verdicts, owners = assign(record, kept)
+    kinds = {1: "correct", 0: "wrong", -1: "ignored"}
+    boxes = [
+        (box, kinds[int(verdict)], f"{_name(names, label)} {100 * score:.0f} %")
+        for box, label, score, verdict in zip(
+            kept.boxes_xyxy, kept.labels.tolist(), kept.scores.tolist(), verdicts.tolist(), strict=True
+        )
+    ]
+    missed = [i for i in range(len(record.labels)) if i not in owners.tolist() and not record.difficult[i]]
+    boxes += [(record.boxes_xyxy[i], "missed", f"{_name(names, int(record.labels[i]))} missed") for i in missed]
+    counts = [int((verdicts == 1).sum()), int((verdicts == 0).sum()), len(missed)]
+    summary = f"{counts[0]} right, {counts[1]} wrong, {counts[2]} missed"
+    return Panel(title, _draw(key, record, boxes, f"{title} on {record.image_id}: {summary}"), summary)
+
+
+def _name(names: Sequence[str], label: int) -> str:
+    return names[label] if 0 <= label < len(names) else f"class {label}"
+
+
+def _draw(key: str, record: ImageRecord, boxes: Sequence[tuple[Any, str, str]], label: str) -> str:
+    """Boxes over the shared picture, in the image's own pixels; labels only while they can still be read."""
+    height, width = record.image_hw
+    type_px = max(width, height) / 26
+    stroke = max(width, height) / 170
+    body = [f'<use href="#{key}"/>']
+    for box, kind, _ in boxes:
+        x1, y1, x2, y2 = (float(v) for v in box)
+        place = f'x="{svg.num(x1)}" y="{svg.num(y1)}" width="{svg.num(x2 - x1)}" height="{svg.num(y2 - y1)}"'
+        body.append(f'<rect {place} class="halo" stroke-width="{svg.num(2 * stroke)}"/>')
+        body.append(f'<rect {place} class="box {kind}" stroke-width="{svg.num(stroke)}"/>')
+    for box, kind, name in boxes[:_MOST_LABELS]:
+        short = name if len(name) <= 22 else name[:21] + "…"
+        x = min(max(float(box[0]), 0.0), max(0.0, width - len(short) * type_px * 0.56))
+        y = float(box[1]) - type_px * 0.3 if box[1] > type_px * 1.3 else float(box[1]) + type_px
+        body.append(
+            f'<text x="{svg.num(x)}" y="{svg.num(y)}" class="boxname {kind}" font-size="{svg.num(type_px)}" '
+            f'stroke-width="{svg.num(type_px / 4)}">{svg.escape(short)}</text>'
+        )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label={svg.attribute(label)} class="photo">'
+        + "".join(body)
+        + "</svg>"
+    )

@@ -1,0 +1,149 @@
+"""Figures and findings as people write them: a true minus, points with a sign, and no claim the data does not carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ROLE_NAMES: Mapping[str, str] = {
+    "teacher": "teacher",
+    "ensemble": "ensemble",
+    "student": "student alone",
+    "student_distilled": "distilled student",
+}
+
+MINUS, TIMES, NOTHING = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+
+Row = Mapping[str, Any]
+
+
+def number(value: float | None, decimals: int = 1, unit: float = 1.0) -> str:
+    """A figure with thousands separated, a dash where there is none."""
+    if value is None:
+        return NOTHING
+    return f"{value / unit:,.{decimals}f}".replace("-", MINUS)
+
+
+def signed(value: float, decimals: int = 1) -> str:
+    """A difference, always with its sign; never a negative zero."""
+    rounded = round(value, decimals) + 0.0
+    return f"{rounded:+,.{decimals}f}".replace("-", MINUS) if rounded else f"±{0:.{decimals}f}"
+
+
+def points(value: float | None) -> str:
+    """AP in [0, 1] as points of 100."""
+    return number(value, 1, 0.01)
+
+
+def milliseconds(value: float | None) -> str:
+    """Three significant digits where that matters."""
+    return number(value, 2 if value is not None and value < 10 else 1)
+
+
+def times(value: float | None) -> str:
+    """A factor, such as 9.1×."""
+    if value is None:
+        return NOTHING
+    return f"{value:.{0 if value >= 100 else 1 if value >= 1.95 else 2}f}{TIMES}"
+
+
+def interval(low: float, high: float, decimals: int = 1) -> str:
+    """[−1.5, −0.1]."""
+    return f"[{signed(low, decimals)}, {signed(high, decimals)}]"
+
+
+def images(result: Mapping[str, Any]) -> str:
+    """ "1,700 images", and synthetic where they are."""
+    count = int(result["data"]["images"])
+    kind = "synthetic " if result["data"].get("synthetic") else ""
+    return f"{count:,} {kind}image{'s' if count != 1 else ''}"
+
+
+def difference_points(comparison: Mapping[str, Any]) -> str:
+    """−0.8 AP50 points [−1.5, −0.1]."""
+    value, low, high = (100 * float(comparison[key]) for key in ("difference", "low", "high"))
+    return f"{signed(value)} AP50 points {interval(low, high)}"
+
+
+def subject(row: Row, rows: Sequence[Row]) -> str:
+    """How a sentence calls a row: by its role if that is unmistakable, else by role and name."""
+    role = ROLE_NAMES.get(row["role"], row["role"])
+    alike = [other for other in rows if other["role"] == row["role"]]
+    if len(alike) == 1:
+        return f"the {role}"
+    return f"the {role} “{row['name']}”"
+
+
+def find(rows: Sequence[Row], name: object) -> Row | None:
+    """The row of that name."""
+    return next((row for row in rows if row["name"] == name), None)
+
+
+def headline_student(rows: Sequence[Row]) -> Row | None:
+    """The student that the answer is about: the first distilled one, or the first."""
+    for role in ("student_distilled", "student"):
+        for row in rows:
+            if row["role"] == role:
+                return row
+    return None
+
+
+def answer(result: Mapping[str, Any]) -> str:
+    """What was found, in one sentence."""
+    rows: Sequence[Row] = result["rows"]
+    if not rows:
+        return "Nothing was measured."
+    student, reference = headline_student(rows), find(rows, result.get("reference"))
+    if student is None:
+        best = max(rows, key=lambda row: row["map"]["ap50"] or 0.0)
+        return f"{_capital(subject(best, rows))} reaches {_plain(best)} over {images(result)}."
+    name = _capital(subject(student, rows))
+    if reference is None:
+        return f"{name} reaches {_plain(student)} over {images(result)}."
+    owner = "its ensemble" if reference["role"] == "ensemble" else "its teacher"
+    against = next(
+        (c for c in result["comparisons"] if c["a"] == student["name"] and c["b"] == reference["name"]), None
+    )
+    if against is None:
+        accuracy = "; the images hold no objects to compare accuracy on"
+    elif against["difference_shown"]:
+        accuracy = f", {difference_points(against)}"
+    else:
+        accuracy = f", with no difference in accuracy shown: {difference_points(against)}"
+    return f"{name} {_speed(student, owner)}{accuracy}, {images(result)}."
+
+
+def _speed(student: Row, owner: str) -> str:
+    factor, (low, high) = student["speedup_vs_ensemble"], student["speedup_interval"]
+    if low <= 1.0 <= high:
+        return f"is not shown to be faster or slower than {owner}"
+    if factor < 1:
+        return f"is {times(1 / factor)} slower than {owner}"
+    return f"is {times(factor)} faster than {owner}"
+
+
+def gain(result: Mapping[str, Any]) -> str | None:
+    """What distillation brought over the same student trained alone, in one sentence; None if that was not measured."""
+    rows: Sequence[Row] = result["rows"]
+    student = headline_student(rows)
+    if student is None:
+        return None
+    for comparison in result["comparisons"]:
+        if comparison["a"] == student["name"] and comparison["b_role"] == "student":
+            if not comparison["difference_shown"]:
+                return (
+                    "Distillation is not shown to make a difference to the same student trained alone: "
+                    f"{difference_points(comparison)}."
+                )
+            if comparison["difference"] > 0:
+                return f"Distillation brings it {difference_points(comparison)} over the same student trained alone."
+            return f"Distillation costs it accuracy against the same student trained alone: {difference_points(comparison)}."
+    return None
+
+
+def _plain(row: Row) -> str:
+    return f"{points(row['map']['ap50'])} AP50 at {milliseconds(row['latency_ms']['median'])} ms an image"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
