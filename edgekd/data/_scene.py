@@ -23,6 +23,8 @@ _SIDES = (
     *(60, 66, 73, 81, 90, 99, 109, 121, 134, 148, 163, 180),
     *(199, 220, 244, 269, 298, 329, 364, 402, 444, 491, 543, 600),
 )
+_LARGER_OF_TWO = 65  # per cent of objects that are the larger of two drawn sizes: the smallest stay, but as a minority
+_USUAL_TILT = 10  # 1/240 turns either way; objects have an up and a down, mostly, as real ones do
 _OBJECT_COUNTS = (1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 6, 6, 7, 8, 9, 10)
 _TRIES = 12
 _MIN_VISIBLE, _CLEARLY_VISIBLE = 30, 45  # per cent of an object's area
@@ -147,7 +149,7 @@ def _clutter(draws: Draws, stage: _Stage) -> None:
     """Things that are no object: irregular blobs, lines and bars, specks."""
     h, w = stage.image_hw
     side = min(h, w)
-    for _ in range(draws.integer(1, 7)):
+    for _ in range(draws.integer(0, 5)):
         lobes, phases = draws.levels(20, 75, 4).astype(np.int64), draws.levels(0, TURN - 1, 4).astype(np.int64)
         lobes[0] += 40  # always clearly lobed: never a disk
         shape = blob(256, lobes, phases)
@@ -173,8 +175,11 @@ def _find_place(draws: Draws, stage: _Stage) -> _Placed | None:
     """A shape that neither is mostly cut off nor mostly hides another; None if a few tries find none."""
     h, w = stage.image_hw
     label, detail = draws.integer(0, len(SCENE_CLASSES) - 1), draws.integer(0, 255)
-    radius = min(h, w) * draws.choice(_SIDES) * SUB // 2000
-    may_overlap, may_leave = draws.percent(35), draws.percent(20)
+    side = draws.choice(_SIDES)
+    if draws.percent(_LARGER_OF_TWO):
+        side = max(side, draws.choice(_SIDES))
+    radius = min(h, w) * side * SUB // 2000
+    may_overlap, may_leave, upright = draws.percent(35), draws.percent(20), draws.percent(75)
     margin = 0 if may_leave else radius
     for _ in range(_TRIES):
         centre = (draws.integer(margin, w * SUB - margin), draws.integer(margin, h * SUB - margin))
@@ -185,9 +190,9 @@ def _find_place(draws: Draws, stage: _Stage) -> _Placed | None:
             outline(SCENE_CLASSES[label], detail),
             centre=centre,
             radius=radius,
-            stretch_256=draws.integer(176, 256),
+            stretch_256=draws.integer(180, 256),
             lean=draws.integer(0, TURN - 1),
-            turn=draws.integer(0, TURN - 1),
+            turn=draws.integer(-_USUAL_TILT, _USUAL_TILT) if upright else draws.integer(0, TURN - 1),
         )
         window = bounds(contours)
         alpha = coverage(contours, window)
@@ -218,7 +223,7 @@ def _paint_object(draws: Draws, stage: _Stage, placed: _Placed) -> None:
     inside, _ = stage.clip(placed.window)
     behind = stage.canvas[inside].reshape(-1, 3)
     usual = behind.sum(0) // len(behind)
-    contrast = draws.choice((50, 90, 120, 150))
+    contrast = draws.choice((70, 110, 140, 170))
     for _ in range(8):
         colour = draws.colour()
         if int(np.abs(colour - usual).sum()) >= contrast:

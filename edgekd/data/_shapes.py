@@ -51,9 +51,9 @@ def outline(name: str, detail: int) -> list[Points]:
     if name == "ring":
         return [arc(0, TURN - 4, 4), arc(TURN - 4, 0, -4, UNIT * 45 // 100 + thick * 25 // 100)]
     if name == "square":
-        return [np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], np.int64) * (UNIT * 9 // 10)]
+        return [np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], np.int64) * (UNIT * 72 // 100)]
     if name == "triangle":
-        return [arc(TURN // 4, TURN // 4 + TURN * 2 // 3, TURN // 3)]
+        return [arc(-TURN // 4, -TURN // 4 + TURN * 2 // 3, TURN // 3)]
     if name == "cross":
         a, b = UNIT, UNIT * 24 // 100 + thick * 16 // 100
         corners = [
@@ -73,8 +73,9 @@ def outline(name: str, detail: int) -> list[Points]:
         return [np.array(corners, np.int64)]
     if name in ("star5", "star6"):
         points = int(name[-1])
-        outer = arc(0, TURN - 1, TURN // points)
-        inner = arc(TURN // points // 2, TURN - 1, TURN // points, UNIT * 40 // 100 + thick * 14 // 100)
+        step, up = TURN // points, -TURN // 4
+        outer = arc(up, up + TURN - 1, step)
+        inner = arc(up + step // 2, up + TURN - 1, step, UNIT * 40 // 100 + thick * 14 // 100)
         return [np.stack([outer, inner], axis=1).reshape(-1, 2)]
     if name == "crescent":
         tip = 30
