@@ -19,6 +19,7 @@ from edgekd.errors import ArtifactError
 from edgekd.types import Detections
 
 SCHEMA = "edgekd.detections/1"
+CURVE_POINTS = 101
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def save(path: Path, saved: Saved) -> None:
         arrays[f"{index}/labels"] = np.concatenate([d.labels for d in found] or [empty.labels]).astype(np.int32)
         arrays[f"{index}/stages_ms"] = row.stages_ms.astype(np.float32)
         arrays[f"{index}/curve_names"] = np.array(list(row.curves), np.str_)
-        arrays[f"{index}/curves"] = np.array(list(row.curves.values()), np.float32).reshape(len(row.curves), -1)
+        arrays[f"{index}/curves"] = np.array(list(row.curves.values()), np.float32).reshape(
+            len(row.curves), CURVE_POINTS
+        )
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
 

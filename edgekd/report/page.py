@@ -20,7 +20,7 @@ from edgekd.report.training import TrainingRun, accuracy_plot, loss_plot, run_fa
 
 __all__ = ["write_report", "write_table_markdown"]
 
-WIDE, NARROW = 760.0, 326.0
+WIDE, NARROW = 880.0, 326.0
 _HERE = Path(__file__).resolve().parent
 _MAX_RECIPE_CHARACTERS = 20_000
 
@@ -106,6 +106,7 @@ def render(found: _Found) -> str:
         number=words.number, points=words.points, ms=words.milliseconds, times=words.times, role=_role_name
     )
     environment.globals["role_class"] = plots.role_class
+    environment.globals["mark_class"] = plots.mark_class
     environment.globals["dash_class"] = plots.dash_class
     result = found.result
     rows = result["rows"]
@@ -180,7 +181,7 @@ def _figures(found: _Found, compared: Sequence[Mapping[str, Any]]) -> dict[str, 
         figures["accuracy"] = tuple(accuracy_plot(found.runs, size) for size in sizes)
     for index, run in enumerate(found.runs):
         if run.losses:
-            figures[f"loss{index}"] = (loss_plot(run, 372.0), loss_plot(run, NARROW))
+            figures[f"loss{index}"] = (loss_plot(run, 430.0), loss_plot(run, NARROW))
     return {name: (pair[0], pair[1]) for name, pair in figures.items()}
 
 

@@ -16,7 +16,6 @@ from edgekd.bench.saved import Saved
 from edgekd.report import svg
 from edgekd.types import Detections, ImageRecord
 
-_MOST_LABELS = 14
 _MAX_JPEG_BYTES = 200_000
 
 
@@ -116,7 +115,7 @@ def _model_panel(key: str, title: str, record: ImageRecord, found: Detections, n
         )
     ]
     missed = [i for i in range(len(record.labels)) if i not in owners.tolist() and not record.difficult[i]]
-    boxes += [(record.boxes_xyxy[i], "missed", f"{_name(names, int(record.labels[i]))} missed") for i in missed]
+    boxes += [(record.boxes_xyxy[i], "missed", _name(names, int(record.labels[i]))) for i in missed]
     counts = [int((verdicts == 1).sum()), int((verdicts == 0).sum()), len(missed)]
     summary = f"{counts[0]} right, {counts[1]} wrong, {counts[2]} missed"
     return Panel(title, _draw(key, record, boxes, f"{title} on {record.image_id}: {summary}"), summary)
@@ -129,24 +128,47 @@ def _name(names: Sequence[str], label: int) -> str:
 def _draw(key: str, record: ImageRecord, boxes: Sequence[tuple[Any, str, str]], label: str) -> str:
     """Boxes over the shared picture, in the image's own pixels; labels only while they can still be read."""
     height, width = record.image_hw
-    type_px = max(width, height) / 26
-    stroke = max(width, height) / 170
+    type_px = width / 25  # panels of all pictures are equally wide on the page
+    stroke = width / 160
     body = [f'<use href="#{key}"/>']
     for box, kind, _ in boxes:
         x1, y1, x2, y2 = (float(v) for v in box)
         place = f'x="{svg.num(x1)}" y="{svg.num(y1)}" width="{svg.num(x2 - x1)}" height="{svg.num(y2 - y1)}"'
         body.append(f'<rect {place} class="halo" stroke-width="{svg.num(2 * stroke)}"/>')
         body.append(f'<rect {place} class="box {kind}" stroke-width="{svg.num(stroke)}"/>')
-    for box, kind, name in boxes[:_MOST_LABELS]:
+    taken: list[tuple[float, float, float, float]] = []
+    for box, kind, name in boxes:
         short = name if len(name) <= 22 else name[:21] + "…"
-        x = min(max(float(box[0]), 0.0), max(0.0, width - len(short) * type_px * 0.56))
-        y = float(box[1]) - type_px * 0.3 if box[1] > type_px * 1.3 else float(box[1]) + type_px
-        body.append(
-            f'<text x="{svg.num(x)}" y="{svg.num(y)}" class="boxname {kind}" font-size="{svg.num(type_px)}" '
-            f'stroke-width="{svg.num(type_px / 4)}">{svg.escape(short)}</text>'
-        )
+        spot = _label_place([float(v) for v in box], len(short) * type_px * 0.66, type_px, (height, width), taken)
+        if spot is not None:
+            body.append(
+                f'<text x="{svg.num(spot[0])}" y="{svg.num(spot[1])}" class="boxname {kind}" '
+                f'style="font-size:{svg.num(type_px)}px;stroke-width:{svg.num(type_px / 4)}px">{svg.escape(short)}</text>'
+            )
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label={svg.attribute(label)} class="photo">'
         + "".join(body)
         + "</svg>"
     )
+
+
+def _label_place(
+    box: Sequence[float],
+    wide: float,
+    tall: float,
+    image_hw: tuple[int, int],
+    taken: list[tuple[float, float, float, float]],
+) -> tuple[float, float] | None:
+    """Where a box's name covers no other: above it, inside it, below it; None if there is no such place."""
+    height, width = image_hw
+    x = min(max(box[0], 0.0), max(0.0, width - wide))
+    for y in (box[1] - 0.3 * tall, box[1] + 1.05 * tall, box[3] + tall, box[3] - 0.3 * tall):
+        area = (x, y - 0.85 * tall, x + wide, y + 0.25 * tall)
+        clear = all(
+            area[0] >= b[2] or b[0] >= area[2] or area[1] >= b[3] or b[1] >= area[3]  # apart in x or in y
+            for b in taken
+        )
+        if clear and area[1] >= 0 and area[3] <= height:
+            taken.append(area)
+            return x, y
+    return None

@@ -21,6 +21,12 @@ def role_class(row: Mapping[str, Any]) -> str:
     return f"r-{row['role']}" if row["role"] in ROLE_NAMES else "r-teacher"
 
 
+def mark_class(row: Mapping[str, Any], rows: Rows) -> str:
+    """Rows of one role share a colour and a shape; every other one is hollow."""
+    alike = [other["name"] for other in rows if other["role"] == row["role"]]
+    return f"mark {role_class(row)}" + (" hollow" if alike.index(row["name"]) % 2 else "")
+
+
 def dash_class(row: Mapping[str, Any], rows: Rows) -> str:
     """Rows of one role share a colour; their lines differ in dashes."""
     alike = [other["name"] for other in rows if other["role"] == row["role"]]
@@ -53,10 +59,11 @@ def tradeoff_plot(rows: Rows, width: float) -> str:
         if ends := _interval(row):
             body.append(svg.line((px, y(ends[0])), (px, y(ends[1])), f"whisker {colour}"))
         body.append(svg.line((px, py), (x(row["latency_ms"]["p90"]), py), f"whisker {colour}"))
-        body.append(svg.marker(px, py, row["role"], f"mark {colour}", _tip(row), 6))
+        body.append(svg.marker(px, py, row["role"], mark_class(row, rows), _tip(row), 6))
     for row in shown:
         px, py = x(row["latency_ms"]["median"]), y(100 * row["map"]["ap50"])
-        body.append(_label(px, py, str(row["name"]), taken, (left, top, width, bottom)))
+        beyond = x(row["latency_ms"]["p90"]) - px
+        body.append(_label((px, py, beyond), str(row["name"]), taken, (left, top, width, bottom)))
     said = "; ".join(
         f"{row['name']} ({ROLE_NAMES.get(row['role'], '')}): {points(row['map']['ap50'])} AP50 at "
         f"{milliseconds(row['latency_ms']['median'])} ms"
@@ -84,21 +91,21 @@ def _tip(row: Mapping[str, Any]) -> str:
 
 
 def _label(
-    px: float,
-    py: float,
+    mark: tuple[float, float, float],
     name: str,
     taken: list[tuple[float, float, float, float]],
     inside: tuple[float, float, float, float],
 ) -> str:
-    """A name beside its mark, where it covers least."""
+    """A name beside its mark (x, y, length of the whisker to the right), where it covers least."""
+    px, py, whisker = mark
     shown = _shortened(name, 24)
     wide = len(shown) * svg.CHARACTER_PX
     left, top, right, bottom = inside
     places = []
-    for order, (dx, dy, anchor) in enumerate(
-        [(11, 4, "start"), (-11, 4, "end"), (0, -13, "middle"), (0, 22, "middle"), (11, -12, "start"), (-11, 18, "end"),
-         (11, 18, "start"), (-11, -12, "end")]
-    ):  # fmt: skip
+    beside = max(11.0, whisker + 5)
+    tried = [(beside, 4, "start"), (-11, 4, "end"), (0, -13, "middle"), (0, 22, "middle")]
+    tried += [(11, -12, "start"), (-11, 18, "end"), (11, 18, "start"), (-11, -12, "end")]
+    for order, (dx, dy, anchor) in enumerate(tried):
         start = px + dx - {"start": 0.0, "middle": wide / 2, "end": wide}[anchor]
         box = (start, py + dy - 11, start + wide, py + dy + 3)
         cover = sum(_overlap(box, other) for other in taken)
@@ -232,7 +239,7 @@ def class_plot(rows: Rows, width: float) -> tuple[str, int]:
         body.append(svg.line((x(min(spans[name])), y), (x(max(spans[name])), y), "span"))
         for row, value in zip(rows, spans[name], strict=True):
             tip = f"{name}, {row['name']}: {value:.1f}"
-            body.append(svg.marker(x(value), y, row["role"], f"mark {role_class(row)}", tip, 4.6))
+            body.append(svg.marker(x(value), y, row["role"], mark_class(row, rows), tip, 4.6))
     said = "; ".join(
         f"{name}: " + ", ".join(f"{row['name']} {value:.0f}" for row, value in zip(rows, spans[name], strict=True))
         for name in shown

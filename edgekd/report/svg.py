@@ -52,7 +52,8 @@ class Scale:
 
     def ticks(self, wanted: int = 5) -> list[float]:
         """Round values within the interval."""
-        return _log_ticks(self.low, self.high, wanted) if self.log else _linear_ticks(self.low, self.high, wanted)
+        found = _log_ticks(self.low, self.high, wanted) if self.log else []
+        return found if len(found) > 2 else _linear_ticks(self.low, self.high, wanted)
 
 
 def _linear_ticks(low: float, high: float, wanted: int) -> list[float]:

@@ -13,6 +13,7 @@ ROLE_NAMES: Mapping[str, str] = {
 }
 
 MINUS, TIMES, NOTHING = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+_SPACE = "\N{NO-BREAK SPACE}"  # keeps a figure and its unit, and an interval, on one line
 
 Row = Mapping[str, Any]
 
@@ -49,29 +50,30 @@ def times(value: float | None) -> str:
 
 def interval(low: float, high: float, decimals: int = 1) -> str:
     """[−1.5, −0.1]."""
-    return f"[{signed(low, decimals)}, {signed(high, decimals)}]"
+    return f"[{signed(low, decimals)},{_SPACE}{signed(high, decimals)}]"
 
 
 def images(result: Mapping[str, Any]) -> str:
     """ "1,700 images", and synthetic where they are."""
     count = int(result["data"]["images"])
     kind = "synthetic " if result["data"].get("synthetic") else ""
-    return f"{count:,} {kind}image{'s' if count != 1 else ''}"
+    return f"{count:,}{_SPACE}{kind}image{'s' if count != 1 else ''}"
 
 
 def difference_points(comparison: Mapping[str, Any]) -> str:
     """−0.8 AP50 points [−1.5, −0.1]."""
     value, low, high = (100 * float(comparison[key]) for key in ("difference", "low", "high"))
-    return f"{signed(value)} AP50 points {interval(low, high)}"
+    return f"{signed(value)}{_SPACE}AP50{_SPACE}points {interval(low, high)}"
 
 
 def subject(row: Row, rows: Sequence[Row]) -> str:
-    """How a sentence calls a row: by its role if that is unmistakable, else by role and name."""
+    """How a sentence calls a row: by its role if that is unmistakable, else with its precision or its name."""
     role = ROLE_NAMES.get(row["role"], row["role"])
     alike = [other for other in rows if other["role"] == row["role"]]
     if len(alike) == 1:
         return f"the {role}"
-    return f"the {role} “{row['name']}”"
+    precisions = {other["precision"] for other in alike}
+    return f"the {role} ({row['precision'] if len(precisions) == len(alike) else row['name']})"
 
 
 def find(rows: Sequence[Row], name: object) -> Row | None:

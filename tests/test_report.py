@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd.bench.entries import BenchArtifact, BenchEnsemble
+from edgekd.bench.runner import bench_artifacts
+from edgekd.errors import ArtifactError
+from edgekd.recipe import BenchConfig
+from edgekd.report import svg, words
+from edgekd.report.page import write_report
+from edgekd.report.table import write_table_markdown
+from edgekd.report.training import training_runs
+from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, POOR_SCORES, make_dataset, write_detector
+
+HOSTILE = "<script>alert(1)</script>\"'&|"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `edgekd run` leaves: a real benchmark of tiny detectors, with logs of made-up trainings."""
+    folder = tmp_path_factory.mktemp("run")
+    good = write_detector(folder / "export" / "good.onnx", GOOD_BOXES, GOOD_SCORES, width=64)
+    poor = write_detector(folder / "export" / "poor.onnx", GOOD_BOXES, POOR_SCORES)
+    bench_artifacts(
+        [
+            BenchArtifact(good, "one", "teacher"),
+            BenchArtifact(good, HOSTILE, "teacher"),
+            BenchArtifact(poor, "alone", "student"),
+            BenchArtifact(good, "distilled", "student_distilled"),
+            BenchArtifact(poor, "distilled-int8", "student_distilled"),
+        ],
+        make_dataset(folder / "data"),
+        config=BenchConfig(samples=20, warmup_seconds=0.0, threads=1),
+        out=folder / "bench" / "result.json",
+        ensemble=BenchEnsemble(("one", HOSTILE)),
+        synthetic=True,
+        memory=False,
+    )
+    for name in ("student", "distilled", "teachers/one"):
+        records = [
+            {"event": "step", "step": i, "steps": 200, "epoch": i // 20, "epochs": 10,
+             "losses": {"loss": 3.0 / (i + 1), HOSTILE: 1.0 / (i + 1)}, "lr": 0.1, "images_per_s": 3.0}
+            for i in range(200)
+        ]  # fmt: skip
+        records += [
+            {"event": "eval", "step": 100, "map": {"ap50": 0.4}},
+            {"event": "eval", "step": 200, "map": {"ap50": None}},
+        ]
+        path = folder / name / "metrics.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("\n".join(map(json.dumps, records)) + '\n{"event": "step", "st')  # cut off by a kill
+    (folder / "recipe.yaml").write_text(f"name: demo\nnote: {json.dumps(HOSTILE)}\n")
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, ids, attributes and text of a page; complains about tags closed in the wrong order."""
+
+    VOID = frozenset({"meta", "link", "br", "image", "use"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def html(run_folder: Path) -> str:
+    path = write_report(run_folder)
+    assert path == run_folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_page_is_whole_small_and_self_contained(html: str) -> None:
+    page = Page(html)
+    assert len(html.encode()) < 5_000_000
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in page.tags:
+        for key in ("src", "href", "srcset", "action", "xlink:href"):
+            if (value := attributes.get(key)) is not None:
+                assert value.startswith(("#", "data:")), (tag, value)
+        assert not [key for key in attributes if key.startswith("on")], tag
+    assert not re.search(r"url\(|@import", html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {a["href"] for t, a in page.tags if t == "use"} <= {f"#{i}" for i in ids}
+
+
+def test_names_cannot_inject(html: str) -> None:
+    assert "<script" not in html
+    assert "alert(1)" in html  # it is shown, as text
+    assert HOSTILE in Page(html).text
+
+
+def test_every_plot_is_there_and_says_what_it_shows(html: str) -> None:
+    page = Page(html)
+    labels = [a["aria-label"] or "" for t, a in page.tags if t == "svg" and a.get("role") == "img"]
+    for start in (
+        "Accuracy against latency. one (teacher): ", "Stage times.", "Spread of latency.",
+        "Precision and recall.", "AP50 by class. round: ", "Validation accuracy while training.", "Losses of student.",
+        "Ground truth of im", "Ensemble on im", "Distilled student (distilled) on im",
+    ):  # fmt: skip
+        assert any(label.startswith(start) for label in labels), start
+    assert all(a.get("role") == "img" or a.get("aria-hidden") for t, a in page.tags if t == "svg")
+    assert "NaN" not in html
+    assert "inf" not in "".join(re.findall(r' d="([^"]*)"', html))
+
+
+def test_page_says_what_matters(html: str) -> None:
+    text = " ".join(Page(html).text.split())
+    assert text.count("synthetic") >= 5
+    assert "The distilled student (distilled) is" in text
+    assert "Distillation brings it" in text
+    assert "edgekd run recipe.yaml --out RUN" in text
+    assert "no difference shown" in text  # int8 against alone: the same detector
+    assert re.search(r"[0-9a-f]{64}", text)
+
+
+@pytest.mark.parametrize("left", ["result alone", "a file", "damaged detections", "no rows"])
+def test_everything_but_the_result_is_optional(run_folder: Path, tmp_path: Path, left: str) -> None:
+    result = json.loads((run_folder / "bench" / "result.json").read_text())
+    if left == "no rows":
+        result |= {"rows": [], "comparisons": [], "reference": None}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result))
+    if left == "damaged detections":
+        (tmp_path / "detections.npz").write_bytes(b"PK\x03\x04 no")
+    page = write_report(path if left == "a file" else tmp_path, tmp_path / "out" / "page.html")
+    text = Page(page.read_text(encoding="utf-8")).text
+    assert "Left out of this page" in text
+    assert ("Nothing was measured." in text) == (left == "no rows")
+
+
+def test_no_result(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nothing to report"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_without_objects(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data", images=1, class_names=("round", "square"))
+    record = dataset.records[0]
+    none = np.zeros(0, bool)
+    empty = type(record)(
+        record.image_id, record.path, record.image_hw, np.zeros((0, 4), np.float32), np.zeros(0, int), none, none
+    )
+    dataset = type(dataset)(dataset.root, dataset.format, dataset.split, dataset.class_names, (empty,))
+    path = write_detector(tmp_path / "a.onnx", GOOD_BOXES, GOOD_SCORES)
+    config = BenchConfig(samples=20, warmup_seconds=0.0, threads=1)
+    artifacts = [BenchArtifact(path, "t", "teacher"), BenchArtifact(path, "s")]
+    bench_artifacts(artifacts, dataset, config=config, out=tmp_path / "result.json", memory=False)
+    assert "no objects to compare accuracy on" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_training_curves_follow_the_log(run_folder: Path) -> None:
+    runs = {run.name: run for run in training_runs(run_folder)}
+    assert set(runs) == {"student", "distilled", "one"}
+    assert runs["one"].role == "teacher"
+    curve = runs["student"].losses["loss"]
+    assert len(curve) == 120
+    assert 9.5 < curve[-1][0] < 10
+    assert runs["student"].accuracy == [(5.0, 40.0)]
+
+
+def make_result(**changes: object) -> dict:
+    def row(name: str, role: str, speedup: float | None, interval: list[float] | None) -> dict:
+        return {
+            "name": name, "role": role, "precision": "fp32", "latency_ms": {"median": 20.0, "p90": 25.0},
+            "stages_ms": {"pre": 1.0, "infer": 18.0, "post": 1.0}, "map": {"ap50": 0.8, "ap": 0.5, "voc07": None},
+            "speedup_vs_ensemble": speedup, "speedup_interval": interval, "parameters": 3e6, "macs": None,
+            "size_bytes": 12e6, "peak_memory_bytes": None,
+        }  # fmt: skip
+
+    def comparison(a: str, b: str, role: str, difference: float, low: float, high: float) -> dict:
+        return {"a": a, "b": b, "a_role": "student_distilled", "b_role": role, "difference": difference, "low": low,
+                "high": high, "images": 1700, "difference_shown": not low <= 0 <= high}  # fmt: skip
+
+    return {
+        "rows": [
+            row("kd", "student_distilled", 9.13, [8.8, 9.4]),
+            row("alone", "student", 9.1, [8.8, 9.4]),
+            row("ens", "ensemble", 1.0, [1.0, 1.0]),
+        ],
+        "reference": "ens",
+        "comparisons": [
+            comparison("kd", "alone", "student", 0.021, 0.009, 0.034),
+            comparison("kd", "ens", "ensemble", -0.008, -0.015, -0.001),
+        ],
+        "data": {"name": "voc", "split": "val", "images": 1700, "synthetic": False},
+        "device": {"cpu": "A|B <c>", "machine": "x"},
+        "settings": {"threads": 1, "rounds": 20, "block": 10},
+        **changes,
+    }
+
+
+def plain(text: str | None) -> str:
+    """Typed characters for typeset ones."""
+    return (text or "").translate({0xA0: " ", 0x2212: "-", 0xD7: "x"})
+
+
+def test_the_answer_in_one_sentence() -> None:
+    result = make_result()
+    assert plain(words.answer(result)) == (
+        "The distilled student is 9.1x faster than its ensemble, -0.8 AP50 points [-1.5, -0.1], 1,700 images."
+    )
+    assert plain(words.gain(result)) == (
+        "Distillation brings it +2.1 AP50 points [+0.9, +3.4] over the same student trained alone."
+    )
+
+
+def test_no_difference_is_said_plainly() -> None:
+    result = make_result()
+    for comparison in result["comparisons"]:
+        comparison.update(difference=0.001, low=-0.01, high=0.012, difference_shown=False)
+    result["rows"][0].update(speedup_vs_ensemble=1.01, speedup_interval=[0.98, 1.04])
+    result["data"]["synthetic"] = True
+    assert plain(words.answer(result)) == (
+        "The distilled student is not shown to be faster or slower than its ensemble, with no difference in accuracy "
+        "shown: +0.1 AP50 points [-1.0, +1.2], 1,700 synthetic images."
+    )
+    assert plain(words.gain(result)).startswith("Distillation is not shown to make a difference")
+
+
+def test_slower_and_worse_are_said_too() -> None:
+    result = make_result()
+    result["rows"][0].update(speedup_vs_ensemble=0.5, speedup_interval=[0.45, 0.55])
+    result["comparisons"][0].update(difference=-0.02, low=-0.03, high=-0.01)
+    assert "is 2.0x slower than its ensemble" in plain(words.answer(result))
+    assert plain(words.gain(result)).startswith("Distillation costs it accuracy")
+
+
+def test_answers_without_comparison() -> None:
+    result = make_result(reference=None, comparisons=[])
+    assert (
+        plain(words.answer(result)) == "The distilled student reaches 80.0 AP50 at 20.0 ms an image over 1,700 images."
+    )
+    only_teacher = make_result(reference=None, comparisons=[])
+    only_teacher["rows"] = [only_teacher["rows"][2]]
+    assert plain(words.answer(only_teacher)).startswith("The ensemble reaches 80.0 AP50")
+    assert words.answer(make_result(rows=[])) == "Nothing was measured."
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(-0.04, "±0.0"), (0.0, "±0.0"), (-1.26, "-1.3"), (1234.5, "+1,234.5"), (0.06, "+0.1")]
+)
+def test_signed(value: float, shown: str) -> None:
+    assert plain(words.signed(value)) == shown
+
+
+def test_markdown_table() -> None:
+    result = make_result()
+    result["rows"][0]["name"] = "a|b\n<i>"
+    lines = write_table_markdown(result).splitlines()
+    cells = [re.split(r"(?<!\\)\|", line) for line in lines[:5]]
+    assert len({len(row) for row in cells}) == 1
+    assert "a\\|b &lt;i&gt; fp32" in lines[2]
+    assert "A\\|B &lt;c&gt;" in lines[-1]
+    assert "faster than its ensemble" in plain(lines[-3])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log", "least"),
+    [(0, 100, False, 4), (9.5, 310, True, 3), (0.93, 1.21, True, 3), (3.2, 3.3, False, 3)],
+)
+def test_ticks_are_round_and_within(low: float, high: float, log: bool, least: int) -> None:
+    ticks = svg.Scale(low, high, 0, 100, log).ticks(5)
+    assert least <= len(ticks) <= 8
+    assert all(low * 0.99 <= tick <= high * 1.01 for tick in ticks)
+    assert all(len(svg.tick_label(tick)) <= 5 for tick in ticks)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_in_a_browser(html: str, tmp_path: Path, width: int) -> None:
+    """No horizontal scrolling, every plot drawn, nothing asked of the network, no complaints."""
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    (tmp_path / "outer.html").write_text(
+        f"""<!doctype html><iframe id=f src=page.html style="border:0;width:{width}px;height:800px"></iframe><script>
+        onload = () => {{
+          const d = f.contentDocument, root = d.documentElement;
+          const plots = [...d.querySelectorAll('figure svg')].filter(s => s.getClientRects().length);
+          const photos = [...d.querySelectorAll('image')];
+          document.title = JSON.stringify({{
+            overflow: root.scrollWidth - root.clientWidth,
+            plots: plots.length,
+            empty: plots.filter(s => s.getBBox().width < 1).length,
+            requests: f.contentWindow.performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length,
+          }});
+        }}</script>""",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+         "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+         "--window-size=1400,900", "--virtual-time-budget=4000", "--dump-dom", f"file://{tmp_path / 'outer.html'}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    seen = json.loads(title[1])
+    assert seen["overflow"] == 0
+    assert seen["plots"] >= 8 + 8 * 3
+    assert seen["empty"] == 0
+    assert seen["requests"] == 0
+    assert "CONSOLE" not in done.stderr
