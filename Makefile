@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 	$(BIN)/edgekd run recipes/demo.yaml --out $(DEMO) --set data.root=$(DEMO)-data
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

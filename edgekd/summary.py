@@ -39,7 +39,7 @@ def summary_text(result: Mapping[str, Any]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     latency, stages, accuracy = row["latency_ms"], row["stages_ms"], row["map"]
     return [
-        f"{row['name']} {row['precision']}",
+        str(row["name"]) if str(row["name"]).endswith(row["precision"]) else f"{row['name']} {row['precision']}",
         ROLE_NAMES.get(row["role"], str(row["role"])),
         *(points(accuracy[key]) for key in ("ap50", "ap", "voc07")),
         milliseconds(latency["median"]),

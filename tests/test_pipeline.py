@@ -1,0 +1,290 @@
+"""The chain end to end on a few generated scenes: what it leaves behind, what it skips, what it does again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgekd.artifact import read_manifest
+from edgekd.console import Terminal
+from edgekd.data.scenes import make_scenes
+from edgekd.errors import DistillationSetupError, EdgeKDError, ParityError, RecipeError, UserError
+from edgekd.pipeline import ChainResult, run_recipe
+from edgekd.recipe import OnnxTeacher, Recipe
+from edgekd.recipe_file import load_recipe
+from edgekd.stages import train_student
+from edgekd.summary import summary_text
+from edgekd.teaching import check_setup, ensemble_weights, teacher_identity
+from edgekd.workspace import Workspace, fingerprint, is_synthetic, open_workspace
+
+TINY = """\
+name: tiny
+data: {root: scenes, workers: 0}
+student: {model: mobilenetv2-ssd-lite, input_size: 96, width: 0.25}
+teachers:
+  - {name: one, train: {model: mobilenetv2-ssd-lite, input_size: 96, width: 0.25}, seed: 1}
+  - {name: two, train: {model: mobilenetv1-ssd-lite, input_size: 64, width: 0.25}}
+train: {epochs: 1, batch_size: 4}
+export: {precisions: [fp32]}
+bench: {samples: 20, warmup_seconds: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_scenes(folder / "scenes", counts={"train": 8, "val": 4})
+    (folder / "tiny.yaml").write_text(TINY, encoding="utf-8")
+    return folder
+
+
+def recipe(home: Path, *overrides: str) -> Recipe:
+    return load_recipe(home / "tiny.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def chain(home: Path) -> ChainResult:
+    return run_recipe(recipe(home), home / "run", quiet=True)
+
+
+@pytest.fixture
+def run(chain: ChainResult, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be changed."""
+    return Path(shutil.copytree(chain.folder, tmp_path / "run"))
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each thing that took work was written."""
+    kept = ("*/model.pt", "teachers/*/model.pt", "answers/*/*.npz", "export/*.onnx", "bench/result.json")
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for pattern in kept for p in folder.glob(pattern)}
+
+
+def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
+    return {name for name in before | after if before.get(name) != after.get(name)}
+
+
+@pytest.mark.slow
+def test_what_is_left_behind(chain: ChainResult) -> None:
+    files = {
+        "recipe.yaml",
+        "teachers/one/model.pt",
+        "teachers/two/manifest.json",
+        "answers/one/manifest.json",
+        "student/model.pt",
+        "student/recipe.yaml",
+        "distilled/model.pt",
+        "export/one.fp32.onnx",
+        "export/two.fp32.onnx",
+        "export/student.fp32.onnx",
+        "export/distilled.fp32.onnx",
+        "bench/result.json",
+        "report.html",
+    }
+    assert {name for name in files if not (chain.folder / name).is_file()} == set()
+    roles = [(row["name"], row["role"]) for row in chain.result["rows"]]
+    assert roles == [
+        ("one", "teacher"),
+        ("two", "teacher"),
+        ("student", "student"),
+        ("distilled", "student_distilled"),
+        ("ensemble", "ensemble"),
+    ]
+    assert chain.result["data"]["synthetic"] is True
+    json.dumps(chain.to_dict(), allow_nan=False)
+
+
+@pytest.mark.slow
+def test_the_table_has_every_row_and_says_what_distillation_brought(chain: ChainResult) -> None:
+    lines = chain.table.splitlines()
+    assert [line.split()[0] for line in lines[2:7]] == ["one", "two", "student", "distilled", "ensemble"]
+    assert "synthetic" in chain.table
+    assert "Distillation" in chain.table
+    assert summary_text(chain.result) == chain.table
+
+
+@pytest.mark.slow
+def test_a_finished_chain_does_nothing_again(home: Path, run: Path) -> None:
+    before = stamps(run)
+    again = run_recipe(recipe(home, "data.cache_mib=0"), run, quiet=True)
+    assert stamps(run) == before
+    assert again.result == json.loads((run / "bench" / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_only_what_depends_on_a_change_is_done_again(home: Path, run: Path) -> None:
+    before = stamps(run)
+    run_recipe(recipe(home, "distill.detection_weight=2"), run, quiet=True)
+    assert changed(before, stamps(run)) == {"distilled/model.pt", "export/distilled.fp32.onnx", "bench/result.json"}
+    assert (run / "replaced" / "distilled-1" / "model.pt").is_file(), "what was there is set aside"
+
+
+@pytest.mark.slow
+def test_damaged_and_lost_files_are_made_again(home: Path, run: Path) -> None:
+    before = stamps(run)
+    (run / "export" / "student.fp32.onnx").write_bytes(b"cut off")
+    (run / "answers" / "two" / "manifest.json").unlink()
+    (run / "bench" / "detections.npz").unlink()
+    result = run_recipe(recipe(home), run, quiet=True)
+    assert changed(before, stamps(run)) <= {"export/student.fp32.onnx", "bench/result.json"}
+    assert (run / "bench" / "detections.npz").is_file()
+    assert result.report.is_file()
+
+
+@pytest.mark.slow
+def test_an_export_that_fails_is_left_out_and_told(home: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd import pipeline
+
+    def fail(source: Path, path: Path, *, precision: str, **_: object) -> None:
+        raise ParityError(f"{precision} differs")
+
+    monkeypatch.setattr(pipeline, "export_run", fail)
+    result = run_recipe(recipe(home, "export.precisions=[fp32,fp16]"), run, quiet=True)
+    assert [str(error) for error in result.failures] == ["fp16 differs", "fp16 differs"]
+    assert [row["name"] for row in result.result["rows"]] == ["one", "two", "student", "distilled", "ensemble"]
+
+
+def test_another_run_is_never_overwritten(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    with open_workspace(recipe(home), out, quiet=True) as work:
+        assert not train_student(work, out).skipped
+        assert train_student(work, out).skipped
+    with (
+        open_workspace(recipe(home, "seed=1"), out, quiet=True) as work,
+        pytest.raises(EdgeKDError, match="another recipe"),
+    ):
+        train_student(work, out)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest.inputs["seed"] == 0
+
+
+# -- mistakes show before anything is trained ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("student.options={min_scal: 0.1}", RecipeError, "min_scal"),
+        ("teachers.1.train.options={x: 1}", RecipeError, "x"),
+        ("distill.terms=[{loss: response, params: {nope: 1}}]", DistillationSetupError, "nope"),
+        ("distill.terms=[{loss: feature, student_taps: [nope]}]", DistillationSetupError, "nope"),
+        ("ensemble.fusion=mean-outputs", DistillationSetupError, "mean-outputs"),
+        ("teachers.1={name: two, checkpoint: no.pt}", EdgeKDError, "no.pt"),
+        ("data.val=tset", EdgeKDError, "no split 'tset'"),
+    ],
+)
+def test_setup_is_checked_first(home: Path, tmp_path: Path, override: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        run_recipe(recipe(home, override), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "teachers").exists()
+    assert not (tmp_path / "run" / "student").exists()
+
+
+# -- identities ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(home: Path, tmp_path: Path) -> Workspace:
+    with open_workspace(recipe(home), tmp_path / "w", quiet=True) as opened:
+        return opened
+
+
+def test_a_data_sets_fingerprint_is_its_content(home: Path, work: Workspace, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(home / "scenes", tmp_path / "moved"))
+    with open_workspace(recipe(home, f"data.root={moved}"), tmp_path / "x", quiet=True) as other:
+        assert other.data_identity == work.data_identity
+        record = other.train.records[0]
+        shifted = replace(record, boxes_xyxy=record.boxes_xyxy + 1)
+        assert fingerprint(replace(other.train, records=(shifted, *other.train.records[1:]))) != fingerprint(
+            other.train
+        )
+        record.path.write_bytes(record.path.read_bytes() + b" ")
+        assert fingerprint(other.train) != work.data_identity["train"]
+
+
+def test_a_teachers_identity_is_its_file_and_how_it_is_read(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.onnx", "b.onnx", "c.onnx")]
+    for path, content in zip(paths, (b"1", b"1", b"2"), strict=True):
+        path.write_bytes(content)
+    first, same, other = (teacher_identity(OnnxTeacher(name=p.stem, onnx=str(p), weight=2.0)) for p in paths)
+    assert first == same != other
+    assert teacher_identity(OnnxTeacher(name="a", onnx=str(paths[0]), resize="stretch")) != first
+    with pytest.raises(EdgeKDError, match=r"gone.onnx"):
+        teacher_identity(OnnxTeacher(name="a", onnx=str(tmp_path / "gone.onnx")))
+
+
+def test_generated_data_is_known_as_such(home: Path, tmp_path: Path) -> None:
+    assert is_synthetic(home / "scenes")
+    assert not is_synthetic(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"some": "other tool"}', encoding="utf-8")
+    assert not is_synthetic(tmp_path)
+
+
+def test_given_weights_are_shares(work: Workspace, tmp_path: Path) -> None:
+    teachers = [
+        teacher.model_copy(update={"weight": w}) for teacher, w in zip(work.recipe.teachers, (3, 1), strict=True)
+    ]
+    assert ensemble_weights(work, teachers, tmp_path) == (0.75, 0.25)
+
+
+def test_setup_of_a_good_recipe_passes(work: Workspace) -> None:
+    check_setup(work)
+
+
+# -- the terminal -------------------------------------------------------------------------------------------------
+
+
+def test_progress_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    with terminal.counting("things") as count:
+        for done in range(1, 101):
+            count(done, 100)
+            count(done, 100)
+    with terminal.training("net") as listen:
+        listen({"event": "eval", "map": {"ap50": 0.5}})
+        listen(
+            {
+                "event": "step",
+                "step": 9,
+                "steps": 10,
+                "epoch": 0,
+                "epochs": 1,
+                "losses": {"loss": 1.0},
+                "images_per_s": 3,
+            }
+        )
+    tell = terminal.staged()
+    tell("accuracy", 1, 1)
+    tell("latency", 1, 1)
+    terminal.stage(1, 6, "teachers")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = [line.strip() for line in captured.err.splitlines()]
+    assert lines == [
+        "things: 100/100, 0 s",
+        "net: 10/10, 0 s  epoch 1/1  loss 1.000  3 images/s  AP50 0.500",
+        "accuracy: 1/1, 0 s",
+        "latency: 1/1, 0 s",
+        "[1/6] teachers",
+    ]
+
+
+def test_quiet_shows_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal(quiet=True)
+    terminal.stage(1, 6, "teachers")
+    terminal.note("a note")
+    with terminal.counting("things") as count, terminal.training("net") as listen:
+        count(1, 1)
+        listen({"event": "warning", "message": "odd"})
+    terminal.warn("look")
+    assert capsys.readouterr().err.splitlines() == ["warning: odd", "warning: look"]
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "f").touch()
+    with pytest.raises(UserError, match="is a file"), open_workspace(recipe(home), tmp_path / "f"):
+        pass

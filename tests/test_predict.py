@@ -1,0 +1,194 @@
+"""Predicting over photographs, and drawing what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from edgekd.cli import app
+from edgekd.cli.deploy import foreign_options, provider_of
+from edgekd.draw import class_colour, draw_detections
+from edgekd.errors import RecipeError
+from edgekd.predict import find_images, output_names
+from edgekd.types import Detections
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained detector: it finds boxes all over, which is what drawing and writing need."""
+    import torch
+
+    from edgekd.checkpoint import save_detector
+    from edgekd.detectors import build_detector, spec_for
+    from edgekd.recipe import ModelConfig
+
+    torch.manual_seed(0)
+    config = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    save_detector(path, build_detector(spec_for(config, ("cat", "dog"))), {})
+    return path
+
+
+def picture(path: Path, hw: tuple[int, int] = (40, 60), seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (*hw, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def predict(*arguments: object) -> tuple[int, dict[str, object], str]:
+    result = CliRunner().invoke(app, ["predict", *map(str, arguments), "--json", "--score", "0.1"])
+    return result.exit_code, json.loads(result.stdout), result.stderr
+
+
+def test_pictures_and_json(checkpoint: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    picture(photos / "a" / "x.jpg", (40, 60))
+    picture(photos / "b" / "x.jpg", (70, 30), seed=1)
+    picture(photos / "y.png")
+    (photos / "notes.txt").write_text("not an image")
+    code, body, _ = predict(checkpoint, photos, "--out", tmp_path / "out")
+    assert code == 0
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert body == written
+    entries = {Path(entry["image"]).relative_to(photos).as_posix(): entry for entry in written["images"]}
+    assert set(entries) == {"a/x.jpg", "b/x.jpg", "y.png"}
+    assert len({entry["picture"] for entry in entries.values()}) == 3, "pictures of the same name are kept apart"
+    for entry in entries.values():
+        drawn = Image.open(tmp_path / "out" / entry["picture"])
+        assert drawn.size == (entry["width"], entry["height"])
+        assert entry["detections"]
+        for found in entry["detections"]:
+            assert found["class"] == ("cat", "dog")[found["label"]]
+            assert 0.1 < found["score"] <= 1
+            x1, y1, x2, y2 = found["box_xyxy"]
+            assert 0 <= x1 <= x2 <= entry["width"]
+            assert 0 <= y1 <= y2 <= entry["height"]
+
+
+def test_unreadable_images_are_told_and_the_rest_go_on(checkpoint: Path, tmp_path: Path) -> None:
+    good = picture(tmp_path / "good.png")
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    code, body, stderr = predict(checkpoint, bad, good, tmp_path / "gone.png", "--out", tmp_path / "out")
+    assert code == 2
+    assert [Path(entry["image"]) for entry in body["images"]] == [good]  # type: ignore[attr-defined, index]
+    assert set(body["failures"]) == {str(bad), str(tmp_path / "gone.png")}  # type: ignore[call-overload]
+    assert "2 of 3 images could not be read" in stderr
+
+
+def test_photographs_are_never_overwritten(checkpoint: Path, tmp_path: Path) -> None:
+    photo = picture(tmp_path / "x.jpg")
+    before = photo.read_bytes()
+    code, body, _ = predict(checkpoint, photo, "--out", tmp_path)
+    assert code == 2
+    assert "would overwrite" in body["error"]["message"]  # type: ignore[index]
+    assert photo.read_bytes() == before
+
+
+def test_a_folder_without_images_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, body, _ = predict(checkpoint, tmp_path / "empty", "--out", tmp_path / "out")
+    assert code == 2
+    assert "no images" in body["error"]["message"]  # type: ignore[index]
+
+
+def test_each_image_once(tmp_path: Path) -> None:
+    image = picture(tmp_path / "in" / "x.jpg")
+    assert find_images([tmp_path / "in", image, image]) == [image]
+
+
+@pytest.mark.parametrize(
+    ("images", "names"),
+    [
+        (["x.jpg", "y.jpg"], ["x", "y"]),
+        (["a/x.jpg", "b/x.jpg", "y.jpg"], ["a_x", "b_x", "y"]),
+        (["p/a/x.jpg", "q/a/x.jpg"], ["p_a_x", "q_a_x"]),
+        (["a/x.jpg", "a/x.png"], ["{}a_x_jpg", "{}a_x_png"]),
+        (["a/X.jpg", "b/x.jpg"], ["a_X", "b_x"]),
+        (["a/b.jpg", "b.jpg", "a_b.jpg"], None),
+    ],
+)
+def test_names_tell_images_apart(images: list[str], names: list[str] | None) -> None:
+    found = output_names([Path("/data") / image for image in images])
+    assert len({name.lower() for name in found}) == len(images)
+    assert not any("/" in name for name in found)
+    if names is not None:
+        assert all(name.endswith(wanted.format("")) for name, wanted in zip(found, names, strict=True)), found
+
+
+# -- drawing ------------------------------------------------------------------------------------------------------
+
+
+def boxes(*rows: tuple[float, ...]) -> Detections:
+    return Detections(np.array(rows, np.float32), np.linspace(0.9, 0.5, len(rows)), np.arange(len(rows)) % 2)
+
+
+def test_a_box_is_drawn_where_it_is_and_the_source_stays() -> None:
+    image = np.full((200, 300, 3), 128, np.uint8)
+    drawn = draw_detections(image, boxes((100, 80, 200, 160)), ("cat", "dog"))
+    assert (image == 128).all()
+    assert drawn.shape == image.shape
+    for y, x in ((120, 100), (120, 200), (160, 150), (80, 190)):
+        assert tuple(drawn[y, x]) == class_colour(0), (y, x)
+    assert (drawn[90:150, 110:190] == 128).all(), "the inside is left alone"
+
+
+@pytest.mark.parametrize(
+    "box",
+    [(0, 0, 300, 200), (0, 0, 5, 5), (290, 190, 300, 200), (-20, -20, 320, 220), (150, 100, 150, 100)],
+)
+def test_labels_stay_inside_the_picture(box: tuple[float, ...]) -> None:
+    image = np.full((200, 300, 3), 128, np.uint8)
+    drawn = draw_detections(image, boxes(box), ("a rather long class name", "dog"))
+    label = (drawn == class_colour(0)).all(-1).sum()
+    assert label > 500, "the label's ground is seen"
+
+
+def test_labels_of_equal_boxes_do_not_cover_each_other() -> None:
+    image = np.full((200, 300, 3), 128, np.uint8)
+    drawn = draw_detections(image, boxes((50, 60, 250, 150), (50, 60, 250, 150)), ("cat", "dog"))
+    one, other = ((drawn == class_colour(label)).all(-1).sum() for label in (0, 1))
+    assert one > 400
+    assert other > 400
+
+
+@pytest.mark.parametrize("hw", [(1, 1), (8, 8), (3000, 20)])
+def test_any_size_can_be_drawn_on(hw: tuple[int, int]) -> None:
+    image = np.zeros((*hw, 3), np.uint8)
+    assert draw_detections(image, boxes((0, 0, hw[1], hw[0])), ()).shape == image.shape
+    assert (draw_detections(image, Detections.empty(), ()) == image).all()
+
+
+def test_neighbouring_classes_differ_in_colour() -> None:
+    colours = np.array([class_colour(label) for label in range(20)], float)
+    assert (np.abs(np.diff(colours, axis=0)).sum(1) > 100).all()
+    assert len({tuple(colour) for colour in colours}) == 20
+
+
+# -- what is declared of a foreign file ---------------------------------------------------------------------------
+
+
+def test_declared_options() -> None:
+    assert foreign_options(Path("x.onnx"), None, None, None) is None
+    options = foreign_options(Path("x.onnx"), "cat, dog", "yolo", 320)
+    assert options is not None
+    assert (options.class_names, options.output, options.input_size) == (("cat", "dog"), "yolo", 320)
+    coco = foreign_options(Path("x.onnx"), "coco", None, None)
+    assert coco is not None
+    assert coco.class_names == "coco"
+    with pytest.raises(RecipeError, match="--output"):
+        foreign_options(Path("x.onnx"), None, "yolo9", None)
+
+
+@pytest.mark.parametrize(
+    ("artifact", "device", "expected"),
+    [("a.onnx", None, None), ("a.onnx", "auto", None), ("a.onnx", "cuda:1", "cuda"), ("run", "cuda:1", "cuda:1")],
+)
+def test_what_runtimes_are_told(artifact: str, device: str | None, expected: str | None) -> None:
+    assert provider_of(Path(artifact), device) == expected
