@@ -51,23 +51,24 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def output_names(images: Sequence[Path]) -> list[str]:
-    """A file name without suffix for each image: its stem, with as much of its path before it as tells it apart."""
-    names = [path.stem for path in images]
-    for depth in range(2, 2 + max((len(path.resolve().parts) for path in images), default=0)):
-        twice = {name for name, count in Counter(name.lower() for name in names).items() if count > 1}
-        if not twice:
-            return names
-        for index, path in enumerate(images):
-            if names[index].lower() in twice:
-                parts = path.resolve().parts[-depth:]
-                names[index] = "_".join([*(part.strip("/") for part in parts[:-1]), path.stem])
+    """A file name without suffix for each image: its stem, with as many folders before it as tell it apart."""
+    parents = [path.resolve().parent for path in images]
+    siblings = Counter((parent, path.stem.lower()) for parent, path in zip(parents, images, strict=True))
+    stems = [  # a.jpg beside a.png: no folder tells them apart
+        path.stem if siblings[parent, path.stem.lower()] == 1 else path.name.replace(".", "_")
+        for parent, path in zip(parents, images, strict=True)
+    ]
+    names = list(stems)
+    for depth in range(1, max((len(parent.parts) for parent in parents), default=0)):
+        count = Counter(name.lower() for name in names)
+        for index, parent in enumerate(parents):
+            if count[names[index].lower()] > 1:
+                names[index] = "_".join([*parent.parts[1:][-depth:], stems[index]])
     seen: Counter[str] = Counter()
-    for index, path in enumerate(images):  # one folder's a.jpg and a.png, or a/b.jpg beside a_b.jpg
-        name = names[index]
-        if sum(other.lower() == name.lower() for other in names) > 1:
-            name = f"{name}_{path.suffix.lstrip('.').lower()}"
+    for index, name in enumerate(names):  # a/b.jpg beside a_b.jpg
         seen[name.lower()] += 1
-        names[index] = name if seen[name.lower()] == 1 else f"{name}_{seen[name.lower()]}"
+        if seen[name.lower()] > 1:
+            names[index] = f"{name}-{seen[name.lower()]}"
     return names
 
 

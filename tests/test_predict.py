@@ -109,7 +109,7 @@ def test_each_image_once(tmp_path: Path) -> None:
         (["x.jpg", "y.jpg"], ["x", "y"]),
         (["a/x.jpg", "b/x.jpg", "y.jpg"], ["a_x", "b_x", "y"]),
         (["p/a/x.jpg", "q/a/x.jpg"], ["p_a_x", "q_a_x"]),
-        (["a/x.jpg", "a/x.png"], ["{}a_x_jpg", "{}a_x_png"]),
+        (["a/x.jpg", "a/x.png"], ["x_jpg", "x_png"]),
         (["a/X.jpg", "b/x.jpg"], ["a_X", "b_x"]),
         (["a/b.jpg", "b.jpg", "a_b.jpg"], None),
     ],
@@ -119,7 +119,7 @@ def test_names_tell_images_apart(images: list[str], names: list[str] | None) -> 
     assert len({name.lower() for name in found}) == len(images)
     assert not any("/" in name for name in found)
     if names is not None:
-        assert all(name.endswith(wanted.format("")) for name, wanted in zip(found, names, strict=True)), found
+        assert found == names
 
 
 # -- drawing ------------------------------------------------------------------------------------------------------
