@@ -109,6 +109,24 @@ def test_saved_detections_and_examples(bench: tuple[dict, Path, Dataset]) -> Non
     assert all((out.parent / "examples" / e["file"]).is_file() for e in examples)
 
 
+def test_the_ensemble_answers_as_it_would_alone(bench: tuple[dict, Path, Dataset], tmp_path: Path) -> None:
+    """Its accuracy is computed from its members' outputs; deployed, it computes all itself."""
+    from edgekd.bench.systems import Member, ensemble_of
+    from edgekd.data.images import load_image
+    from edgekd.predictor import load_predictor
+
+    result, out, dataset = bench
+    saved = next(row for row in read_saved(out.parent / "detections.npz").rows if row.name == "ensemble")
+    folder = out.parent.parent
+    members = [Member(name, load_predictor(folder / f"{name}.onnx"), None) for name in ("good", "poor")]
+    ensemble = ensemble_of(BenchEnsemble(("good", "poor")), members, dataset.class_names, CONFIG)
+    for record, found in zip(dataset.records[:3], saved.detections, strict=False):
+        alone = ensemble.detect(load_image(record.path))
+        assert len(alone) > 0
+        np.testing.assert_array_equal(alone.boxes_xyxy, found.boxes_xyxy)
+        np.testing.assert_array_equal(alone.scores, found.scores)
+
+
 def test_one_teacher_is_the_reference(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "data", images=1)
     path = write_detector(tmp_path / "a.onnx", GOOD_BOXES, GOOD_SCORES)

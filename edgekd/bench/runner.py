@@ -46,6 +46,7 @@ class _Subject:
     members: tuple[Member, ...]
     facts: ArtifactFacts
     loads: list[dict[str, Any]]
+    shares_outputs: bool = False  # an ensemble that works on what its members compute by themselves
 
 
 def bench_artifacts(
@@ -195,16 +196,29 @@ def _ensemble_subject(
         members,
         together([subject.facts for subject in chosen]),
         [settings for subject in chosen for settings in subject.loads],
+        shares_outputs=ensemble.config.fusion != "mean-outputs",
     )
 
 
 def _answer_all(subjects: Sequence[_Subject], dataset: Dataset, tell: Progress) -> list[list[Detections]]:
-    """Every subject's answer to every image; each image is decoded once."""
+    """Every subject's answer to every image. Each image is decoded once, and each detector run on it once: an ensemble
+    is given what its members computed.
+    """
     answers: list[list[Detections]] = [[] for _ in subjects]
     for done, record in enumerate(dataset.records, 1):
         image = load_image(record.path)
+        computed: dict[str, tuple[Any, Any]] = {}
         for subject, found in zip(subjects, answers, strict=True):
-            found.append(subject.system.detect(image))
+            names = [member.name for member in subject.members]
+            if subject.role != "ensemble":
+                tensor, geometry = subject.system.staged.prepare(image)
+                computed[subject.name] = subject.system.staged.infer(tensor), geometry
+                found.append(subject.system.staged.finish(*computed[subject.name]))
+            elif subject.shares_outputs:
+                raws, geometries = zip(*(computed[name] for name in names), strict=True)
+                found.append(subject.system.staged.finish(list(raws), list(geometries)))
+            else:
+                found.append(subject.system.detect(image))
         tell("accuracy", done, len(dataset))
     return answers
 

@@ -132,7 +132,7 @@ def stage_plot(rows: Rows, width: float) -> str:
     narrow = width <= _NARROW
     step, top = (54.0, 8.0) if narrow else (34.0, 8.0)
     left = 0.0 if narrow else min(190.0, max(len(_shortened(str(row["name"]), 26)) for row in rows) * 7 + 12)
-    right = width - (8 if narrow else 190)
+    right = width - (8 if narrow else 215)
     bottom = top + step * len(rows)
     totals = [sum(row["stages_ms"].values()) for row in rows]
     x = svg.Scale(0.0, max(totals) or 1.0, left, right)
