@@ -391,3 +391,11 @@ def test_yolo_same_stems_in_two_folders_keep_different_ids(tmp_path: Path) -> No
     with_yaml(tmp_path, train=["images/one", "images/two"], one=None, two=None)
     ids = [record.image_id for record in read_dataset(tmp_path, "train").records]
     assert ids == ["images/one/a.png", "images/two/a.png"]
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    make_yolo(tmp_path / "real", {"train": {"a": []}}, ["cat"])
+    make_yolo(tmp_path / "set", {"train": {"b": []}}, ["cat"])
+    (tmp_path / "set" / "images" / "train" / "loop").symlink_to(tmp_path / "set" / "images" / "train")
+    (tmp_path / "set" / "images" / "train" / "more").symlink_to(tmp_path / "real" / "images" / "train")
+    assert [record.image_id for record in read_dataset(tmp_path / "set", "train").records] == ["b", "more/a"]

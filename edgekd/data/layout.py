@@ -109,8 +109,14 @@ def is_image(path: Path) -> bool:
 
 
 def files_under(folder: Path) -> Iterator[Path]:
-    """Every file below the folder, sorted, hidden ones left out."""
+    """Every file below the folder, sorted, hidden ones left out; links are followed, each folder once."""
+    seen: set[tuple[int, int]] = set()
     for base, folders, names in os.walk(folder, followlinks=True):
+        stat = os.stat(base)
+        if (stat.st_dev, stat.st_ino) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith("."):

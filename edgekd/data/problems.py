@@ -6,6 +6,7 @@ them: reading raises where a rule says `stops` and otherwise goes on as the rule
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, Literal
 from edgekd.errors import DataError
 
 Severity = Literal["error", "warning"]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -119,12 +122,12 @@ class Problem:
 
 
 def printable(text: object) -> str:
-    r"""Text that any UTF-8 stream takes: bytes of a file name that are not UTF-8 become \xNN."""
-    try:
-        str(text).encode("utf-8")
-    except UnicodeEncodeError:
-        return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return str(text)
+    r"""Text that any UTF-8 stream takes: bytes of a file name that are not UTF-8 become \xNN, lone surrogates \uNNNN."""
+    return _SURROGATE.sub(lambda match: _escape(ord(match.group())), str(text))
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 def raise_if_stopped(problems: Sequence[Problem], what: str, shown: int = 10) -> None:

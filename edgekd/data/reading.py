@@ -91,6 +91,9 @@ def class_names_of(source: Source, asked: Sequence[str] | None) -> tuple[str, ..
         raise DataError(f"{root}: no class is annotated in any split", fix="give the class names")
     if len(set(names)) != len(names):
         raise DataError("class names repeat", got=", ".join(names))
+    odd = [name for name in names if printable(name) != name or not name.strip()]
+    if odd:
+        raise DataError(f"{root}: class names that are no text", got=", ".join(map(repr, odd)))
     return names
 
 

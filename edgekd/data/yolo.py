@@ -127,6 +127,10 @@ class YoloSource:
             self._report_orphans(split, listed, problems)
         return raws
 
+    def _is_above(self, folder: Path) -> bool:
+        """Whether a folder lies above the data set: reading it could mean reading the whole disk."""
+        return folder.resolve() in self._base.resolve().parents
+
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._base).as_posix() if path.is_relative_to(self._base) else path.as_posix()
 
@@ -134,7 +138,10 @@ class YoloSource:
         """The split's images that exist, each once."""
         found: list[_Listed] = []
         for entry in self._splits[split]:
-            if os.path.isdir(entry):
+            if os.path.isdir(entry) and self._is_above(entry):
+                message = f"split {split!r} is at {printable(entry)}, which holds the data set itself"
+                problems.append(Problem("bad-layout", self._yaml or self.root, message, split=split))
+            elif os.path.isdir(entry):
                 paths = [path for path in files_under(entry) if is_image(path)]
                 found += [_Listed(path, path.relative_to(entry).as_posix()) for path in paths]
             elif os.path.isfile(entry):
@@ -207,7 +214,7 @@ class YoloSource:
         """Name label files without an image; only where the split's folders have label folders of their own."""
         wanted = {label_path(image.path) for image in listed}
         for entry in self._splits[split]:
-            if not os.path.isdir(entry) or "images" not in entry.parts:
+            if not os.path.isdir(entry) or "images" not in entry.parts or self._is_above(entry):
                 continue
             folder = label_path(entry / "x.jpg").parent
             if not folder.is_dir():
