@@ -31,7 +31,7 @@ def summary_text(result: Mapping[str, Any]) -> str:
     lines.insert(1, "-" * max(len(line) for line in lines))
     data = result["data"]
     lines += ["", f"data: {data['name']}, split {data['split']}, {images(result)}"]
-    lines += [answer(result), *([gain(result)] if gain(result) else [])]
+    lines += [sentence for sentence in (answer(result), gain(result)) if sentence]
     lines += [f"note: {warning}" for warning in result.get("warnings", ())]
     return "\n".join(lines)
 
