@@ -55,6 +55,7 @@ def trace(detector: Detector, *, opset: int = 17, dynamic_batch: bool = False) -
     """
     h, w = detector.spec.preprocess.input_hw
     module = _Deployed(copy.deepcopy(detector).float().cpu().eval())
+    _fold_batch_norms(module)
     images = torch.zeros(2 if dynamic_batch else 1, 3, h, w)  # 2, since the exporter takes a 1 for a constant
     with torch.no_grad():
         raw = ["cls_logits", "bbox_regression", "objectness"][: len(module(images)) - 2]
@@ -79,6 +80,22 @@ def trace(detector: Detector, *, opset: int = 17, dynamic_batch: bool = False) -
     if program is None:
         raise ExportError(f"torch's exporter gave nothing for {detector.spec.model}")
     return _finish(program.model_proto, opset, {name: f"raw_{name}" for name in raw})
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """Fold each BatchNorm into the convolution right before it, where that is plain to see.
+
+    The exporter folds the rest too, but takes each apart first, which is 40 % of an export's time.
+    """
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    for parent in module.modules():
+        if not isinstance(parent, nn.Sequential) or type(parent).forward is not nn.Sequential.forward:
+            continue
+        for position in range(len(parent) - 1):
+            conv, norm = parent[position], parent[position + 1]
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+                parent[position], parent[position + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
 
 
 def _finish(model: ModelProto, opset: int, raw: Mapping[str, str]) -> ModelProto:
