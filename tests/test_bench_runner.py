@@ -55,7 +55,7 @@ def test_result_holds_what_is_promised(bench: tuple[dict, Path, Dataset]) -> Non
     assert json.loads(out.read_text()) == result == read_result(out)
     assert result["schema"] == "edgekd.result/1"
     assert result["data"]["synthetic"] is True
-    assert [row["role"] for row in result["rows"]] == ["teacher", "teacher", "student", "student_distilled", "ensemble"]
+    assert [row["role"] for row in result["rows"]] == ["teacher", "teacher", "ensemble", "student", "student_distilled"]
     for row in result["rows"]:
         assert set(row) >= {
             "name", "role", "artifact", "sha256", "precision", "runtime", "provider", "latency_ms", "stages_ms", "map",
@@ -115,7 +115,7 @@ def test_the_ensemble_answers_as_it_would_alone(bench: tuple[dict, Path, Dataset
     from edgekd.data.images import load_image
     from edgekd.predictor import load_predictor
 
-    result, out, dataset = bench
+    _, out, dataset = bench
     saved = next(row for row in read_saved(out.parent / "detections.npz").rows if row.name == "ensemble")
     folder = out.parent.parent
     members = [Member(name, load_predictor(folder / f"{name}.onnx"), None) for name in ("good", "poor")]

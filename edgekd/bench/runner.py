@@ -90,7 +90,8 @@ def bench_artifacts(
         stack.enter_context(_opencv_threads(threads))
         subjects = _open(artifacts, dataset, config, threads, runtime, provider, stack)
         if ensemble is not None:
-            subjects.append(_ensemble_subject(ensemble, subjects, dataset, config))
+            after = 1 + max(i for i, subject in enumerate(subjects) if subject.name in ensemble.members)
+            subjects.insert(after, _ensemble_subject(ensemble, subjects, dataset, config))
         answers = _answer_all(subjects, dataset, tell)
         plan = MeasurementPlan(config.samples, _block(config.samples), warmup_seconds=config.warmup_seconds, seed=seed)
         images = [load_image(dataset.records[i].path) for i in _evenly(len(dataset), LATENCY_IMAGES)]
