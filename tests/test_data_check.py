@@ -65,6 +65,16 @@ def test_refused_boxes_leave_the_others(tmp_path: Path, name: str) -> None:
     assert sum(counts) in (1, 2)  # whatever else stood beside the refused one
 
 
+def test_reading_says_what_it_leaves_out_and_is_silent_otherwise(tmp_path: Path, caplog) -> None:
+    root = voc(tmp_path)
+    (root / "Annotations" / "a.xml").write_text(voc_xml([("dog", (5, 5, 5, 5)), *DOG]))
+    read_dataset(root, "train")
+    assert caplog.text == ""
+    (root / "Annotations" / "a.xml").write_text(voc_xml([("dog", (30, 3, 2, 20)), *DOG]))
+    read_dataset(root, "train")
+    assert "1 inverted-box" in caplog.text
+
+
 def test_every_rule_has_a_case() -> None:
     covered = {case.kind for case in BROKEN.values()}
     assert covered | {"leak", "absent-class"} == set(RULES)

@@ -33,6 +33,11 @@ class Rule:
     stops: bool
     treatment: str
 
+    @property
+    def loses(self) -> bool:
+        """Whether reading goes on with less, or with other numbers, than the files state."""
+        return self.severity == "error" or self.treatment.endswith(("refused", "ignored", "clipped to it"))
+
 
 RULES: dict[str, Rule] = {
     # files

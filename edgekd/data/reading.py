@@ -108,7 +108,7 @@ def read_dataset(
     """Read one split, or its first `limit` images. Boxes are clipped or refused as `records` states.
 
     Class names in `class_names` fix the labels; otherwise they are the data set's own over all of its splits. What is
-    refused or doubtful is counted in one logged warning; `check_dataset` names each case.
+    left out is counted in one logged warning; `check_dataset` names each case.
 
     Raises:
         DataError: no such split (the message lists those there are), or a file that cannot be passed over: a missing
@@ -120,7 +120,8 @@ def read_dataset(
     problems: list[Problem] = []
     resolved = resolve(source.scan(split, problems, limit), names, split, problems)
     raise_if_stopped(problems, f"{printable(root)}, split {split!r}")
-    if problems:
-        counts = ", ".join(f"{count} {kind}" for kind, count in Counter(p.kind for p in problems).most_common())
+    lost = Counter(problem.kind for problem in problems if problem.rule.loses)
+    if lost:
+        counts = ", ".join(f"{count} {kind}" for kind, count in lost.most_common())
         _log.warning("%s, split %s: %s; `edgekd data check` names each", printable(root), split, counts)
     return Dataset(Path(root), source.format, split, names, tuple(item.record for item in resolved))

@@ -7,7 +7,6 @@ Only an object's own <bndbox> is read: boxes of its <part>s are not objects.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from edgekd.data.layout import (
     IMAGE_SUFFIXES,
     Format,
     RawImage,
-    RawObject,
     files_under,
     index_by_stem,
     numbered_lines,
@@ -25,20 +23,11 @@ from edgekd.data.layout import (
 )
 from edgekd.data.problems import Problem, printable
 from edgekd.data.sidecar import read_sidecar
-from edgekd.data.xml_tree import Element, XmlError, parse_xml
+from edgekd.data.voc_annotation import AnnotationError, XmlError, read_annotation
 from edgekd.errors import DataError
 
 _ANNOTATIONS = ("Annotations", "annotations", "Annotation", "xml")
 _IMAGES = ("JPEGImages", "Images", "images", "img", "imgs", "PNGImages")
-_TRUE, _FALSE = {"1", "true", "yes"}, {"", "0", "false", "no", "unspecified"}
-
-
-class AnnotationError(ValueError):
-    """An annotation breaks the format; `line` is where."""
-
-    def __init__(self, message: str, line: int | None) -> None:
-        super().__init__(message)
-        self.line = line
 
 
 def voc_bases(root: Path) -> list[Path]:
@@ -205,79 +194,11 @@ class VocSource:
         return chosen
 
 
-def read_annotation(path: Path) -> tuple[tuple[int, int], str, tuple[RawObject, ...]]:
-    """((height, width) as stated, or zeros; <filename>; objects in edgekd's frame).
-
-    Raises:
-        XmlError: no XML.
-        AnnotationError: XML, but no VOC annotation.
-        OSError: the file cannot be read.
-    """
-    stat = path.stat()
-    return _read_annotation(path, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=32768)
-def _read_annotation(path: Path, mtime_ns: int, size: int) -> tuple[tuple[int, int], str, tuple[RawObject, ...]]:
-    root = parse_xml(path)
-    if root.tag != "annotation":
-        raise AnnotationError(f"the root element is <{root.tag}>, not <annotation>", root.line)
-    objects = tuple(_object(element) for element in root.all("object"))
-    name = root.first("filename")
-    return _declared_hw(root.first("size")), name.text if name else "", objects
-
-
 def _object_names(path: Path) -> set[str]:
     try:
         return {str(obj.label) for obj in read_annotation(path)[2]}
     except AnnotationError:
         return set()
-
-
-def _declared_hw(size: Element | None) -> tuple[int, int]:
-    try:
-        h, w = (int(float(_child(size, key).text)) if size else 0 for key in ("height", "width"))
-    except (AnnotationError, ValueError, OverflowError):
-        return 0, 0
-    return h, w
-
-
-def _object(element: Element) -> RawObject:
-    name = _child(element, "name")
-    if not name.text:
-        raise AnnotationError("an object has an empty <name>", name.line)
-    box = _child(element, "bndbox")
-    xmin, ymin, xmax, ymax = (_number(_child(box, key)) for key in ("xmin", "ymin", "xmax", "ymax"))
-    return RawObject(
-        (xmin - 1, ymin - 1, xmax, ymax),
-        name.text,
-        difficult=_flag(element, "difficult"),
-        crowd=_flag(element, "crowd"),
-        line=box.line,
-        label_line=name.line,
-    )
-
-
-def _child(element: Element, tag: str) -> Element:
-    child = element.first(tag)
-    if child is None:
-        raise AnnotationError(f"<{element.tag}> has no <{tag}>", element.line)
-    return child
-
-
-def _number(element: Element) -> float:
-    try:
-        return float(element.text)
-    except ValueError:
-        raise AnnotationError(f"<{element.tag}> is no number: {element.text!r}", element.line) from None
-
-
-def _flag(element: Element, tag: str) -> bool:
-    child = element.first(tag)
-    text = child.text.lower() if child else ""
-    if child and text not in _TRUE | _FALSE:
-        raise AnnotationError(f"<{tag}> is neither 0 nor 1: {child.text!r}", child.line)
-    return text in _TRUE
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from edgekd.artifact import write_json, write_text
 from edgekd.data.coco import EDGEKD_ID
 from edgekd.data.layout import stem_of
 from edgekd.data.sidecar import ImageNote, Sidecar, write_sidecar
-from edgekd.data.yolo import NOT_SPLITS
+from edgekd.data.yolo_yaml import NOT_SPLITS
 from edgekd.errors import DataError
 from edgekd.types import ImageRecord
 

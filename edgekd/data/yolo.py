@@ -13,9 +13,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from edgekd.data.layout import (
     Format,
@@ -29,34 +26,13 @@ from edgekd.data.layout import (
 )
 from edgekd.data.problems import Problem, printable
 from edgekd.data.sidecar import read_sidecar
+from edgekd.data.yolo_yaml import find_yaml, load_yaml, names_beside, names_of, plain_splits, splits_of
 from edgekd.errors import DataError
-
-_YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-_USUAL = ("train", "val", "valid", "test")
-NOT_SPLITS = frozenset({"path", "names", "nc", "download", "yaml_file", "kpt_shape", "flip_idx", "channels", "license"})
-_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
-
-
-def yolo_yaml(root: Path) -> Path | None:
-    """The YAML file that describes the data set at `root` (a folder, or that file itself), if there is one."""
-    if root.is_file():
-        return root if root.suffix.lower() in (".yaml", ".yml") else None
-    for name in _YAMLS:
-        if (root / name).is_file():
-            return root / name
-    for path in sorted(path for path in root.glob("[!.]*.y*ml") if path.is_file()):
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError, yaml.YAMLError, RecursionError):
-            continue
-        if isinstance(data, dict) and "names" in data and set(_USUAL) & set(data):
-            return path
-    return None
 
 
 def is_yolo(root: Path) -> bool:
     """Whether `root` is in YOLO layout."""
-    return yolo_yaml(root) is not None or (root.is_dir() and bool(_plain_splits(root)))
+    return find_yaml(root) is not None or (root.is_dir() and bool(plain_splits(root)))
 
 
 @dataclass(frozen=True)
@@ -81,16 +57,16 @@ class YoloSource:
             DataError: neither is there, or the YAML file is wrong.
         """
         self.root = root
-        self._yaml = yolo_yaml(root)
+        self._yaml = find_yaml(root)
         folder = root if root.is_dir() else root.parent
         self._sidecar = read_sidecar(folder)
         if self._yaml:
-            data = _load_yaml(self._yaml)
-            self._base, self._splits = _yaml_splits(self._yaml, data)
-            self._names = _yaml_names(self._yaml, data)
+            data = load_yaml(self._yaml)
+            self._base, self._splits = splits_of(self._yaml, data)
+            self._names = names_of(self._yaml, data)
         else:
-            self._base, self._splits = folder, _plain_splits(folder)
-            self._names = _file_names(folder)
+            self._base, self._splits = folder, plain_splits(folder)
+            self._names = names_beside(folder)
         if not self._splits:
             where = self._yaml or root
             raise DataError(f"{printable(where)} names no split", expected="train:, val: or test: with a path")
@@ -258,96 +234,3 @@ def parse_line(text: str) -> tuple[int, tuple[float, float, float, float]]:
             return int(values[0]), (math.nan,) * 4
         return int(values[0]), (min(xs), min(ys), max(xs), max(ys))
     raise ValueError(f"{len(values)} numbers; expected class cx cy w h, or class and a polygon of 3 points or more")
-
-
-def _load_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{printable(path)}:{mark.line + 1}" if mark else printable(path)
-        raise DataError(f"{where}: malformed YAML", got=getattr(error, "problem", None) or error) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{printable(path)} cannot be read", got=error) from error
-    if not isinstance(data, dict):
-        raise DataError(f"{printable(path)}: no YOLO data file", expected="keys such as train, val, names")
-    return data
-
-
-def _yaml_splits(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, list[Path]]]:
-    """The base folder, and each split's folders and lists."""
-    base = path.parent
-    stated = data.get("path")
-    if isinstance(stated, str) and os.path.isdir(base / stated):  # a path from the author's machine is passed over
-        base = base / stated
-    splits: dict[str, list[Path]] = {}
-    for key, value in data.items():
-        if not isinstance(key, str) or key in NOT_SPLITS or value is None:
-            continue
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts) or not texts:
-            if key in _USUAL:
-                raise DataError(f"{printable(path)}: {key} must be a path or a list of paths", got=repr(value))
-            continue
-        entries = [_resolve(text, base, path.parent) for text in texts]
-        if key in _USUAL or all(map(os.path.exists, entries)):
-            splits[key] = entries
-    return base, splits
-
-
-def _resolve(text: str, base: Path, beside: Path) -> Path:
-    """A path as the YAML states it; some services write ../train/images for train/images."""
-    tries = [base / text, beside / text]
-    if text.startswith("../"):
-        tries.append(beside / text[3:])
-    return next((path for path in tries if os.path.exists(path)), tries[0])
-
-
-def _yaml_names(path: Path, data: Mapping[str, Any]) -> tuple[str, ...] | None:
-    names, count = data.get("names"), data.get("nc")
-    if names is None:
-        return None
-    if isinstance(names, dict):
-        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
-            raise DataError(f"{printable(path)}: names must be numbered 0..{len(names) - 1}", got=list(names)[:20])
-        by_index = {int(key): value for key, value in names.items()}
-        names = [by_index[index] for index in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
-        raise DataError(
-            f"{printable(path)}: names must be a list, or a mapping from number to name", got=repr(names)[:200]
-        )
-    texts = tuple(str(name) for name in names)
-    if count is not None and count != len(texts):
-        raise DataError(f"{printable(path)}: nc and names disagree", got=f"nc {count}, {len(texts)} names")
-    return _distinct(path, texts)
-
-
-def _distinct(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{printable(path)}: class names repeat", got=", ".join(twice))
-    if not names:
-        raise DataError(f"{printable(path)}: no class names")
-    return names
-
-
-def _file_names(folder: Path) -> tuple[str, ...] | None:
-    for path in [folder / name for name in _NAME_FILES] + sorted(folder.glob("*.names")):
-        if path.is_file():
-            return _distinct(path, tuple(printable(text) for _, text in numbered_lines(path)))
-    return None
-
-
-def _plain_splits(root: Path) -> dict[str, list[Path]]:
-    """images/SPLIT beside labels/SPLIT, SPLIT/images beside SPLIT/labels, or images beside labels as one split, "all"."""
-    folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-    if (root / "images").is_dir() and (root / "labels").is_dir():
-        children = sorted(child for child in (root / "images").iterdir() if child.is_dir())
-        if children and not any(is_image(path) for path in (root / "images").iterdir()):
-            return {child.name: [child] for child in children}
-        return {"all": [root / "images"]}
-    return {
-        child.name: [child / "images"]
-        for child in folders
-        if (child / "images").is_dir() and (child / "labels").is_dir()
-    }

@@ -1,0 +1,144 @@
+"""How a YOLO data set describes itself: data.yaml as people and services write it, or plain folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edgekd.data.layout import is_image, numbered_lines
+from edgekd.data.problems import printable
+from edgekd.errors import DataError
+
+_YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+_USUAL = ("train", "val", "valid", "test")
+NOT_SPLITS = frozenset({"path", "names", "nc", "download", "yaml_file", "kpt_shape", "flip_idx", "channels", "license"})
+_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
+
+
+def find_yaml(root: Path) -> Path | None:
+    """The YAML file that describes the data set at `root` (a folder, or that file itself), if there is one."""
+    if root.is_file():
+        return root if root.suffix.lower() in (".yaml", ".yml") else None
+    for name in _YAMLS:
+        if (root / name).is_file():
+            return root / name
+    for path in sorted(path for path in root.glob("[!.]*.y*ml") if path.is_file()):
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            continue
+        if isinstance(data, dict) and "names" in data and set(_USUAL) & set(data):
+            return path
+    return None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The file's mapping.
+
+    Raises:
+        DataError: it is malformed (the message names the line) or no mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{printable(path)}:{mark.line + 1}" if mark else printable(path)
+        raise DataError(f"{where}: malformed YAML", got=getattr(error, "problem", None) or error) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{printable(path)} cannot be read", got=error) from error
+    if not isinstance(data, dict):
+        raise DataError(f"{printable(path)}: no YOLO data file", expected="keys such as train, val, names")
+    return data
+
+
+def splits_of(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, list[Path]]]:
+    """The base folder, and each split's folders and lists."""
+    base = path.parent
+    stated = data.get("path")
+    if isinstance(stated, str) and os.path.isdir(base / stated):  # a path from the author's machine is passed over
+        base = base / stated
+    splits: dict[str, list[Path]] = {}
+    for key, value in data.items():
+        if not isinstance(key, str) or key in NOT_SPLITS or value is None:
+            continue
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts) or not texts:
+            if key in _USUAL:
+                raise DataError(f"{printable(path)}: {key} must be a path or a list of paths", got=repr(value))
+            continue
+        entries = [_resolve(text, base, path.parent) for text in texts]
+        if key in _USUAL or all(map(os.path.exists, entries)):
+            splits[key] = entries
+    return base, splits
+
+
+def _resolve(text: str, base: Path, beside: Path) -> Path:
+    """A path as the YAML states it; some services write ../train/images for train/images."""
+    tries = [base / text, beside / text]
+    if text.startswith("../"):
+        tries.append(beside / text[3:])
+    return next((path for path in tries if os.path.exists(path)), tries[0])
+
+
+def names_of(path: Path, data: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Class names by `names` (a list, or number to name) in label order; None where there are none.
+
+    Raises:
+        DataError: they repeat, leave a number out, or disagree with `nc`.
+    """
+    names, count = data.get("names"), data.get("nc")
+    if names is None:
+        return None
+    if isinstance(names, dict):
+        if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+            raise DataError(f"{printable(path)}: names must be numbered 0..{len(names) - 1}", got=list(names)[:20])
+        by_index = {int(key): value for key, value in names.items()}
+        names = [by_index[index] for index in range(len(names))]
+    if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
+        raise DataError(
+            f"{printable(path)}: names must be a list, or a mapping from number to name", got=repr(names)[:200]
+        )
+    texts = tuple(str(name) for name in names)
+    if count is not None and count != len(texts):
+        raise DataError(f"{printable(path)}: nc and names disagree", got=f"nc {count}, {len(texts)} names")
+    return _distinct(path, texts)
+
+
+def _distinct(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{printable(path)}: class names repeat", got=", ".join(twice))
+    if not names:
+        raise DataError(f"{printable(path)}: no class names")
+    return names
+
+
+def names_beside(folder: Path) -> tuple[str, ...] | None:
+    """Class names from classes.txt or a *.names file, one a line; None where there is no such file.
+
+    Raises:
+        DataError: they repeat, or there is none in it.
+    """
+    for path in [folder / name for name in _NAME_FILES] + sorted(folder.glob("*.names")):
+        if path.is_file():
+            return _distinct(path, tuple(printable(text) for _, text in numbered_lines(path)))
+    return None
+
+
+def plain_splits(root: Path) -> dict[str, list[Path]]:
+    """images/SPLIT beside labels/SPLIT, SPLIT/images beside SPLIT/labels, or images beside labels as one split, "all"."""
+    folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    if (root / "images").is_dir() and (root / "labels").is_dir():
+        children = sorted(child for child in (root / "images").iterdir() if child.is_dir())
+        if children and not any(is_image(path) for path in (root / "images").iterdir()):
+            return {child.name: [child] for child in children}
+        return {"all": [root / "images"]}
+    return {
+        child.name: [child / "images"]
+        for child in folders
+        if (child / "images").is_dir() and (child / "labels").is_dir()
+    }
