@@ -267,7 +267,7 @@ def test_answers_without_comparison() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(-0.04, "±0.0"), (0.0, "±0.0"), (-1.26, "-1.3"), (1234.5, "+1,234.5"), (0.06, "+0.1")]
+    ("value", "shown"), [(-0.04, "0.0"), (0.0, "0.0"), (-1.26, "-1.3"), (1234.5, "+1,234.5"), (0.06, "+0.1")]
 )
 def test_signed(value: float, shown: str) -> None:
     assert plain(words.signed(value)) == shown

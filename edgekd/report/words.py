@@ -26,9 +26,9 @@ def number(value: float | None, decimals: int = 1, unit: float = 1.0) -> str:
 
 
 def signed(value: float, decimals: int = 1) -> str:
-    """A difference, always with its sign; never a negative zero."""
+    """A difference with its sign; a zero has none."""
     rounded = round(value, decimals) + 0.0
-    return f"{rounded:+,.{decimals}f}".replace("-", MINUS) if rounded else f"±{0:.{decimals}f}"
+    return f"{rounded:+,.{decimals}f}".replace("-", MINUS) if rounded else f"{0:.{decimals}f}"
 
 
 def points(value: float | None) -> str:
