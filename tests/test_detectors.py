@@ -34,6 +34,21 @@ def test_spec_has_every_option_written_out(model: str) -> None:
     assert spec.preprocess.input_hw == (320, 320)
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "min_scale"),
+    [
+        ("mobilenetv2-ssd-lite", 96, 0.3333),
+        ("mobilenetv2-ssd-lite", 64, 0.35),
+        ("mobilenetv2-ssd-lite", 320, 0.1),
+        ("mobilenetv2-ssd-lite", 1280, 0.05),
+        ("vgg16-ssd", 96, 0.3333),
+        ("vgg16-ssd", 300, 0.2),
+    ],
+)
+def test_the_finest_priors_span_two_cells(model: str, size: int, min_scale: float) -> None:
+    assert spec_for(ModelConfig(model=model, input_size=size), CLASSES).options["min_scale"] == min_scale
+
+
 def test_efficientnet_lite_takes_its_own_normalisation() -> None:
     spec = spec_for(ModelConfig(model="efficientnet-lite0-ssd-lite"), CLASSES)
     assert spec.preprocess.mean == pytest.approx((127 / 255,) * 3)

@@ -166,8 +166,8 @@ class SSD(Detector):
         super().__init__()
         check_width(spec.model, spec.width)
         lite = FAMILIES[spec.model].lite
-        options = read_options(spec.model, spec.options)
         input_hw = spec.preprocess.input_hw
+        options = read_options(spec.model, spec.options, input_hw)
         self.spec = spec
         self.backbone = _backbone(spec.model, spec.width)
         maps = self._meta_maps(input_hw)
