@@ -97,7 +97,10 @@ def show(examination: Examination) -> None:
         if finding.group != group:
             group = finding.group
             console.print(f"\n[bold]{escape(group)}[/bold]")
-        console.print(f"  {marks[finding.status]}  {escape(finding.name)}  {escape(finding.detail)}".rstrip())
+        width = max(len(other.name) for other in examination.findings if other.group == group)
+        console.print(
+            f"  {marks[finding.status]}  {escape(finding.name.ljust(width))}  {escape(finding.detail)}".rstrip()
+        )
         if finding.fix and finding.status != "ok":
             console.print(f"           {escape(finding.fix)}")
     verdict = "training, export and the CPU benchmark work here" if examination.ok else "the base does not work yet"

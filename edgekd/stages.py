@@ -46,6 +46,7 @@ def ready_teachers(work: Workspace, folder: Path) -> list[TeacherConfig]:
             run = train_teacher(work, config, folder / config.name)
             ready.append(CheckpointTeacher(name=config.name, checkpoint=str(run.folder), weight=config.weight))
         else:
+            work.terminal.note(f"{config.name}: ready made")
             ready.append(config)
     return ready
 

@@ -110,7 +110,7 @@ class Session:
         print(message, file=sys.stderr)
         if self.json:
             problems = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else []
-            body = {"kind": type(error).__name__, "message": message, "exit_code": code}
+            body = {"kind": type(error).__name__, "message": message.removeprefix("error: "), "exit_code": code}
             self._write({"error": body | ({"problems": problems} if problems else {})})
         return code
 
