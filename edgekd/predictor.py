@@ -12,7 +12,7 @@ import numpy as np
 
 from edgekd import preprocess as _preprocess
 from edgekd.artifact import sha256_file
-from edgekd.errors import ArtifactError, MissingDependencyError, UserError
+from edgekd.errors import ArtifactError, UserError
 from edgekd.labels import ClassMap, map_classes
 from edgekd.postprocess import select, select_soft
 from edgekd.preprocess import Geometry
@@ -239,8 +239,9 @@ def load_predictor(
     nms_iou: float = 0.5,
     max_detections: int = 100,
     options: OnnxTeacher | None = None,
+    cuda_graph: bool = False,
 ) -> Predictor:
-    """A predictor from an ONNX file (ours or foreign), a detector checkpoint, or a run folder.
+    """A predictor from an ONNX file (ours or foreign), a detector checkpoint, a run folder, or an engine.
 
     Args:
         path: the file or folder.
@@ -251,9 +252,11 @@ def load_predictor(
         nms_iou: overlap above which the worse of two boxes of a class goes.
         max_detections: the best that are kept for an image.
         options: what is declared of a foreign ONNX file.
+        cuda_graph: engines only: capture an inference's work and launch it as a whole.
 
     Raises:
-        ArtifactError: missing, damaged, or not a detector. UserError: a foreign file needs something declared.
+        ArtifactError: missing, damaged, not a detector, or an engine for another machine.
+        UserError: a foreign file needs something declared.
         MissingDependencyError: the runtime or provider is not there. RuntimeFailure: the provider fell back.
     """
     path = Path(path)
@@ -271,20 +274,19 @@ def load_predictor(
             selection=selection,
             facts=opened.facts,
         )
+    if choice == "tensorrt":
+        return _engine_predictor(path, selection, cuda_graph)
     return _torch_predictor(path, provider or "cpu", threads, selection)
 
 
-def _runtime_for(path: Path, runtime: RuntimeChoice) -> Literal["torch", "onnxruntime"]:
+def _runtime_for(path: Path, runtime: RuntimeChoice) -> Literal["torch", "onnxruntime", "tensorrt"]:
     suffix = path.suffix.lower()
     if not path.exists():
         raise ArtifactError(f"{path}: no such file or folder", expected="an ONNX file, a checkpoint or a run folder")
-    if runtime == "tensorrt" or (runtime == "auto" and suffix in _ENGINE_SUFFIXES):
-        raise MissingDependencyError(
-            f"{path}: engines are not supported by this version of edgekd",
-            expected="an ONNX file, a checkpoint or a run folder",
-        )
-    natural: Literal["torch", "onnxruntime"] | None = None
-    if suffix in _ONNX_SUFFIXES and path.is_file():
+    natural: Literal["torch", "onnxruntime", "tensorrt"] | None = None
+    if suffix in _ENGINE_SUFFIXES and path.is_file():
+        natural = "tensorrt"
+    elif suffix in _ONNX_SUFFIXES and path.is_file():
         natural = "onnxruntime"
     elif suffix in _TORCH_SUFFIXES or path.is_dir():
         natural = "torch"
@@ -292,7 +294,7 @@ def _runtime_for(path: Path, runtime: RuntimeChoice) -> Literal["torch", "onnxru
         raise ArtifactError(
             f"{path}: not a kind of file that detects",
             got=suffix or "a file without suffix",
-            expected=f"{_ONNX_SUFFIXES[0]}, {_TORCH_SUFFIXES[0]}, or a run folder",
+            expected=f"{_ONNX_SUFFIXES[0]}, {_TORCH_SUFFIXES[0]}, {_ENGINE_SUFFIXES[0]}, or a run folder",
         )
     if runtime not in ("auto", natural):
         raise UserError(
@@ -316,3 +318,24 @@ def _torch_predictor(path: Path, device: str, threads: int | None, selection: Se
     form = OutputFormat("boxes-scores", ("boxes", "scores"), len(spec.class_names))
     runtime = TorchRuntime(detector, device, threads)
     return Predictor(name, spec.class_names, spec.preprocess, runtime, form, selection=selection, facts=facts)
+
+
+def _engine_predictor(path: Path, selection: Selection, cuda_graph: bool) -> Predictor:
+    from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
+
+    runtime = TensorRTRuntime(path, cuda_graph=cuda_graph)
+    manifest = runtime.manifest
+    facts = {
+        "path": str(path),
+        "precision": manifest.precision,
+        "notes": (f"an engine of TensorRT {manifest.tensorrt}, buffers by {runtime.backend}",),
+    }
+    return Predictor(
+        path.stem,
+        manifest.class_names,
+        manifest.preprocess_spec,
+        runtime,
+        manifest.output_format,
+        selection=selection,
+        facts=facts,
+    )

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from edgekd.artifact import sha256_file
 from edgekd.errors import ArtifactError, EdgeKDError
 
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 CountedFrom = Literal["detector", "graph"]
 
 
@@ -49,6 +50,8 @@ def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> Ar
     """
     file = deployed_file(path)
     sha256 = sha256_file(file)
+    if file.suffix in ENGINE_SUFFIXES:
+        return _engine_facts(file)
     if file.suffix != ".onnx":
         return ArtifactFacts(file, sha256, file.stat().st_size, "fp32", *_native_counts(file))
     import onnx
@@ -64,6 +67,16 @@ def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> Ar
     counts = _spec_counts(metadata) or _graph_counts(model, input_hw)
     precision = metadata.get("edgekd.precision") or _graph_precision(model)
     return ArtifactFacts(file, sha256, size, precision, *counts)
+
+
+def _engine_facts(file: Path) -> ArtifactFacts:
+    """An engine's facts stand in its manifest; counts are of the native detector that it came from."""
+    from edgekd.runtimes.engine_file import read_engine_manifest
+
+    manifest = read_engine_manifest(file)
+    spec = {} if manifest.spec is None else {"edgekd.spec": json.dumps(manifest.spec)}
+    counts = _spec_counts(spec) or (None, None, None)
+    return ArtifactFacts(file, manifest.plan_sha256, file.stat().st_size, manifest.precision, *counts)
 
 
 def deployed_file(path: Path) -> Path:

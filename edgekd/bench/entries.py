@@ -33,6 +33,7 @@ class BenchArtifact:
         role: what it is in the comparison.
         options: how to read a black box, as a recipe's teacher says it; None if the file says it all.
         class_map: its classes onto the data set's, by name if left out (those of `options` come first).
+        cuda_graph: engines only: launch an inference as one CUDA graph.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class BenchArtifact:
     role: ArtifactRole = "student"
     options: OnnxTeacher | None = None
     class_map: dict[str, str] | None = None
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)

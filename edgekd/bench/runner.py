@@ -165,6 +165,7 @@ def _open(
             "score_threshold": config.score_threshold,
             "nms_iou": config.nms_iou,
             "max_detections": config.max_detections,
+            "cuda_graph": artifact.cuda_graph,
         }
         predictor = stack.enter_context(load_predictor(**settings, options=artifact.options))
         class_map = (artifact.options.class_map if artifact.options is not None else None) or artifact.class_map
@@ -249,6 +250,7 @@ def _rows(
             "artifact": subject.artifact,
             "runtime": runtime.name,
             "provider": runtime.provider,
+            "cuda_graph": getattr(runtime, "cuda_graph", None),
             "threads": threads,
             "input_hw": [list(member.predictor.preprocess.input_hw) for member in subject.members],
         }

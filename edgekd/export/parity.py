@@ -25,6 +25,9 @@ Outputs = Mapping[str, FloatArray]
 Run = Callable[[FloatArray], Outputs]
 """(1, 3, H, W) float32 to {"boxes": (1, P, 4) input pixels, "scores": (1, P, K)}."""
 
+Align = Callable[[Outputs, Outputs], tuple[Outputs, Outputs]]
+"""(reference, candidate) to the same with rows in one order."""
+
 CONFIDENT = 0.3
 """Detections that score this much are looked for on the other side."""
 _NEARLY = 0.67
@@ -167,11 +170,13 @@ def compare(
     against: str,
     thresholds: Thresholds,
     generated: bool = False,
+    align: Align | None = None,
 ) -> ParityReport:
     """Run both on every image and judge by the precision's tolerances; mAP is added by `with_map`.
 
     Args:
         images: each (1, 3, H, W) float32, prepared. names: one a image, for messages.
+        align: which rows of the raw outputs belong together, where their order may differ; detections need none.
     """
     tolerance = TOLERANCES[precision]
     worst: dict[str, OutputDifference] = {}
@@ -179,16 +184,18 @@ def compare(
     confident = matched = 0
     for name, image in zip(names, images, strict=True):
         truth, found = reference(image), candidate(image)
+        total, partners = match_detections(
+            _selected(truth, thresholds), _selected(found, thresholds), tolerance.match_iou
+        )
+        confident, matched = confident + total, matched + partners
+        if align is not None:
+            truth, found = align(truth, found)
         for output in ("scores", "boxes"):
             difference = _difference(output, truth[output], found[output], name)
             if output not in worst or not difference.max_abs <= worst[output].max_abs:
                 worst[output] = difference
             if not _within(output, truth, found, tolerance):
                 failures[output] = str(worst[output])
-        total, partners = match_detections(
-            _selected(truth, thresholds), _selected(found, thresholds), tolerance.match_iou
-        )
-        confident, matched = confident + total, matched + partners
     if confident and matched < tolerance.matched * confident:
         failures["matched"] = f"only {matched} of {confident} confident detections have a partner"
     return ParityReport(

@@ -1,0 +1,327 @@
+"""ONNX to a TensorRT plan, by one path for 8.6, 10.x and 11.x.
+
+Precision lives in the ONNX. Where TensorRT can be strongly typed (from 10.12) the graph's types are all it is told;
+below that the FP16 and INT8 flags are read off the graph. What was really built is read back from the inspector.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.artifact import atomic_path, sha256_json
+from edgekd.errors import ExportError, MissingDependencyError, UserError
+from edgekd.runtimes.cuda_driver import DeviceFacts
+from edgekd.runtimes.engine_file import Hardware
+from edgekd.runtimes.trt_api import (
+    create_builder,
+    create_network,
+    is_strongly_typed,
+    layers_of,
+    logger_of,
+    memory_of,
+    open_engine,
+    optional,
+    parse_onnx,
+    said,
+    tensorrt,
+)
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from edgekd.export.onnx import Precision
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What can be asked of the builder; the defaults ask for nothing special.
+
+    Attributes:
+        workspace_mib: limit of scratch memory; TensorRT's own (all of the GPU's) if left out, half of what is free
+            on a Jetson, whose memory is the CPU's too.
+        level: builder optimisation level, 0 (quick) to 5 (thorough); TensorRT's own if left out.
+        batch: (least, usual, most) images; (1, 1, 1) is a fixed batch.
+        version_compatible: later versions of the same major one may run the engine; larger and a little slower.
+        hardware: "exact" GPU, any of the "same-capability" (TensorRT 10.13), or "ampere+" (any from compute 8.0).
+        dla_core: build for this core of a Jetson's DLA; what it cannot run falls back to the GPU.
+        library_tactics: let TensorRT 8 and 10 try cuBLAS and cuDNN, where those are installed.
+        timing_cache: folder of timing caches; in the user's cache folder if left out.
+    """
+
+    workspace_mib: int | None = None
+    level: int | None = None
+    batch: tuple[int, int, int] = (1, 1, 1)
+    version_compatible: bool = False
+    hardware: Hardware = "exact"
+    dla_core: int | None = None
+    library_tactics: bool = True
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        least, usual, most = self.batch
+        if not 1 <= least <= usual <= most:
+            raise UserError(
+                "a batch profile that does not rise", got=self.batch, expected="1 <= least <= usual <= most"
+            )
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise UserError("unknown optimisation level", got=self.level, expected="0 to 5")
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise UserError("no workspace at all", got=f"{self.workspace_mib} MiB", expected="1 MiB or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without this machine's paths."""
+        return {**asdict(self), "batch": list(self.batch), "timing_cache": None}
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """A plan and what it turned out to be; see `runtimes.engine_file.EngineManifest`."""
+
+    plan: bytes
+    tensorrt: str
+    strongly_typed: bool
+    flags: tuple[str, ...]
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    layers: list[dict[str, Any]]
+    memory_bytes: int
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+def graph_precision(model: ModelProto) -> Precision:
+    """What a graph's own types make it: int8 with Q/DQ pairs, else fp16 with float16 tensors, else fp32."""
+    from onnx import TensorProto
+
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
+        return "int8"
+    return "fp16" if _has_half(model, TensorProto.FLOAT16) else "fp32"
+
+
+def _has_half(model: ModelProto, half: int) -> bool:
+    graph = model.graph
+    casts = (
+        attribute.i
+        for node in graph.node
+        if node.op_type == "Cast"
+        for attribute in node.attribute
+        if attribute.name == "to"
+    )
+    return half in (
+        *(tensor.data_type for tensor in graph.initializer),
+        *(info.type.tensor_type.elem_type for info in graph.input),
+        *casts,
+    )
+
+
+def build_engine(model: ModelProto, options: EngineOptions, device: DeviceFacts) -> BuiltEngine:
+    """Build a plan for the GPU here.
+
+    Args:
+        model: as TensorRT shall see it; its types say the precision.
+        device: the GPU here, for the timing cache's name and a Jetson's memory.
+
+    Raises:
+        MissingDependencyError: TensorRT or a GPU is missing, or this version cannot do what was asked for.
+        ExportError: TensorRT cannot read or build the model, or built another precision than the graph's.
+        UserError: options that do not fit the model or the machine.
+    """
+    trt = tensorrt()
+    logger = logger_of(trt)
+    logger.clear()
+    precision = graph_precision(model)
+    strongly_typed = is_strongly_typed(trt, dla=options.dla_core is not None)
+    builder = create_builder(trt, logger)
+    network = create_network(trt, builder, strongly_typed=strongly_typed)
+    parse_onnx(trt, network, model.SerializeToString())
+    config = builder.create_builder_config()
+    flags = _precision_flags(trt, config, model, precision, strongly_typed)
+    flags += _set_options(trt, builder, config, options, precision, device)
+    _set_profile(builder, network, config, options)
+    cache_file = _timing_cache_file(trt, options, device)
+    timing_cache = _attach_timing_cache(config, cache_file)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ExportError(f"TensorRT {trt.__version__} could not build this engine", got=said(logger))
+    plan_bytes = bytes(plan)
+    if timing_cache is not None:
+        _keep_timing_cache(timing_cache, cache_file)
+    return _describe(trt, plan_bytes, precision, strongly_typed, flags, options)
+
+
+def _precision_flags(trt: Any, config: Any, model: ModelProto, precision: Precision, strongly_typed: bool) -> list[str]:
+    """Set what the graph's types need on weakly typed networks; on strongly typed ones they would be an error."""
+    from onnx import TensorProto
+
+    flags = []
+    if precision == "fp32":  # a baseline in fp32 should not be in TF32's 10 bits
+        config.clear_flag(trt.BuilderFlag.TF32)
+        flags.append("no TF32")
+    if strongly_typed:
+        return flags
+    wanted = ["INT8"] if precision == "int8" else []
+    if _has_half(model, TensorProto.FLOAT16):
+        wanted.append("FP16")
+    for name in wanted:
+        config.set_flag(optional(trt.BuilderFlag, name, "TensorRT 8 and 10"))
+    return flags + wanted
+
+
+def _set_options(
+    trt: Any, builder: Any, config: Any, options: EngineOptions, precision: Precision, device: DeviceFacts
+) -> list[str]:
+    """Everything else that was asked for; returns the flags that were set."""
+    flags = []
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then tells precisions
+    workspace = _workspace_bytes(options, device)
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        flags.append("VERSION_COMPATIBLE")
+    levels = trt.HardwareCompatibilityLevel
+    if options.hardware == "ampere+":
+        config.hardware_compatibility_level = levels.AMPERE_PLUS
+    elif options.hardware == "same-capability":
+        config.hardware_compatibility_level = optional(levels, "SAME_COMPUTE_CAPABILITY", "TensorRT 10.13")
+    if not options.library_tactics:
+        sources = config.get_tactic_sources()
+        for name in ("CUBLAS", "CUBLAS_LT", "CUDNN"):
+            if hasattr(trt.TacticSource, name):  # gone in 11, where they are never used
+                sources &= ~(1 << int(getattr(trt.TacticSource, name)))
+        if not config.set_tactic_sources(sources):
+            raise ExportError("TensorRT did not take its tactic sources", got=said(logger_of(trt)))
+    if options.dla_core is not None:
+        flags += _set_dla(trt, builder, config, options.dla_core, precision)
+    return flags
+
+
+def _set_dla(trt: Any, builder: Any, config: Any, core: int, precision: Precision) -> list[str]:
+    cores = int(builder.num_DLA_cores)
+    if core >= cores:
+        raise MissingDependencyError(
+            "this device has no such DLA core", got=core, expected=f"one of {cores}" if cores else "a Jetson with a DLA"
+        )
+    if precision == "fp32":
+        raise UserError("a DLA computes in fp16 and int8 only", got="fp32", fix="--precision fp16")
+    config.default_device_type = trt.DeviceType.DLA
+    config.DLA_core = core
+    config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+    return ["GPU_FALLBACK"]
+
+
+def _workspace_bytes(options: EngineOptions, device: DeviceFacts) -> int | None:
+    """The limit to set: as asked, and never more than a Jetson has left, which would end in an endless swap or a kill."""
+    free = _available_bytes() if device.l4t is not None else None
+    if options.workspace_mib is None:
+        return None if free is None else free // 2
+    wanted = options.workspace_mib * _MIB
+    if free is not None and wanted > free:
+        raise UserError(
+            "less memory is free than the workspace asks for",
+            got=f"{free // _MIB} MiB free, shared by CPU and GPU",
+            expected=f"{options.workspace_mib} MiB",
+            fix="close other programs, or ask for a smaller workspace",
+        )
+    return wanted
+
+
+def _available_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _set_profile(builder: Any, network: Any, config: Any, options: EngineOptions) -> None:
+    """A profile where the graph leaves the batch open; a fixed one must be what was asked for."""
+    image = network.get_input(0)
+    shape = tuple(int(extent) for extent in image.shape)
+    if any(extent < 0 for extent in shape[1:]):
+        raise UserError(
+            "an engine needs a fixed input size", got=shape, fix="export the ONNX file with a fixed height and width"
+        )
+    if shape[0] >= 0:
+        if options.batch not in ((1, 1, 1), (shape[0],) * 3):
+            raise UserError(
+                "the batch is fixed in this ONNX model",
+                got=f"batch {shape[0]}",
+                expected=f"an open one, for {options.batch}",
+                fix="export from the run, or an ONNX file with --dynamic-batch",
+            )
+        return
+    profile = builder.create_optimization_profile()
+    profile.set_shape(image.name, *((batch, *shape[1:]) for batch in options.batch))
+    if config.add_optimization_profile(profile) < 0:
+        raise ExportError("TensorRT did not take the batch profile", got=options.batch)
+
+
+def _timing_cache_file(trt: Any, options: EngineOptions, device: DeviceFacts) -> Path:
+    """One cache for each TensorRT, GPU and L4T release, since timings hold for nothing else."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    folder = options.timing_cache or (Path(base) if base else Path.home() / ".cache") / "edgekd" / "tensorrt"
+    key = {"tensorrt": trt.__version__, **device.to_dict(), "dla": options.dla_core}
+    return folder / f"timing-{trt.__version__}-{sha256_json(key)[:16]}.cache"
+
+
+def _attach_timing_cache(config: Any, file: Path) -> Any:
+    """The cache that the build uses; it must live until the build is over."""
+    try:
+        known = file.read_bytes()
+    except OSError:
+        known = b""
+    for content in (known, b"") if known else (known,):  # one that is damaged or another driver's is begun again
+        timing_cache = config.create_timing_cache(content)
+        if timing_cache is not None and config.set_timing_cache(timing_cache, False):
+            return timing_cache
+    return None
+
+
+def _keep_timing_cache(timing_cache: Any, file: Path) -> None:
+    # A full disk or a read-only home costs only the next build's time.
+    with contextlib.suppress(OSError), atomic_path(file) as temporary:
+        temporary.write_bytes(bytes(timing_cache.serialize()))
+
+
+def _describe(
+    trt: Any, plan: bytes, precision: Precision, strongly_typed: bool, flags: list[str], options: EngineOptions
+) -> BuiltEngine:
+    """Read back what was built.
+
+    Raises:
+        ExportError: no layer runs in the graph's precision.
+    """
+    _runtime, engine = open_engine(trt, plan, host_code=options.version_compatible)
+    tensors: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        shape = [int(extent) for extent in engine.get_tensor_shape(name)]
+        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        tensors[is_input][name] = {"shape": shape, "dtype": engine.get_tensor_dtype(name).name}
+    layers = layers_of(trt, engine)
+    known = {layer["precision"] for layer in layers} - {None}
+    if known and precision not in known:
+        raise ExportError(
+            f"TensorRT built an {precision} model without a single {precision} layer",
+            got=", ".join(sorted(known)),
+            expected=precision,
+            fix="export fp32: at this size TensorRT finds nothing faster",
+        )
+    notes = () if known else ("the inspector does not say in which precision layers run",)
+    return BuiltEngine(
+        plan,
+        trt.__version__,
+        strongly_typed,
+        tuple(flags),
+        tensors[True],
+        tensors[False],
+        layers,
+        memory_of(engine),
+        notes,
+    )

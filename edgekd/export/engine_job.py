@@ -1,0 +1,313 @@
+"""One engine from a run, checkpoint or ONNX file: precision in the ONNX, TopK, plan, parity on this device, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.artifact import sha256_file, source_commit, versions
+from edgekd.errors import ArtifactError, UserError
+from edgekd.export.engine import BuiltEngine, EngineOptions, build_engine, graph_precision
+from edgekd.export.engine_parity import compare_engine
+from edgekd.export.graph import metadata_of, name_nodes
+from edgekd.export.nms import Thresholds
+from edgekd.export.parity import ParityReport
+from edgekd.export.topk import CANDIDATES, with_top_candidates
+from edgekd.recipe import ExportConfig
+from edgekd.runtimes.buffers import Buffers, open_buffers
+from edgekd.runtimes.engine_file import EngineManifest, manifest_path, write_engine_manifest
+from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
+from edgekd.types import PreprocessSpec
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from edgekd.export.job import ExportData
+    from edgekd.export.onnx import Precision
+
+SUFFIXES = (".engine", ".plan", ".trt")
+_REFUSED_BY_TENSORRT = ("dynamic-scale", "scale", "int32-bias", "zero-point")
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """What was written, and the evidence that it is right.
+
+    Attributes:
+        parity: the export's reports, then the engine against the ONNX it was built from; None for outputs that are
+            not decoded boxes and scores. notes: what the user should know.
+    """
+
+    path: Path
+    manifest: EngineManifest
+    parity: tuple[ParityReport, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "path": str(self.path),
+            "manifest": str(manifest_path(self.path)),
+            "precision": self.manifest.precision,
+            "tensorrt": self.manifest.tensorrt,
+            "device": dict(self.manifest.device),
+            "layer_precisions": self.manifest.layer_precisions(),
+            "files": {self.path.name: {"sha256": self.manifest.plan_sha256, "size_bytes": self.path.stat().st_size}},
+            "parity": [report.to_dict() for report in self.parity],
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class _Model:
+    """An ONNX detector, ready to become an engine, and what is known of it."""
+
+    proto: ModelProto
+    class_names: tuple[str, ...]
+    preprocess: PreprocessSpec
+    form: OutputFormat
+
+
+def export_engine(
+    source: Path,
+    out: Path,
+    *,
+    precision: Precision = "fp32",
+    config: ExportConfig | None = None,
+    options: EngineOptions | None = None,
+    thresholds: Thresholds | None = None,
+    data: ExportData | None = None,
+    say: Callable[[str], None] | None = None,
+    buffers: Buffers | None = None,
+) -> EngineResult:
+    """Build an engine for the GPU here, past the parity gate, with its manifest beside it.
+
+    Args:
+        source: a run folder, a checkpoint, or an ONNX file (ours or foreign) whose precision is the one asked for; an
+            fp32 one is converted to fp16.
+        out: FILE.engine. Nothing appears there before every check has passed; the manifest comes last.
+        data: real images to calibrate and compare on; see `export_run`.
+        buffers: device memory, which stays the caller's.
+
+    Raises:
+        UserError: `out` is no engine's name, or the source does not fit what was asked for.
+        MissingDependencyError: no TensorRT, no GPU, or this TensorRT cannot do what was asked for.
+        ExportError, ParityError: building failed, or the engine does not agree with its ONNX.
+    """
+    source, out = Path(source), Path(out)
+    if out.suffix not in SUFFIXES or out.is_dir():
+        raise UserError("an engine goes to an .engine file", got=out, expected="a name such as student.engine")
+    config, options = config or ExportConfig(), options or EngineOptions()
+    thresholds, say = thresholds or Thresholds(), say or (lambda _: None)
+    device_memory = buffers or open_buffers()
+    try:
+        with tempfile.TemporaryDirectory(prefix="edgekd-engine-") as folder:
+            file, reports, notes = _as_onnx(source, Path(folder), precision, config, options, thresholds, data, say)
+            model = _read(file, precision)
+        say(f"building for {device_memory.device.name}; this takes minutes at a high optimisation level")
+        with device_memory.active():
+            built = build_engine(model.proto, options, device_memory.device)
+        manifest = _manifest(source, out, model, precision, built, options, device_memory)
+        return _compare_and_write(
+            out, model, built, manifest, thresholds, data, config, device_memory, (reports, notes), say
+        )
+    finally:
+        if buffers is None:
+            device_memory.close()
+
+
+def _as_onnx(
+    source: Path,
+    folder: Path,
+    precision: Precision,
+    config: ExportConfig,
+    options: EngineOptions,
+    thresholds: Thresholds,
+    data: ExportData | None,
+    say: Callable[[str], None],
+) -> tuple[Path, tuple[ParityReport, ...], tuple[str, ...]]:
+    """The source as an ONNX file; runs and checkpoints go through `export_run`, laid out for TensorRT."""
+    if source.suffix == ".onnx":
+        if not source.is_file():
+            raise ArtifactError(f"{source}: no such file", expected="an ONNX file, a checkpoint or a run folder")
+        return source, (), ()
+    from edgekd.export.job import export_run
+
+    open_batch = config.dynamic_batch or options.batch != (1, 1, 1)
+    changed = {"target": "tensorrt", "nms": False, "dynamic_batch": open_batch}
+    config = config.model_copy(update=changed)
+    file = folder / "model.onnx"
+    result = export_run(source, file, precision=precision, config=config, thresholds=thresholds, data=data, say=say)
+    return file, result.parity, result.notes
+
+
+def _read(file: Path, precision: Precision) -> _Model:
+    """An ONNX file as the graph that TensorRT gets: in the asked precision, candidates cut by TopK."""
+    import onnx
+
+    from edgekd.runtimes.onnx_file import open_onnx
+
+    with (opened := open_onnx(file)).runtime:
+        form, preprocess, class_names = opened.form, opened.preprocess, opened.class_names
+    if form.is_finished:
+        raise UserError(
+            f"{file}: NMS is inside this ONNX file, which an engine must not have",
+            fix="give the form with decoded boxes and scores; NMS runs outside",
+        )
+    model = onnx.load(str(file))
+    found = graph_precision(model)
+    if found == "fp32" and precision == "fp16":
+        from edgekd.export.float16 import to_float16
+
+        name_nodes(model)
+        model = to_float16(model)
+    elif found != precision:
+        raise UserError(
+            f"{file}: precision lives in the ONNX file, and this one has another",
+            got=found,
+            expected=precision,
+            fix=f"ask for --precision {found}, or export {precision} from the run",
+        )
+    if precision == "int8":
+        _check_int8(file, model)
+    if form.kind == "boxes-scores" and form.activation == "none" and form.background == "none":
+        model = with_top_candidates(model, (form.names[0], form.names[1]), CANDIDATES)
+    return _Model(model, class_names, preprocess, form)
+
+
+def _check_int8(file: Path, model: ModelProto) -> None:
+    from edgekd.export.lint import lint_qdq
+
+    findings = [finding for finding in lint_qdq(model, "tensorrt") if finding.code in _REFUSED_BY_TENSORRT]
+    if findings:
+        raise UserError(
+            f"{file}: TensorRT refuses this int8 model",
+            got="; ".join(map(str, findings[:5])) + (f"; {len(findings) - 5} more" if len(findings) > 5 else ""),
+            expected="symmetric int8: zero points 0, float biases",
+            fix="export it with --precision int8 --target tensorrt",
+        )
+
+
+def _manifest(
+    source: Path,
+    out: Path,
+    model: _Model,
+    precision: Precision,
+    built: BuiltEngine,
+    options: EngineOptions,
+    buffers: Buffers,
+) -> EngineManifest:
+    metadata = metadata_of(model.proto)
+    spec = metadata.get("edgekd.spec")
+    provenance = metadata.get("edgekd.provenance")
+    serialised = model.proto.SerializeToString(deterministic=True)
+    return EngineManifest(
+        plan_sha256=hashlib.sha256(built.plan).hexdigest(),
+        onnx_sha256=hashlib.sha256(serialised).hexdigest(),
+        source=_source(source, out),
+        precision=precision,
+        tensorrt=built.tensorrt,
+        device=buffers.device.to_dict(),
+        strongly_typed=built.strongly_typed,
+        flags=built.flags,
+        version_compatible=options.version_compatible,
+        hardware=options.hardware,
+        options=options.to_dict(),
+        inputs=built.inputs,
+        outputs=built.outputs,
+        profile=_profile(built, options),
+        layers=tuple(built.layers),
+        memory_bytes=built.memory_bytes,
+        class_names=model.class_names,
+        preprocess=model.preprocess.to_dict(),
+        form=model.form.to_dict(),
+        spec=None if spec is None else json.loads(spec),
+        parity=None,
+        provenance={
+            "versions": versions(),
+            "commit": source_commit(),
+            "buffers": buffers.name,
+            "onnx": None if provenance is None else json.loads(provenance),
+        },
+        rebuild=_rebuild(source, out, precision, options),
+    )
+
+
+def _profile(built: BuiltEngine, options: EngineOptions) -> tuple[int, int, int]:
+    fixed = next(iter(built.inputs.values()))["shape"][0]
+    return options.batch if fixed < 0 else (fixed, fixed, fixed)
+
+
+def _source(source: Path, out: Path) -> dict[str, Any]:
+    """Name and hash of the source; its path from the engine where both lie on one drive."""
+    from edgekd.checkpoint import detector_file
+
+    file = source if source.suffix == ".onnx" else detector_file(source)
+    try:
+        path = Path(os.path.relpath(file.resolve(), out.resolve().parent)).as_posix()
+    except ValueError:
+        path = None
+    return {"name": file.name, "sha256": sha256_file(file), "path": path}
+
+
+def _rebuild(source: Path, out: Path, precision: Precision, options: EngineOptions) -> str:
+    words = ["edgekd", "export", str(source), "--format", "engine", "--precision", precision, "--out", str(out)]
+    if options.batch != (1, 1, 1):
+        words += ["--batch", ":".join(map(str, options.batch))]
+    if options.workspace_mib is not None:
+        words += ["--workspace", str(options.workspace_mib)]
+    if options.level is not None:
+        words += ["--level", str(options.level)]
+    if options.version_compatible:
+        words.append("--version-compatible")
+    if options.hardware != "exact":
+        words += ["--hardware", options.hardware]
+    if options.dla_core is not None:
+        words += ["--dla", str(options.dla_core)]
+    if not options.library_tactics:
+        words.append("--no-library-tactics")
+    return shlex.join(words)
+
+
+def _compare_and_write(
+    out: Path,
+    model: _Model,
+    built: BuiltEngine,
+    manifest: EngineManifest,
+    thresholds: Thresholds,
+    data: ExportData | None,
+    config: ExportConfig,
+    buffers: Buffers,
+    before: tuple[Sequence[ParityReport], Sequence[str]],
+    say: Callable[[str], None],
+) -> EngineResult:
+    """Run the plan from a folder beside its place, compare, and only then move it there; the manifest last."""
+    reports, notes = [*before[0]], [*before[1], *built.notes]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
+        trial = Path(folder) / out.name
+        trial.write_bytes(built.plan)
+        write_engine_manifest(trial, manifest)
+        if model.form.kind == "boxes-scores":
+            say("comparing the engine with its ONNX")
+            with TensorRTRuntime(trial, buffers=buffers) as runtime:
+                dataset = None if data is None else data.for_parity
+                report, more = compare_engine(runtime, model.proto, dataset, thresholds, config.map_budget)
+            report.check()
+            reports.append(report)
+            notes += more
+            manifest = replace(manifest, parity=report.to_dict())
+        else:
+            notes.append("not compared: its outputs are not decoded boxes and scores")
+        say(f"writing {out}")
+        os.replace(trial, out)
+    write_engine_manifest(out, manifest)
+    return EngineResult(out, manifest, tuple(reports), tuple(notes))

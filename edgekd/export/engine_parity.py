@@ -1,0 +1,125 @@
+"""The last hop of the parity gate: an engine against ONNX Runtime on the very graph that it was built from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd.errors import ParityError
+from edgekd.export.images import PreparedImages, generated_images, spread
+from edgekd.export.nms import Thresholds
+from edgekd.export.parity import Outputs, ParityReport, Run, compare, onnx_run, with_map
+from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
+from edgekd.types import Dataset, Detections, FloatArray, PreprocessSpec
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from edgekd.export.onnx import Precision
+
+_COMPARED_ROWS = 100
+"""Candidates compared one by one; the rest of a TopK is noise near zero."""
+
+
+def compare_engine(
+    runtime: TensorRTRuntime, model: ModelProto, dataset: Dataset | None, thresholds: Thresholds, map_budget: float
+) -> tuple[ParityReport, list[str]]:
+    """Raw candidates, matched detections, and mAP where the data set has the detector's classes; with notes.
+
+    Args:
+        runtime: the engine, with outputs of the form boxes-scores.
+        model: what it was built from.
+        dataset: real images; generated scenes serve where there are none.
+    """
+    from edgekd.export.gate import PARITY_IMAGES
+
+    manifest = runtime.manifest
+    preprocess = manifest.preprocess_spec
+    notes: list[str] = []
+    images: Sequence[FloatArray]
+    names: Sequence[str]
+    if dataset is None or not len(dataset):
+        dataset = None
+        images, names = generated_images(preprocess)
+        notes.append("no data set at hand: the engine was compared on generated scenes")
+    else:
+        prepared = PreparedImages(spread(dataset.records, PARITY_IMAGES), preprocess)
+        images, names = prepared, prepared.names
+    form = manifest.output_format
+    reference, candidate = (_named(run, form.names[:2]) for run in (onnx_run(model), runtime.run))
+    precisions: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
+    report = compare(
+        reference,
+        candidate,
+        images,
+        names,
+        precision=precisions[manifest.precision],
+        against=f"ONNX Runtime on the same graph (TensorRT {manifest.tensorrt} on {runtime.provider})",
+        thresholds=thresholds,
+        generated=dataset is None,
+        align=aligned,
+    )
+    if dataset is not None and dataset.class_names == manifest.class_names:
+        dataset = _thinned(dataset)
+        pair = [_ap50(run, dataset, preprocess, thresholds) for run in (reference, candidate)]
+        report = with_map(report, pair[0], pair[1], len(dataset), map_budget)
+    return report, notes
+
+
+def _named(run: Any, names: Sequence[str]) -> Run:
+    """A run whose outputs go by "boxes" and "scores", in float32, one image alone."""
+
+    def one(image: FloatArray) -> Outputs:
+        found: Mapping[str, Any] = run(image)
+        return {
+            role: np.array(found[name][:1], np.float32) for role, name in zip(("boxes", "scores"), names, strict=True)
+        }
+
+    return one
+
+
+def aligned(truth: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
+    """The reference's best rows, and for each the row of the other side that is nearest to it.
+
+    TopK orders rows by score, and rounding swaps rows of nearly equal scores.
+
+    Raises:
+        ParityError: one side has rows of another width.
+    """
+    for role in ("boxes", "scores"):
+        if truth[role].shape[2] != found[role].shape[2]:
+            raise ParityError(f"output {role!r} has another shape", got=found[role].shape, expected=truth[role].shape)
+    best = np.argsort(-truth["scores"][0].max(1), kind="stable")[:_COMPARED_ROWS]
+    boxes, scores = truth["boxes"][0][best], truth["scores"][0][best]
+    size = np.maximum((boxes[:, 2:] - boxes[:, :2]).max(1), 1.0)[:, None]
+    distance = np.abs(found["boxes"][0][None] - boxes[:, None]).max(2) / size
+    distance += np.abs(found["scores"][0][None] - scores[:, None]).max(2)
+    rows = np.where(np.isfinite(distance), distance, np.inf).argmin(1)
+    return (
+        {"boxes": boxes[None], "scores": scores[None]},
+        {"boxes": found["boxes"][:, rows], "scores": found["scores"][:, rows]},
+    )
+
+
+def _thinned(dataset: Dataset) -> Dataset:
+    from edgekd.export.gate import MAP_IMAGES
+
+    step = max(1, len(dataset) // MAP_IMAGES)
+    return replace(dataset, records=dataset.records[::step][:MAP_IMAGES])
+
+
+def _ap50(run: Run, dataset: Dataset, preprocess: PreprocessSpec, thresholds: Thresholds) -> float:
+    from edgekd.bench.accuracy import evaluate
+    from edgekd.data.images import load_image
+    from edgekd.preprocess import prepare
+
+    found = []
+    for record in dataset.records:
+        tensor, geometry = prepare(load_image(record.path), preprocess)
+        outputs = run(tensor)
+        kept = thresholds.select(outputs["boxes"][0], outputs["scores"][0])
+        found.append(Detections(geometry.to_source(kept.boxes_xyxy), kept.scores, kept.labels))
+    return evaluate(dataset.records, found, dataset.class_names).ap50 or 0.0
