@@ -230,6 +230,19 @@ def test_dead_channels_with_a_bias_survive(base: onnx.ModelProto):
     assert np.abs(a["scores"] - b["scores"]).max() < 0.15
 
 
+def test_zero_channels_for_the_first_convolution_change_nothing(
+    base: onnx.ModelProto, int8: dict[str, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
+):
+    assert (kinds(int8["x86"])["Pad"], kinds(int8["tensorrt"])["Pad"]) == (1, 0)
+    monkeypatch.setattr("edgekd.export.qdq._INPUT_CHANNELS", 0)
+    plain = to_int8(base, IMAGES, config=ExportConfig()).model
+    assert kinds(plain)["Pad"] == 0
+    for image in IMAGES:
+        wanted, found = onnx_run(plain)(image), onnx_run(int8["x86"])(image)
+        assert np.array_equal(wanted["scores"], found["scores"])
+        assert np.array_equal(wanted["boxes"], found["boxes"])
+
+
 def test_narrow_weights(base: onnx.ModelProto):
     model = to_int8(base, IMAGES, config=ExportConfig(), reduce_range=True).model
     weights = [v for n, v in constants(model).items() if n.endswith("_weight_quantised")]

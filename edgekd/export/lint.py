@@ -88,10 +88,12 @@ def _is_weight(tensor: str, index: GraphIndex) -> bool:
 def _wiring(node: NodeProto, index: GraphIndex) -> Iterator[Finding]:
     readers = index.consumers.get(node.output[0], [])
     if node.op_type == "QuantizeLinear":
+        if len(readers) == 1 and readers[0].op_type == "Pad":  # zero channels for a fast first convolution
+            readers = index.consumers.get(readers[0].output[0], [])
         if not readers or any(reader.op_type != "DequantizeLinear" for reader in readers):
             yield Finding("dangling", node.name, "a QuantizeLinear whose output is not read by DequantizeLinear alone")
         return
-    maker = index.producer.get(node.input[0])
+    maker = _maker(node.input[0], index)
     if not index.is_constant(node.input[0]) and (maker is None or maker.op_type != "QuantizeLinear"):
         yield Finding("dangling", node.name, "a DequantizeLinear that reads neither QuantizeLinear nor a constant")
     if not readers and node.output[0] not in index.outputs:
@@ -100,6 +102,12 @@ def _wiring(node: NodeProto, index: GraphIndex) -> Iterator[Finding]:
         pairs = zip(maker.input[1:], node.input[1:], strict=False)
         if any(not np.array_equal(index.constant(a), index.constant(b)) for a, b in pairs if a != b):
             yield Finding("mismatch", node.name, "scale or zero point differ from those of its QuantizeLinear")
+
+
+def _maker(tensor: str, index: GraphIndex) -> NodeProto | None:
+    """The node behind a stored tensor, looking through the padding of its channels."""
+    maker = index.producer.get(tensor)
+    return index.producer.get(maker.input[0]) if maker is not None and maker.op_type == "Pad" else maker
 
 
 def _residual(node: NodeProto, index: GraphIndex) -> Iterator[Finding]:

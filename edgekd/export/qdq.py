@@ -36,6 +36,10 @@ _INT8_OPERATORS: dict[Target, tuple[str, ...]] = {
     "x86": ("Conv", "Add", "Mul", "Sigmoid", "LeakyRelu", "Concat", "AveragePool", *_SAME_PARAMETERS),
     "tensorrt": ("Conv", "ConvTranspose", "Add", "MaxPool"),
 }
+_INPUT_CHANNELS = 8
+"""x86: a convolution on fewer channels gets zero channels added. ONNX Runtime copies its input channel by channel at
+every kernel position; with 3 channels that takes longer than the arithmetic (MobileNetV2 at 320 px: 0.73 ms, 0.33 with
+8, of 6 in all)."""
 _LARGEST_BIAS = 2.0**30
 _DUST = 1e-9
 
@@ -206,10 +210,13 @@ class _PairWriter:
         self.model, self.target, self.weight_limit = model, target, weight_limit
         self.index = GraphIndex(model)
         self.parameters: dict[str, Parameters] = {}
+        self.extra_channels: dict[str, int] = {}
         self.nodes: list[NodeProto] = []
 
     def rewrite(self, nodes: Set[str]) -> None:
         """Write pairs behind every tensor in `parameters`, and weights of `nodes`, in topological order."""
+        if self.target == "x86":
+            self._widen(nodes)
         for entry in self.model.graph.input:
             self._pair(entry.name)
         for node in self.model.graph.node:
@@ -225,15 +232,31 @@ class _PairWriter:
                 self._pair(name)
         replace_nodes(self.model, self.nodes)
 
+    def _widen(self, nodes: Set[str]) -> None:
+        """Note the tensors that are to get zero channels."""
+        for node in self.model.graph.node:
+            if node.name not in nodes or not is_weighted(node, self.index):
+                continue
+            channels = self.index.constant(node.input[1]).shape[1]
+            grouped = any(attribute.name == "group" and attribute.i != 1 for attribute in node.attribute)
+            if channels < _INPUT_CHANNELS and not grouped and self.index.only_consumer(node.input[0]) is not None:
+                self.extra_channels[node.input[0]] = _INPUT_CHANNELS - channels
+
     def _pair(self, tensor: str) -> None:
-        if tensor in self.parameters:
-            scale, zero = self._store(tensor, self.parameters[tensor])
-            self._add("QuantizeLinear", [tensor, scale, zero], f"{tensor}_quantised")
-            self._add("DequantizeLinear", [f"{tensor}_quantised", scale, zero], f"{tensor}_dequantised")
+        if tensor not in self.parameters:
+            return
+        scale, zero = self._store(tensor, self.parameters[tensor])
+        stored = self._add("QuantizeLinear", [tensor, scale, zero], f"{tensor}_quantised")
+        if tensor in self.extra_channels:
+            self._constant(f"{tensor}_pads", np.array([0, 0, 0, 0, 0, self.extra_channels[tensor], 0, 0], np.int64))
+            stored = self._add("Pad", [stored, f"{tensor}_pads", zero], f"{tensor}_padded")
+        self._add("DequantizeLinear", [stored, scale, zero], f"{tensor}_dequantised")
 
     def _weights(self, node: NodeProto, source: str) -> None:
         """Replace a convolution's weights, and on x86 its bias, by quantised ones."""
         weights = self.index.constant(node.input[1]).astype(np.float32)
+        extra = self.extra_channels.get(source, 0)
+        weights = np.pad(weights, [(0, 0), (0, extra), *[(0, 0)] * (weights.ndim - 2)])
         axis = _WEIGHT_AXIS[node.op_type]
         others = tuple(dim for dim in range(weights.ndim) if dim != axis)
         scale = np.maximum(np.abs(weights).max(axis=others), _DUST) / np.float32(self.weight_limit)
