@@ -151,6 +151,9 @@ def _open_session(model: Path | bytes, provider: str, threads: int | None, sourc
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+    # By default a session's threads go on spinning after its run, and take cores from whatever runs next: an ensemble's
+    # second member, say, which then looks slower than it is.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model), options, providers=[provider]
