@@ -18,8 +18,9 @@ from edgekd.export.graph import GraphIndex, copy_of, metadata_of, open_session, 
 from edgekd.export.lint import INT8_KEY, lint_qdq
 from edgekd.export.onnx import trace
 from edgekd.export.parity import onnx_run
+from edgekd.export.placement import int8_nodes, tensors_to_quantise
 from edgekd.export.precision import has_vnni, to_int8
-from edgekd.export.qdq import activation_parameters, int8_nodes, quantise, tensors_to_quantise
+from edgekd.export.qdq import activation_parameters, quantise
 from edgekd.export.sensitivity import rank_layers
 from edgekd.recipe import ExportConfig
 from tests.export_double import ToyDetector

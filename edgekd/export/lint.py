@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgekd.export.graph import GraphIndex, metadata_of, raw_tensors
-from edgekd.export.qdq import Target, is_weighted
+from edgekd.export.placement import Target, is_weighted
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

@@ -14,7 +14,8 @@ from edgekd.export.calibration import METHODS, Method, Ranges, TensorStatistics,
 from edgekd.export.float16 import to_float16
 from edgekd.export.graph import set_metadata
 from edgekd.export.lint import INT8_KEY, lint_qdq
-from edgekd.export.qdq import Target, int8_nodes, quantise, tensors_to_quantise
+from edgekd.export.placement import Target, int8_nodes, tensors_to_quantise
+from edgekd.export.qdq import quantise
 from edgekd.export.sensitivity import MEASURED_IMAGES, Evaluate, keep_worst, output_damage, rank_layers
 from edgekd.recipe import ExportConfig
 from edgekd.types import FloatArray

@@ -1,41 +1,29 @@
-"""Insert QuantizeLinear/DequantizeLinear pairs: which nodes run in int8, where the pairs go, for which target.
-
-Two placements of the same idea (Jacob et al., CVPR 2018, and NVIDIA's "Working with quantized types"):
-
-- **x86** (ONNX Runtime): activations uint8 with a zero point, weights int8 a channel, biases int32. Every int8 node
-  has pairs on its inputs and on its output, since ONNX Runtime fuses DQ-node-Q, never DQ-node alone. A ReLU or Clip
-  behind a convolution vanishes into the range of its output, where uint8 saturates at the same values.
-- **tensorrt**: activations and weights int8, symmetric, all zero points 0; weights stay float behind a pair of their
-  own, biases stay float. Pairs only in front of int8 nodes; of a residual Add only the skip side gets one, so that
-  TensorRT fuses the Add into the convolution on the other side.
-
-Decoding, and everything else after the last convolutions, stays float.
-"""
+"""Write QuantizeLinear/DequantizeLinear pairs, int8 weights and int32 biases into a graph; `placement` says where."""
 
 from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.export.calibration import Ranges
-from edgekd.export.graph import GraphIndex, copy_of, prune, raw_tensors, replace_nodes
+from edgekd.export.graph import GraphIndex, copy_of, prune, replace_nodes
+from edgekd.export.placement import (
+    MOVERS,
+    WEIGHT_AXIS,
+    Target,
+    folded_activations,
+    fused_side,
+    is_weighted,
+    tensors_to_quantise,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-Target = Literal["x86", "tensorrt"]
-
-_WEIGHT_AXIS = {"Conv": 0, "ConvTranspose": 1}
-_SAME_PARAMETERS = ("MaxPool", "Resize", "Transpose", "Reshape", "Flatten", "Slice", "Split")
-"""Operators that only move values: their output must share their input's scale to be fused."""
-_INT8_OPERATORS: dict[Target, tuple[str, ...]] = {
-    "x86": ("Conv", "Add", "Mul", "Sigmoid", "LeakyRelu", "Concat", "AveragePool", *_SAME_PARAMETERS),
-    "tensorrt": ("Conv", "ConvTranspose", "Add", "MaxPool"),
-}
 _INPUT_CHANNELS = 8
 """x86: a convolution on fewer channels gets zero channels added. ONNX Runtime copies its input channel by channel at
 every kernel position; with 3 channels that takes longer than the arithmetic (MobileNetV2 at 320 px: 0.73 ms, 0.33 with
@@ -50,92 +38,6 @@ class Parameters:
 
     scale: NDArray[np.float32]
     zero_point: NDArray[Any]
-
-
-def int8_nodes(model: ModelProto, target: Target) -> list[str]:
-    """Names of the nodes that can run in int8, in graph order."""
-    index = GraphIndex(model)
-    body = index.before(raw_tensors(model))
-    weighted = [node for node in model.graph.node if node.name in body and is_weighted(node, index)]
-    before_weights = index.before(name for node in weighted for name in index.activations(node))
-    names = {node.name for node in weighted if node.op_type in _INT8_OPERATORS[target]}
-    for node in model.graph.node:
-        able = node.name in before_weights and node.op_type in _INT8_OPERATORS[target]
-        if able and not is_weighted(node, index) and _fits(node, index):
-            names.add(node.name)
-    return [node.name for node in model.graph.node if node.name in names]
-
-
-def is_weighted(node: NodeProto, index: GraphIndex) -> bool:
-    """Whether a node is a convolution with constant weights."""
-    return node.op_type in _WEIGHT_AXIS and index.is_constant(node.input[1])
-
-
-def _fits(node: NodeProto, index: GraphIndex) -> bool:
-    """Whether a weightless node is of the kind that gains from int8, not a bit of arithmetic among constants."""
-    inputs = index.activations(node)
-    if node.op_type == "Add":
-        return len(inputs) == 2 and inputs[0] != inputs[1]
-    if node.op_type == "Mul":  # SiLU: x * sigmoid(x)
-        makers = [index.producer.get(name) for name in inputs]
-        return len(inputs) == 2 and any(
-            maker is not None and maker.op_type == "Sigmoid" and maker.input[0] == other
-            for maker, other in zip(makers, reversed(inputs), strict=True)
-        )
-    if node.op_type == "Sigmoid":
-        return any(reader.op_type == "Mul" and _fits(reader, index) for reader in index.consumers[node.output[0]])
-    if node.op_type == "Resize":
-        return any(attribute.name == "mode" and attribute.s == b"nearest" for attribute in node.attribute)
-    return len(inputs) == (len(node.input) if node.op_type == "Concat" else 1)
-
-
-def folded_activations(model: ModelProto, nodes: Set[str]) -> dict[str, str]:
-    """x86: int8 node to the ReLU or Clip (from 0) behind it that the output's range makes superfluous."""
-    index = GraphIndex(model)
-    folded: dict[str, str] = {}
-    for node in model.graph.node:
-        if node.name not in nodes or node.op_type not in ("Conv", "Add"):
-            continue
-        reader = index.only_consumer(node.output[0])
-        if reader is not None and (reader.op_type == "Relu" or _clips_from_zero(reader, index)):
-            folded[node.name] = reader.name
-    return folded
-
-
-def _clips_from_zero(node: NodeProto, index: GraphIndex) -> bool:
-    if node.op_type != "Clip" or len(node.input) < 2 or not index.is_constant(node.input[1]):
-        return False
-    return float(index.constant(node.input[1])) == 0.0
-
-
-def tensors_to_quantise(model: ModelProto, nodes: Set[str], target: Target) -> list[str]:
-    """Names of the activations that get a pair when these nodes run in int8, in graph order."""
-    index = GraphIndex(model)
-    folded = folded_activations(model, nodes) if target == "x86" else {}
-    outputs = {node.name: node.output[0] for node in model.graph.node}
-    wanted: set[str] = set()
-    for node in model.graph.node:
-        if node.name not in nodes:
-            continue
-        if target == "x86":
-            wanted.update(index.activations(node))
-            wanted.update([outputs[folded[node.name]]] if node.name in folded else node.output)
-        elif node.op_type == "Add":
-            fused = fused_side(node, index)
-            wanted.update(name for name in index.activations(node) if name != fused)
-        else:
-            wanted.update(index.activations(node))
-    order = [entry.name for entry in model.graph.input] + [name for node in model.graph.node for name in node.output]
-    return [name for name in order if name in wanted]
-
-
-def fused_side(add: NodeProto, index: GraphIndex) -> str | None:
-    """The input of a residual Add that a convolution makes for it alone: TensorRT adds in that convolution."""
-    for name in reversed(index.activations(add)):
-        maker = index.producer.get(name)
-        if maker is not None and maker.op_type in _WEIGHT_AXIS and index.only_consumer(name) is not None:
-            return name
-    return None
 
 
 def activation_parameters(low: float, high: float, target: Target) -> Parameters:
@@ -194,7 +96,7 @@ def _shared_parameters(
     moved = {
         output: node.input[0]
         for node in model.graph.node
-        if node.name in nodes and node.op_type in _SAME_PARAMETERS
+        if node.name in nodes and node.op_type in MOVERS
         for output in node.output
     }
     for name in tensors:  # graph order: a mover's input comes before its output
@@ -257,7 +159,7 @@ class _PairWriter:
         weights = self.index.constant(node.input[1]).astype(np.float32)
         extra = self.extra_channels.get(source, 0)
         weights = np.pad(weights, [(0, 0), (0, extra), *[(0, 0)] * (weights.ndim - 2)])
-        axis = _WEIGHT_AXIS[node.op_type]
+        axis = WEIGHT_AXIS[node.op_type]
         others = tuple(dim for dim in range(weights.ndim) if dim != axis)
         scale = np.maximum(np.abs(weights).max(axis=others), _DUST) / np.float32(self.weight_limit)
         bias = self.index.constant(node.input[2]).astype(np.float32) if len(node.input) > 2 and node.input[2] else None

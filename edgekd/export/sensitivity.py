@@ -10,7 +10,8 @@ import numpy as np
 
 from edgekd.export.calibration import Ranges
 from edgekd.export.graph import GraphIndex, open_session, raw_tensors, with_outputs
-from edgekd.export.qdq import Target, int8_nodes, is_weighted, quantise
+from edgekd.export.placement import Target, int8_nodes, is_weighted
+from edgekd.export.qdq import quantise
 from edgekd.types import FloatArray
 
 if TYPE_CHECKING:
