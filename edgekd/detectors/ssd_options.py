@@ -85,7 +85,7 @@ def default_options(model: str, input_hw: tuple[int, int]) -> SsdOptions:
 
     The square prior of the grid of stride 16 is 32 pixels wide: two of its cells, so that an object of that size
     overlaps some prior well wherever it lies. Narrower ones leave gaps between cells (at 96 pixels, 0.33 rather than
-    0.1 takes a trial's recall from 0.30 to 0.78), wider ones miss small objects. At 320 pixels that is 0.1, the best
+    0.1 takes a short trial's recall from 0.30 to about 0.8), wider ones miss small objects. At 320 pixels that is 0.1, the best
     of 0.06 to 0.2 by the share of VOC's and BCCD's objects with a prior of IoU 0.5. VGG keeps the paper's 0.2 from 160
     pixels up, since it has a finer grid for small objects.
     """
