@@ -102,11 +102,10 @@ def moving_detector(batch: int | str = 1, candidates: int = 3000, classes: int =
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
-def ours(model: onnx.ModelProto, path: Path, classes: int = 3) -> Path:
+def ours(model: onnx.ModelProto, path: Path, names: tuple[str, ...] = ("circle", "square", "star")) -> Path:
     """A model with our metadata, as a file."""
-    names = [f"class {index}" for index in range(classes)]
     preprocess = {"input_hw": [64, 64], "resize": "stretch", "mean": [0.5] * 3, "std": [0.5] * 3, "pad_value": 114}
-    spec = {"model": "double", "class_names": names, "preprocess": preprocess, "width": 1.0, "options": {}}
+    spec = {"model": "double", "class_names": list(names), "preprocess": preprocess, "width": 1.0, "options": {}}
     entries = {"schema": "edgekd.onnx/1", "spec": json.dumps(spec), "output": '{"kind": "boxes-scores"}'}
     helper.set_model_props(model, {f"edgekd.{key}": value for key, value in entries.items()})
     onnx.save(model, str(path))
@@ -613,3 +612,49 @@ def test_no_way_to_the_gpus_memory_says_why_for_each() -> None:
         assert f"{backend}: " in str(caught.value)
     with pytest.raises(UserError, match="unknown buffer backend"):
         buffers_module.open_buffers("host")
+
+
+@pytest.fixture
+def edgekd(machine: Machine) -> Callable[..., Any]:
+    """The command line, on the stand-in."""
+    from typer.testing import CliRunner
+
+    from edgekd.cli import app
+
+    machine("10.13.3.9")
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_command_line_exports_and_benches_an_engine(edgekd: Callable[..., Any], tmp_path: Path) -> None:
+    from edgekd.data.scenes import SCENE_CLASSES, make_scenes
+
+    names = tuple(SCENE_CLASSES)
+    detector = ours(moving_detector(classes=len(names)), tmp_path / "student.onnx", names)
+    out = tmp_path / "student.engine"
+    done = edgekd("export", detector, "--format", "engine", "--out", out, "--batch", "1", "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["tensorrt"] == "10.13.3.9"
+    root = make_scenes(tmp_path / "scenes", counts={"val": 3}, image_hw=(64, 64))
+    words = ("bench", out, "--data", root, "--split", "val", "--samples", 20, "--warmup", 0, "--cuda-graph", "--quiet")
+    done = edgekd(*words, "--out", tmp_path / "result.json")
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [(row["name"], row["cuda_graph"]) for row in rows] == [("student", False), ("student+graph", True)]
+    assert {row["runtime"] for row in rows} == {"tensorrt"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--batch", "1:2"], "unknown --batch"),
+        (["--batch", "many"], "unknown --batch"),
+        (["--dla", "0", "--precision", "fp16"], "no such DLA core"),
+        (["--precision", "int8"], "precision lives in the ONNX file"),
+    ],
+)
+def test_the_command_lines_mistakes(
+    edgekd: Callable[..., Any], detector: Path, tmp_path: Path, words: list[str], says: str
+) -> None:
+    done = edgekd("export", detector, "--format", "engine", "--out", tmp_path / "s.engine", "--quiet", *words)
+    assert done.exit_code == 2
+    assert says in done.stderr

@@ -27,7 +27,9 @@ def bench(
     context: typer.Context,
     artifacts: Annotated[
         list[str],
-        typer.Argument(help="ONNX files, checkpoints or run folders, as [ROLE:][NAME=]PATH.", metavar="ARTIFACT..."),
+        typer.Argument(
+            help="ONNX files, engines, checkpoints or run folders, as [ROLE:][NAME=]PATH.", metavar="ARTIFACT..."
+        ),
     ],
     data: Annotated[Path, typer.Option("--data", help="A data set (VOC, COCO or YOLO).", metavar="DIR")],
     split: Annotated[str, typer.Option("--split", help="The split to measure on.", metavar="NAME")],
@@ -46,6 +48,9 @@ def bench(
     iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
     max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
     threads: ThreadsOption = None,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="Measure each engine a second time, as one CUDA graph.")
+    ] = False,
     classes: ClassesOption = None,
     output: OutputOption = None,
     input_size: InputSizeOption = None,
@@ -68,6 +73,8 @@ def bench(
     from edgekd.workspace import is_synthetic
 
     entries = [_declared(parse_artifact_argument(text), classes, output, input_size) for text in artifacts]
+    if cuda_graph:
+        entries = _with_graphs(entries)
     given = {"score_threshold": score, "nms_iou": iou, "max_detections": max_detections, "threads": threads}
     config = _config(samples=samples, warmup_seconds=warmup, **given)
     result = bench_artifacts(
@@ -94,6 +101,27 @@ def _declared(
     return artifact if options is None or artifact.path.suffix != ".onnx" else replace(artifact, options=options)
 
 
+def _with_graphs(artifacts: list[BenchArtifact]) -> list[BenchArtifact]:
+    """Each engine followed by itself with its work captured as a CUDA graph.
+
+    Raises:
+        UserError: there is no engine.
+    """
+    from dataclasses import replace
+
+    from edgekd.bench.complexity import ENGINE_SUFFIXES
+    from edgekd.errors import UserError
+
+    found = []
+    for artifact in artifacts:
+        found.append(artifact)
+        if artifact.path.suffix in ENGINE_SUFFIXES:
+            found.append(replace(artifact, name=f"{artifact.name}+graph", cuda_graph=True))
+    if len(found) == len(artifacts):
+        raise UserError("--cuda-graph is for engines", got="none", fix="export one with --format engine")
+    return found
+
+
 def _config(**values: Any) -> BenchConfig:
     from pydantic import ValidationError
 
@@ -108,7 +136,7 @@ def _config(**values: Any) -> BenchConfig:
 
 
 def _ensemble(artifacts: list[BenchArtifact], asked: bool | None) -> BenchEnsemble | None:
-    """All teachers as one system: when asked for, and unasked where there are several.
+    """All teachers as one system (each once): when asked for, and unasked where there are several.
 
     Raises:
         UserError: asked for without teachers.
@@ -116,7 +144,7 @@ def _ensemble(artifacts: list[BenchArtifact], asked: bool | None) -> BenchEnsemb
     from edgekd.bench.entries import BenchEnsemble
     from edgekd.errors import UserError
 
-    names = tuple(artifact.name for artifact in artifacts if artifact.role == "teacher")
+    names = tuple(artifact.name for artifact in artifacts if artifact.role == "teacher" and not artifact.cuda_graph)
     if asked and not names:
         raise UserError("an ensemble needs teachers", got="none", fix="name their role: teacher:PATH")
     return BenchEnsemble(names) if (len(names) > 1 if asked is None else asked) else None

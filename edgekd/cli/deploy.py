@@ -13,6 +13,7 @@ from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
 
 if TYPE_CHECKING:
     from edgekd.export import ExportData
+    from edgekd.export.engine_job import EngineResult
     from edgekd.recipe import OnnxTeacher
 
 
@@ -22,6 +23,21 @@ class Precision(str, Enum):
     fp32 = "fp32"
     fp16 = "fp16"
     int8 = "int8"
+
+
+class Format(str, Enum):
+    """What is written: ONNX, which runs anywhere, or a TensorRT engine for the GPU here."""
+
+    onnx = "onnx"
+    engine = "engine"
+
+
+class Hardware(str, Enum):
+    """Which GPUs an engine runs on."""
+
+    exact = "exact"
+    same_capability = "same-capability"
+    ampere = "ampere+"
 
 
 class Target(str, Enum):
@@ -37,6 +53,7 @@ ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of one inference; all if not given.")
 ]
 
+ENGINES = "Engines (--format engine)"
 FOREIGN = "ONNX files not made by edgekd (normally found out)"
 ClassesOption = Annotated[
     str | None,
@@ -70,8 +87,14 @@ def doctor(context: typer.Context, json: JsonOption = False) -> None:
 
 def export(
     context: typer.Context,
-    source: Annotated[Path, typer.Argument(help="A run folder or a checkpoint.", metavar="RUN|CHECKPOINT")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="FILE.onnx")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A run folder or a checkpoint; for an engine also an ONNX file.", metavar="RUN|CHECKPOINT"),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="FILE")],
+    format: Annotated[Format, typer.Option("--format", help="ONNX, or a TensorRT engine for the GPU here.")] = (
+        Format.onnx
+    ),
     precision: Annotated[Precision, typer.Option("--precision", help="Number format.")] = Precision.fp32,
     target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = Target.x86,
     nms: Annotated[bool, typer.Option("--nms", help="Also write FILE.nms.onnx, with NMS inside.")] = False,
@@ -82,11 +105,36 @@ def export(
         str | None,
         typer.Option("--split", help="Split of --data to calibrate and compare on; train, val if not given."),
     ] = None,
-    format: FormatOption = "auto",
+    data_format: Annotated[
+        str, typer.Option("--data-format", help="Of the data set: auto, voc, coco, yolo.", metavar="NAME")
+    ] = "auto",
+    batch: Annotated[
+        str,
+        typer.Option("--batch", help="N, or LEAST:USUAL:MOST for an open batch.", metavar="N", rich_help_panel=ENGINES),
+    ] = "1",
+    workspace: Annotated[
+        int | None, typer.Option("--workspace", help="Limit of scratch memory, MiB.", rich_help_panel=ENGINES)
+    ] = None,
+    level: Annotated[
+        int | None, typer.Option("--level", min=0, max=5, help="Optimisation level.", rich_help_panel=ENGINES)
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Later TensorRT may run it.", rich_help_panel=ENGINES)
+    ] = False,
+    hardware: Annotated[
+        Hardware, typer.Option("--hardware", help="Which GPUs may run it.", rich_help_panel=ENGINES)
+    ] = Hardware.exact,
+    dla: Annotated[
+        int | None, typer.Option("--dla", min=0, help="A Jetson's DLA core.", rich_help_panel=ENGINES)
+    ] = None,
+    library_tactics: Annotated[
+        bool,
+        typer.Option("--library-tactics/--no-library-tactics", help="Try cuBLAS, cuDNN.", rich_help_panel=ENGINES),
+    ] = True,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a detector as ONNX, checked against the original on real images before it appears.
+    """Write a detector as ONNX or as a TensorRT engine, checked against the original before it appears.
 
     The images come from the run's own recipe unless --data names others; int8 is calibrated on its training split.
     """
@@ -97,14 +145,21 @@ def export(
     from edgekd.recipe import ExportConfig
 
     config = ExportConfig(nms=nms, opset=opset, dynamic_batch=dynamic_batch, target=target.value)
-    result = export_run(
-        source,
-        out,
-        precision=precision.value,
-        config=config,
-        data=_export_data(data, split, format) if data is not None else None,
-        say=Terminal(session.quiet).note,
-    )
+    images = _export_data(data, split, data_format) if data is not None else None
+    say = Terminal(session.quiet).note
+    if format is Format.engine:
+        from edgekd.export.engine import EngineOptions
+        from edgekd.export.engine_job import export_engine
+
+        options = EngineOptions(
+            workspace, level, _batch_profile(batch), version_compatible, hardware.value, dla, library_tactics
+        )
+        engine = export_engine(
+            source, out, precision=precision.value, config=config, options=options, data=images, say=say
+        )
+        session.finish(engine.to_dict(), lambda: _show_engine(engine))
+        return
+    result = export_run(source, out, precision=precision.value, config=config, data=images, say=say)
 
     def show() -> None:
         for note in result.notes:
@@ -114,6 +169,30 @@ def export(
                 typer.echo(f"{path}: {path.stat().st_size / 1e6:.2f} MB, {result.precision}, parity checked")
 
     session.finish(result.to_dict(), show)
+
+
+def _batch_profile(text: str) -> tuple[int, int, int]:
+    """Read `--batch`: "4" is (4, 4, 4), "1:4:8" is an open batch.
+
+    Raises:
+        UserError: neither.
+    """
+    from edgekd.errors import UserError
+
+    numbers = [int(part) for part in text.split(":") if part.isdigit()]
+    if len(numbers) != text.count(":") + 1 or len(numbers) not in (1, 3):
+        raise UserError("unknown --batch", got=text, expected="a number, or LEAST:USUAL:MOST such as 1:4:8")
+    least, usual, most = numbers * 3 if len(numbers) == 1 else numbers
+    return least, usual, most
+
+
+def _show_engine(result: EngineResult) -> None:
+    for note in result.notes:
+        typer.echo(f"note: {note}", err=True)
+    layers = ", ".join(f"{count} {kind}" for kind, count in result.manifest.layer_precisions().items())
+    manifest, size = result.manifest, result.path.stat().st_size / 1e6
+    where = f"TensorRT {manifest.tensorrt} on {manifest.device['name']}"
+    typer.echo(f"{result.path}: {size:.2f} MB, {manifest.precision} for {where}; layers: {layers or 'unknown'}")
 
 
 def _export_data(root: Path, split: str | None, format: str) -> ExportData:
