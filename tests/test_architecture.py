@@ -34,6 +34,7 @@ LAYERS = {
     "predictor": 4,
     "teachers": 4,
     "losses": 4,
+    "device": 4,  # ships in bundles
     "bench": 5,
     "train": 5,
     "distill": 5,
@@ -42,6 +43,8 @@ LAYERS = {
     "validate": 5,
     "export": 5,
     "predict": 5,
+    "device.bundle": 6,
+    "device.target": 6,
     "summary": 6,
     "report": 6,
     "workspace": 7,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edgekd import __version__
-from edgekd.cli import bench, compare, data, deploy, recipes, train
+from edgekd.cli import bench, bundle, compare, data, deploy, recipes, train
 from edgekd.cli.session import (
     CommandGroup,
     DebugOption,
@@ -61,6 +61,7 @@ app.add_typer(data.app, name="data")
 app.command()(train.train)
 app.command()(train.distill)
 app.command()(deploy.export)
+app.command()(bundle.bundle)
 app.command()(bench.bench)
 app.command()(deploy.predict)
 app.command()(train.run)

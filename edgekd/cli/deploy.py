@@ -145,7 +145,7 @@ def export(
     from edgekd.recipe import ExportConfig
 
     config = ExportConfig(nms=nms, opset=opset, dynamic_batch=dynamic_batch, target=target.value)
-    images = _export_data(data, split, data_format) if data is not None else None
+    images = export_data(data, split, data_format) if data is not None else None
     say = Terminal(session.quiet).note
     if format is Format.engine:
         from edgekd.export.engine import EngineOptions
@@ -195,7 +195,7 @@ def _show_engine(result: EngineResult) -> None:
     typer.echo(f"{result.path}: {size:.2f} MB, {manifest.precision} for {where}; layers: {layers or 'unknown'}")
 
 
-def _export_data(root: Path, split: str | None, format: str) -> ExportData:
+def export_data(root: Path, split: str | None, format: str) -> ExportData:
     """Splits of `root` for calibration and comparison."""
     from edgekd.data import list_splits, read_dataset
     from edgekd.export import ExportData

@@ -1,0 +1,98 @@
+"""`edgekd bundle`: a self-contained folder for the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgekd.cli.deploy import (
+    ClassesOption,
+    DataOption,
+    FormatOption,
+    InputSizeOption,
+    OutputOption,
+    Target,
+    export_data,
+    foreign_options,
+)
+from edgekd.cli.session import JsonOption, QuietOption, session_of
+
+if TYPE_CHECKING:
+    from edgekd.export.onnx import Precision
+
+
+def bundle(
+    context: typer.Context,
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Run folders, checkpoints or ONNX files, as [ROLE:][NAME=]PATH.", metavar="ARTIFACT..."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="DIR")],
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision", help="fp32, fp16, int8, or several with commas; fp32 if not given.", metavar="NAMES"
+        ),
+    ] = None,
+    target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = Target.tensorrt,
+    data: DataOption = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Split of --data to calibrate and compare on.", metavar="NAME")
+    ] = None,
+    format: FormatOption = "auto",
+    classes: ClassesOption = None,
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a folder that checks and measures detectors on a device that has no edgekd.
+
+    Copy it there and run `python3 bench.py`; or let `edgekd bench --target ssh://...` do both.
+    """
+    session = session_of(context)
+    session.merge(json=json, quiet=quiet)
+    from dataclasses import replace
+
+    from edgekd.bench.entries import parse_artifact_argument
+    from edgekd.console import Terminal
+    from edgekd.device.bundle import make_bundle
+    from edgekd.recipe import ExportConfig
+
+    entries = [parse_artifact_argument(text) for text in sources]
+    made = make_bundle(
+        [replace(entry, options=foreign_options(entry.path, classes, output, input_size)) for entry in entries],
+        out,
+        precisions=precisions_of(precision),
+        config=ExportConfig(target=target.value),
+        data=None if data is None else export_data(data, split, format),
+        say=Terminal(session.quiet).note,
+    )
+
+    def show() -> None:
+        for note in made.notes:
+            typer.echo(f"note: {note}", err=True)
+        models = ", ".join(model["file"] for model in made.models)
+        typer.echo(f"{made.folder}: {made.size_bytes / 1e6:.1f} MB, {models}\non the device: python3 bench.py")
+
+    session.finish(made.to_dict(), show)
+
+
+def precisions_of(text: str | None) -> list[Precision] | None:
+    """ "fp32,int8" as a list without repetitions.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    from edgekd.errors import UserError
+
+    if text is None:
+        return None
+    known: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError("unknown precision", got=repr(name), expected=", ".join(known))
+    return [name for name in known if name in names]

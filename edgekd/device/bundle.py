@@ -1,0 +1,362 @@
+"""A bundle: a folder with all that a device needs to check and measure detectors, and nothing that it does not.
+
+The device needs Python, NumPy and TensorRT or ONNX Runtime. The program in a bundle is edgekd's own modules, copied: what
+is tested here is what runs there.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd.artifact import sha256_file, source_commit, versions, write_json, write_text
+from edgekd.bench.complexity import describe_artifact
+from edgekd.bench.entries import BenchArtifact
+from edgekd.data.images import load_image
+from edgekd.device.bundle_bench import BUNDLE_SCHEMA, read_bundle
+from edgekd.errors import ArtifactError, UserError
+from edgekd.export.images import GENERATED_IMAGES, spread
+from edgekd.preprocess import normalise, resize
+from edgekd.recipe import ExportConfig
+from edgekd.runtimes.onnx_file import open_onnx
+from edgekd.types import Dataset, ImageArray
+
+if TYPE_CHECKING:
+    from edgekd.export.job import ExportData
+    from edgekd.export.onnx import Precision
+
+PACKAGE = Path(__file__).resolve().parent.parent
+PROGRAM = "edgekd.device.bundle_bench"
+GOLDEN_IMAGES = 4
+GOLDEN_FILE = "golden.npz"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was written.
+
+    Attributes:
+        sha256: of its manifest, which holds the hash of every other file: the bundle's identity.
+        size_bytes: of all files. notes: what the user should know.
+    """
+
+    folder: Path
+    sha256: str
+    size_bytes: int
+    models: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {**asdict(self), "folder": str(self.folder), "models": list(self.models), "notes": list(self.notes)}
+
+
+def make_bundle(
+    sources: Sequence[BenchArtifact],
+    out: Path,
+    *,
+    precisions: Sequence[Precision] | None = None,
+    config: ExportConfig | None = None,
+    data: ExportData | None = None,
+    say: Say | None = None,
+) -> Bundle:
+    """Write a bundle of runs, checkpoints (exported in every precision) and ONNX files (as they are) to folder `out`.
+
+    The folder appears complete or not at all. An earlier bundle there is replaced; anything else is left alone.
+
+    Args:
+        precisions: of runs and checkpoints, fp32 if left out; ONNX files must be of one of them if given.
+        config: how runs are exported; int8 is laid out for TensorRT if left out.
+        data: real images to calibrate, compare and make golden outputs on; generated ones if left out.
+
+    Raises:
+        UserError: `out` holds something else, or a precision that is not there.
+        ArtifactError: a source cannot be read, or takes more inputs than an image.
+        ParityError: an export does not agree with its original.
+    """
+    out = Path(out)
+    _refuse_foreign(out)
+    if not sources:
+        raise UserError("there is nothing to bundle", expected="a run folder, a checkpoint or ONNX files")
+    say = say or (lambda text: None)
+    notes: list[str] = []
+    dataset = None if data is None else data.for_parity
+    with _folder_in_place(out) as folder:
+        models, arrays = [], dict[str, Any]()
+        images, names = _golden_images(dataset)
+        for source, file in _exported(sources, folder, precisions, config, data, say, notes):
+            say(f"golden outputs of {file.name}")
+            models.append(_describe(source, file, images, arrays))
+        if dataset is None:
+            notes.append("golden outputs are on generated scenes: give real images with --data DIR")
+        np.savez_compressed(folder / GOLDEN_FILE, allow_pickle=False, **arrays)
+        _write_program(folder)
+        write_text(folder / "README.md", _readme(models))
+        golden = {"file": GOLDEN_FILE, "images": names, "generated": dataset is None}
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        write_json(
+            folder / "manifest.json",
+            {
+                "schema": BUNDLE_SCHEMA,
+                "commit": source_commit(),
+                "versions": versions(),
+                "models": models,
+                "golden": golden,
+                "files": {name: sha256_file(folder / name) for name in files},
+            },
+        )
+    manifest = read_bundle(out)
+    size = sum((out / name).stat().st_size for name in manifest["files"])
+    return Bundle(out, manifest["sha256"], size, tuple(models), tuple(dict.fromkeys(notes)))
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Only an earlier bundle or an empty folder may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    with contextlib.suppress(ArtifactError):
+        read_bundle(out)
+        return
+    raise UserError("this is there already, and no bundle", got=out, expected="a new name for a folder")
+
+
+@contextlib.contextmanager
+def _folder_in_place(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place on success."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        folder = work / "new"
+        folder.mkdir()
+        yield folder
+        if out.exists():
+            os.replace(out, work / "old")
+        os.replace(folder, out)
+    finally:
+        if (work / "old").exists() and not out.exists():
+            os.replace(work / "old", out)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _exported(
+    sources: Sequence[BenchArtifact],
+    folder: Path,
+    precisions: Sequence[Precision] | None,
+    config: ExportConfig | None,
+    data: ExportData | None,
+    say: Say,
+    notes: list[str],
+) -> Iterator[tuple[BenchArtifact, Path]]:
+    """(source, ONNX file in the bundle) of everything."""
+    from edgekd.export.job import export_run
+
+    config = config or ExportConfig(target="tensorrt")
+    for source in sources:
+        stem = "model" if len(sources) == 1 else _slug(source.name)
+        if source.path.suffix.lower() == ".onnx":
+            precision = describe_artifact(source.path).precision
+            if precisions is not None and precision not in precisions:
+                raise UserError(
+                    f"{source.path}: an ONNX file is bundled as it is",
+                    got=precision,
+                    expected=" or ".join(precisions),
+                    fix="give the run or checkpoint, from which every precision can be made",
+                )
+            yield source, _copy_onnx(source.path, _unused(folder, stem, precision))
+            continue
+        for wanted in precisions or ("fp32",):
+            file = _unused(folder, stem, wanted)
+            say(f"exporting {source.name} as {wanted}")
+            result = export_run(source.path, file, precision=wanted, config=config, data=data, say=say)
+            notes += result.notes
+            yield source, file
+
+
+def _slug(name: str) -> str:
+    """A name that is safe in any file system and shell."""
+    plain = re.sub(r"[.-]?(fp32|fp16|int8)$", "", re.sub(r"[^A-Za-z0-9_-]+", "-", name))
+    return plain.strip("-") or "model"
+
+
+def _unused(folder: Path, stem: str, precision: str) -> Path:
+    number, file = 2, folder / f"{stem}.{precision}.onnx"
+    while file.exists():
+        file, number = folder / f"{stem}-{number}.{precision}.onnx", number + 1
+    return file
+
+
+def _copy_onnx(source: Path, file: Path) -> Path:
+    """The file as it is; weights that lie beside it are taken in."""
+    import onnx
+    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+
+    model = onnx.load(str(source), load_external_data=False)
+    if any(uses_external_data(tensor) for tensor in _get_all_tensors(model)):
+        onnx.save(onnx.load(str(source)), str(file))
+    else:
+        shutil.copyfile(source, file)
+    return file
+
+
+def _golden_images(dataset: Dataset | None) -> tuple[list[ImageArray], list[str]]:
+    """A few pictures, (H, W, 3) uint8 RGB, with names."""
+    if dataset is not None and len(dataset):
+        paths = spread(dataset.records, GOLDEN_IMAGES)
+        return [load_image(path) for path in paths], [path.name for path in paths]
+    from edgekd.data.scenes import make_scenes
+
+    with tempfile.TemporaryDirectory(prefix="edgekd-scenes-") as folder:
+        root = make_scenes(Path(folder), counts={"val": GENERATED_IMAGES}, seed=0)
+        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in (".png", ".jpg"))[:GOLDEN_IMAGES]
+        return [load_image(path) for path in paths], [f"generated scene {path.name}" for path in paths]
+
+
+def _describe(
+    source: BenchArtifact, file: Path, images: Sequence[ImageArray], arrays: dict[str, Any]
+) -> dict[str, Any]:
+    """A model's entry in the manifest; puts its inputs and expected outputs into `arrays`."""
+    from edgekd.export.parity import TOLERANCES
+
+    opened = open_onnx(file, source.options, provider="cpu", threads=1)
+    with opened.runtime as runtime:
+        if len(runtime.inputs) != 1:
+            raise ArtifactError(
+                f"{source.path}: a bundle holds models with one input",
+                got=", ".join(str(info) for info in runtime.inputs),
+                expected="the image alone",
+            )
+        key, outputs_key = f"images/{file.name}", f"outputs/{file.name}"
+        prepared = [resize(image, opened.preprocess)[0] for image in images]
+        arrays[key] = np.stack(prepared)
+        for index, picture in enumerate(prepared):
+            for name, value in runtime.run(normalise(picture, opened.preprocess)).items():
+                arrays[f"{outputs_key}/{index}/{name}"] = np.array(value)
+        shape = list(runtime.input_shape[:2]) + list(opened.preprocess.input_hw)
+        image, outputs = runtime.inputs[0], runtime.outputs
+    facts = describe_artifact(file, opened.preprocess.input_hw)
+    precision = facts.precision if facts.precision in TOLERANCES else "fp32"
+    return {
+        "name": source.name,
+        "role": source.role,
+        "file": file.name,
+        "sha256": facts.sha256,
+        "size_bytes": facts.size_bytes,
+        "precision": precision,
+        "half_inside": _has_half(file),
+        "target": opened.facts.get("target"),
+        "input": {"name": image.name, "shape": shape, "dtype": image.type},
+        "outputs": [{"name": info.name, "shape": list(info.shape), "dtype": info.type} for info in outputs],
+        "preprocess": opened.preprocess.to_dict(),
+        "class_names": list(opened.class_names),
+        "output_format": opened.form.to_dict(),
+        "tolerance": asdict(TOLERANCES[precision]),
+        "golden": {"images": key, "outputs": outputs_key},
+        "parameters": facts.parameters,
+        "macs": facts.macs,
+    }
+
+
+def _has_half(file: Path) -> bool:
+    """Whether float16 tensors are in the graph: TensorRT before 10.12 must be told."""
+    import onnx
+
+    graph = onnx.load(str(file)).graph
+    half = onnx.TensorProto.FLOAT16
+    casts = (a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to")
+    kinds = (tensor.data_type for tensor in graph.initializer)
+    inputs = (info.type.tensor_type.elem_type for info in graph.input)
+    return half in {*casts, *kinds, *inputs}
+
+
+def program_modules() -> dict[str, Path]:
+    """Path in the bundle to source file, of every module of edgekd that the program can reach, itself not included."""
+    found: dict[str, Path] = {}
+    pending = [PROGRAM]
+    while pending:
+        name = pending.pop()
+        parts = name.split(".")
+        for depth in range(1, len(parts)):  # packages on the way
+            package = "/".join(parts[:depth]) + "/__init__.py"
+            found.setdefault(package, PACKAGE.parent / package)
+        file = _source_of(name)
+        relative = file.relative_to(PACKAGE.parent).as_posix()
+        if relative in found and name != PROGRAM:
+            continue
+        if name != PROGRAM:
+            found[relative] = file
+        pending += _imported(file)
+    return found
+
+
+def _source_of(module: str) -> Path:
+    path = PACKAGE.parent / module.replace(".", "/")
+    return path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+
+
+def _imported(file: Path) -> list[str]:
+    """Modules of edgekd that a file imports anywhere when it runs."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    checked = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    return [
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("edgekd.") and id(node) not in checked
+        if node.module is not None
+    ]
+
+
+def _write_program(folder: Path) -> None:
+    """bench.py and the modules it needs, under their own names, so that they find each other as they do here."""
+    shutil.copyfile(_source_of(PROGRAM), folder / "bench.py")
+    for relative, source in program_modules().items():
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if relative.endswith("/__init__.py") and relative.count("/") > 1:
+            target.write_text('"""Part of edgekd, as far as a bundle needs it."""\n', encoding="utf-8")
+        else:
+            shutil.copyfile(source, target)
+
+
+def _readme(models: Sequence[dict[str, Any]]) -> str:
+    rows = "\n".join(
+        f"| `{model['file']}` | {model['name']} | {model['role']} | {model['precision']} | "
+        f"{model['size_bytes'] / 1e6:.2f} MB | {'x'.join(map(str, model['input']['shape']))} |"
+        for model in models
+    )
+    return f"""# Detectors to be measured on this device
+
+| file | detector | role | precision | size | input |
+|---|---|---|---|---|---|
+{rows}
+
+Needs Python 3.8 or later, NumPy 1.21 or later, and either TensorRT 8.6 or later (on a Jetson it comes with JetPack 6 and
+later) or ONNX Runtime (`pip install onnxruntime`). Nothing is installed, nothing needs root, nothing is sent anywhere.
+
+```
+python3 bench.py --check          # only compare with the golden outputs
+python3 bench.py                  # check, then measure; writes result.json
+python3 bench.py --provider cpu   # or tensorrt, cuda; the best that is there if not given
+```
+
+Every file is compared with its hash in `manifest.json`, then every model with its golden outputs (`golden.npz`), before
+anything is timed. Engines are built here on the first run, which takes minutes, and kept in `engines/` under the model's
+hash, TensorRT's version, the GPU and the L4T release.
+
+For steady figures on a Jetson, choose a power mode and pin the clocks first: `sudo nvpmodel -m 0`, `sudo jetson_clocks`.
+"""

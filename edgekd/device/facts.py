@@ -1,0 +1,73 @@
+"""What this machine is, without root: board, processor, memory, GPUs, rails, versions. Unreadable facts are None."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgekd.device.jetson import jetson_facts
+from edgekd.device.nvml import nvml_facts
+from edgekd.device.power import power_rails
+from edgekd.device.sysfs import read_text
+
+
+def machine_facts(root: Path = Path("/"), nvml: Any = None) -> dict[str, Any]:
+    """Facts under the same names as `edgekd.bench.device.device_facts` where both have them."""
+    groups = power_rails(root, nvml)
+    return {
+        "cpu": cpu_model(root),
+        "machine": platform.machine(),
+        "cores": None,
+        "threads": os.cpu_count(),
+        "usable_threads": _usable_threads(),
+        "governor": read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "memory_bytes": _memory(root, "MemTotal:"),
+        "memory_available_bytes": _memory(root, "MemAvailable:"),
+        "load": _load(),
+        "board": read_text(root / "sys/firmware/devicetree/base/model"),
+        "jetson": jetson_facts(root),
+        "gpus": None if nvml is None else nvml_facts(nvml),
+        "power_sensors": [f"{group.source}: {rail.name}" for group in groups for rail in group.rails],
+        "os": f"{_os_name(root)}{platform.system()} {platform.release()}",
+        "python": sys.version.split()[0],
+    }
+
+
+def cpu_model(root: Path = Path("/")) -> str | None:
+    """The processor's name."""
+    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model") and value.strip():
+            return value.strip()
+    return platform.processor() or None
+
+
+def _usable_threads() -> int | None:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count()
+
+
+def _memory(root: Path, key: str) -> int | None:
+    for line in (read_text(root / "proc/meminfo") or "").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _load() -> list[float] | None:
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except OSError:
+        return None
+
+
+def _os_name(root: Path) -> str:
+    for line in (read_text(root / "etc/os-release") or "").splitlines():
+        if line.startswith("PRETTY_NAME="):
+            return line.split("=", 1)[1].strip('"') + ", "
+    return ""

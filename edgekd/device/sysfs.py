@@ -1,0 +1,30 @@
+"""Reading the kernel's small text files: whatever cannot be read is None, never a guess."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+
+def read_text(path: Path) -> str | None:
+    """A file's text without padding; None if it is missing, forbidden, empty, or its device does not answer."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\x00\n\t ") or None
+    except OSError:
+        return None
+
+
+def read_int(path: Path) -> int | None:
+    """A file's whole number; None if there is none."""
+    text = read_text(path)
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        return int(text, 0)
+    return None
+
+
+def scaled(path: Path, factor: float) -> float | None:
+    """A file's whole number times `factor`; None if there is none."""
+    value = read_int(path)
+    return None if value is None else value * factor

@@ -1,0 +1,1 @@
+"""Measuring on a device that is reached by ssh."""
