@@ -33,12 +33,14 @@ def make(
     """Draw synthetic scenes with several classes as a VOC data set; the same from the same seed on any machine."""
     session = session_of(context)
     session.merge(json=json, seed=seed, quiet=quiet)
+    from edgekd.bench.device import usable_threads
     from edgekd.console import Terminal
     from edgekd.data.scenes import SCENE_CLASSES, make_scenes
 
     counts = {name: count for name, count in (("train", train), ("val", val), ("test", test)) if count}
+    cores = min(8, usable_threads()) if sum(counts.values()) >= 100 else 1  # starting processes takes a second or two
     with Terminal(session.quiet).counting("scenes") as progress:
-        root = make_scenes(out, counts=counts, seed=session.seed or 0, progress=progress)
+        root = make_scenes(out, counts=counts, seed=session.seed or 0, processes=cores, progress=progress)
     body = {"root": str(root), "format": "voc", "classes": list(SCENE_CLASSES), "images": counts, "synthetic": True}
     what = ", ".join(f"{count} {name}" for name, count in counts.items())
     session.finish(body, lambda: typer.echo(f"{root}: synthetic scenes, {what} images"))

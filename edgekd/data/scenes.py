@@ -10,11 +10,14 @@ The pictures are synthetic, and the annotations and the folder's README say so.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -51,6 +54,7 @@ def make_scenes(
     counts: Mapping[str, int],
     seed: int = 0,
     image_hw: tuple[int, int] = (240, 320),
+    processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a data set of generated scenes in VOC layout, with PNG pictures; all of it or nothing.
@@ -63,6 +67,7 @@ def make_scenes(
         counts: split name to number of scenes, such as {"train": 800, "val": 200}.
         seed: of all scenes, from 0.
         image_hw: (height, width), pixels.
+        processes: how many to draw with; above 1, a script of your own needs the usual `if __name__ == "__main__"`.
         progress: called with (scenes done, scenes in all) after each scene.
 
     Returns:
@@ -79,7 +84,7 @@ def make_scenes(
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        files = _write_scenes(unfinished, counts, seed, image_hw, progress)
+        files = _write_scenes(unfinished, counts, seed, image_hw, processes, progress)
         write_manifest(unfinished, _KIND, inputs, files, {"synthetic": True, "class_names": list(SCENE_CLASSES)})
         umask = os.umask(0)
         os.umask(umask)
@@ -136,6 +141,7 @@ def _write_scenes(
     counts: Mapping[str, int],
     seed: int,
     image_hw: tuple[int, int],
+    processes: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
     """Write everything but the manifest; the files' names relative to `folder`."""
@@ -147,20 +153,35 @@ def _write_scenes(
     text = _README.format(classes=len(SCENE_CLASSES), names=", ".join(SCENE_CLASSES), **facts)
     (folder / "README.txt").write_text(text, encoding="utf-8")
     write_sidecar(folder, Sidecar(class_names=SCENE_CLASSES))
-    done = 0
     for split, count in counts.items():
-        stems = [f"{split}_{index:05d}" for index in range(count)]
-        for index, stem in enumerate(stems):
-            scene = render_scene(seed, split, index, image_hw)
-            (folder / f"JPEGImages/{stem}.png").write_bytes(_png(scene))
-            (folder / f"Annotations/{stem}.xml").write_bytes(_annotation(stem, scene))
-            files += [f"JPEGImages/{stem}.png", f"Annotations/{stem}.xml"]
-            done += 1
-            if progress is not None:
-                progress(done, total)
+        stems = [_stem(split, index) for index in range(count)]
+        files += [
+            f"{kind}/{stem}.{end}" for stem in stems for kind, end in (("JPEGImages", "png"), ("Annotations", "xml"))
+        ]
         (folder / f"ImageSets/Main/{split}.txt").write_text("".join(f"{stem}\n" for stem in stems), encoding="utf-8")
         files.append(f"ImageSets/Main/{split}.txt")
+    jobs = [(folder, seed, split, index, image_hw) for split, count in counts.items() for index in range(count)]
+    with contextlib.ExitStack() as stack:
+        mapped: Iterable[None] = map(_write_scene, jobs)
+        if processes > 1:
+            # Fresh processes, not forked ones: OpenCV's and torch's threads do not survive a fork.
+            pool = stack.enter_context(ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")))
+            mapped = pool.map(_write_scene, jobs, chunksize=8)
+        for done, _ in enumerate(mapped, start=1):
+            if progress is not None:
+                progress(done, total)
     return files
+
+
+def _stem(split: str, index: int) -> str:
+    return f"{split}_{index:05d}"
+
+
+def _write_scene(job: tuple[Path, int, str, int, tuple[int, int]]) -> None:
+    folder, seed, split, index, image_hw = job
+    scene, stem = render_scene(seed, split, index, image_hw), _stem(split, index)
+    (folder / f"JPEGImages/{stem}.png").write_bytes(_png(scene))
+    (folder / f"Annotations/{stem}.xml").write_bytes(_annotation(stem, scene))
 
 
 def _png(scene: Scene) -> bytes:
