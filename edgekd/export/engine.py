@@ -164,12 +164,14 @@ def _precision_flags(trt: Any, config: Any, model: ModelProto, precision: Precis
         flags.append("no TF32")
     if strongly_typed:
         return flags
-    wanted = ["INT8"] if precision == "int8" else []
+    only = "TensorRT 8 and 10"
+    if precision == "int8":
+        config.set_flag(optional(trt.BuilderFlag, "INT8", only))
+        flags.append("INT8")
     if _has_half(model, TensorProto.FLOAT16):
-        wanted.append("FP16")
-    for name in wanted:
-        config.set_flag(optional(trt.BuilderFlag, name, "TensorRT 8 and 10"))
-    return flags + wanted
+        config.set_flag(optional(trt.BuilderFlag, "FP16", only))
+        flags.append("FP16")
+    return flags
 
 
 def _set_options(

@@ -347,8 +347,11 @@ class HandleBuffers(_Shared):
 
     def close(self) -> None:
         """Free everything, then let go of the context."""
-        if not (self._memory or self._pinned or self._streams or self._events):
-            return
+        if self._memory or self._pinned or self._streams or self._events:
+            self._free_all()
+        self._driver.release()
+
+    def _free_all(self) -> None:
         with self.active():
             for function, handles in (
                 ("cuMemFree", list(self._memory)),
@@ -359,7 +362,6 @@ class HandleBuffers(_Shared):
                 for handle in handles:
                     self._calls.do(function, handle)
         self._memory, self._pinned, self._streams, self._events = set(), [], [], []
-        self._driver.release()
 
 
 class _HandleEvent:

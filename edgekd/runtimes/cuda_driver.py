@@ -144,12 +144,13 @@ class CudaDriver:
             RuntimeFailure: something in it cannot be captured.
         """
         self.call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), _THREAD_LOCAL)
-        graph = 0
         try:
             enqueue()
         except BaseException:
             with contextlib.suppress(RuntimeFailure):  # a stream must not be left capturing
-                self._end_capture(stream)
+                half_done = self._end_capture(stream)
+                if half_done:
+                    self.call("cuGraphDestroy", ctypes.c_void_p(half_done))
             raise
         graph = self._end_capture(stream)
         try:

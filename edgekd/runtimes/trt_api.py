@@ -150,7 +150,7 @@ def parse_onnx(trt: Any, network: Any, model: bytes) -> None:
 
 def _describe(problem: Any) -> str:
     where = f"node {problem.node()}"
-    if hasattr(problem, "node_name"):  # since TensorRT 10
+    if hasattr(problem, "node_name") and hasattr(problem, "node_operator"):  # since TensorRT 10
         where += f" {problem.node_name()} ({problem.node_operator()})"
     return f"{where}: {problem.desc()}"
 
