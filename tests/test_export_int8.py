@@ -463,3 +463,17 @@ def test_linter_wants_kept_layers_listed(base: onnx.ModelProto):
     assert [finding.code for finding in lint_qdq(model)] == ["float-conv"]
     set_metadata(model, {INT8_KEY: {"kept_float": [first]}})
     assert lint_qdq(model) == []
+
+
+@pytest.mark.parametrize(("opset", "dynamic_batch"), [(17, True), (21, False)])
+def test_other_forms_convert_too(opset: int, dynamic_batch: bool):
+    model = trace(ToyDetector(), opset=opset, dynamic_batch=dynamic_batch)
+    images = np.concatenate(IMAGES[:2]) if dynamic_batch else IMAGES[0]
+    wanted = onnx_run(model)(images)
+    for converted in (
+        to_float16(model),
+        *(to_int8(model, IMAGES, config=ExportConfig(target=target)).model for target in TARGETS),
+    ):
+        found = onnx_run(converted)(images)
+        assert found["scores"].shape == wanted["scores"].shape
+        assert np.abs(found["scores"] - wanted["scores"]).max() < 0.15

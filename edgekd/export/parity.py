@@ -56,7 +56,7 @@ class Tolerance:
 
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(1e-3, 0.05, 1e-3, 0.9, 0.99, 0.1),
-    "fp16": Tolerance(0.05, 2.0, 0.05, 0.9, 0.95, None),
+    "fp16": Tolerance(0.02, 1.0, 0.02, 0.9, 0.95, None),
     "int8": Tolerance(None, None, 0.0, 0.7, 0.8, None),
 }
 
