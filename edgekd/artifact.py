@@ -121,7 +121,9 @@ class Manifest:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_manifest(folder: Path, kind: str, inputs: Mapping[str, Any], files: list[str], facts: Mapping[str, Any]) -> Manifest:
+def write_manifest(
+    folder: Path, kind: str, inputs: Mapping[str, Any], files: list[str], facts: Mapping[str, Any]
+) -> Manifest:
     """Hash `files` (relative to `folder`) and write the manifest last."""
     hashes = {name: sha256_file(folder / name) for name in files}
     provenance = {"versions": versions(), "commit": source_commit(), "machine": platform.machine()}

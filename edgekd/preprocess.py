@@ -33,14 +33,16 @@ class Geometry:
     def to_input(self, boxes_xyxy: FloatArray) -> FloatArray:
         """(N, 4) source pixels to input pixels, not clipped."""
         scale, shift = self._vectors()
-        return np.asarray(boxes_xyxy, np.float32).reshape(-1, 4) * scale + shift
+        boxes: FloatArray = np.asarray(boxes_xyxy, np.float32).reshape(-1, 4) * scale + shift
+        return boxes
 
     def to_source(self, boxes_xyxy: FloatArray) -> FloatArray:
         """(N, 4) input pixels to source pixels, clipped to the source image."""
         scale, shift = self._vectors()
-        boxes = (np.asarray(boxes_xyxy, np.float32).reshape(-1, 4) - shift) / scale
         h, w = self.source_hw
-        return np.clip(boxes, 0.0, np.array([w, h, w, h], np.float32))
+        boxes: FloatArray = (np.asarray(boxes_xyxy, np.float32).reshape(-1, 4) - shift) / scale
+        inside: FloatArray = np.clip(boxes, 0.0, np.array([w, h, w, h], np.float32))
+        return inside
 
     def _vectors(self) -> tuple[FloatArray, FloatArray]:
         scale = np.array([self.scale_x, self.scale_y] * 2, np.float32)

@@ -109,7 +109,7 @@ class MGDTerm(LevelTerm):
     def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> Tensor:
         """Squared distance of the rebuilt map, summed over cells and channels, per image."""
         generator = at(self.generators, maps.teacher_index, maps.level_index)
-        rebuilt = generator(self.gated(maps) * self.mask(maps))
+        rebuilt: Tensor = generator(self.gated(maps) * self.mask(maps))
         return (rebuilt - maps.teacher).float().pow(2).sum() / len(rebuilt)
 
 
