@@ -88,19 +88,40 @@ def test_an_unknown_provider_lists_those_there_are(model: Path) -> None:
     assert not has_provider("FancyExecutionProvider")
 
 
-def test_a_silent_fallback_is_a_failure(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("asked", "really"),
+    [
+        ("cuda", ["CPUExecutionProvider"]),
+        ("tensorrt", ["CPUExecutionProvider"]),
+        ("tensorrt", ["CUDAExecutionProvider", "CPUExecutionProvider"]),
+        ("TensorrtExecutionProvider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"]),
+        ("cuda", []),
+    ],
+)
+def test_a_silent_fallback_is_a_failure(
+    model: Path, monkeypatch: pytest.MonkeyPatch, asked: str, really: list[str]
+) -> None:
     import onnxruntime
 
     class Fallen:
         def __init__(self, *args: object, **kwargs: object) -> None: ...
         def disable_fallback(self) -> None: ...
         def get_providers(self) -> list[str]:
-            return ["CPUExecutionProvider"]
+            return really
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    both = ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Fallen)
     with pytest.raises(RuntimeFailure, match="fell back"):
-        OrtRuntime(model, "cuda")
+        OrtRuntime(model, asked)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_of_another_build_is_missing(model: Path, provider: str) -> None:
+    if has_provider(provider):
+        pytest.skip("this ONNX Runtime has it")
+    with pytest.raises(MissingDependencyError, match="onnxruntime-gpu"):
+        OrtRuntime(model, provider)
 
 
 def test_without_onnx_runtime_the_message_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from edgekd.runtimes.cuda_driver import l4t_release
 from edgekd.runtimes.engine_file import manifest_path, read_engine_manifest
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
 from edgekd.runtimes.trt_api import logger_of, optional, precision_in, tensorrt
+from edgekd.types import Dataset
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, make_dataset, write_detector
 from tests.fake_tensorrt import ORIN, VERSIONS, FakeTensorRT
 
@@ -658,3 +659,67 @@ def test_the_command_lines_mistakes(
     done = edgekd("export", detector, "--format", "engine", "--out", tmp_path / "s.engine", "--quiet", *words)
     assert done.exit_code == 2
     assert says in done.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_run_becomes_an_engine(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+) -> None:
+    """From a checkpoint through the export's own gate, laid out for TensorRT, to an engine past the last hop."""
+    import edgekd.checkpoint
+    from edgekd.data import read_dataset
+    from edgekd.data.scenes import make_scenes
+    from edgekd.export import ExportData
+    from edgekd.export.parity import TOLERANCES
+    from edgekd.recipe import ExportConfig
+    from tests.export_double import CLASSES, ToyDetector
+
+    def as_toys(dataset: Dataset) -> Dataset:
+        records = tuple(replace(record, labels=record.labels % len(CLASSES)) for record in dataset.records)
+        return replace(dataset, class_names=CLASSES, records=records)
+
+    machine("11.4.0.106")
+    monkeypatch.setattr(edgekd.checkpoint, "build_detector", lambda spec: ToyDetector())
+    monkeypatch.setitem(TOLERANCES, "int8", replace(TOLERANCES["int8"], matched=0.3))  # the toy is untrained
+    run = tmp_path / "run"
+    edgekd.checkpoint.save_detector(run / "model.pt", ToyDetector(), {})
+    root = make_scenes(tmp_path / "set", counts={"train": 4, "val": 3}, image_hw=(96, 128))
+    data = ExportData(*(as_toys(read_dataset(root, split)) for split in ("train", "val")))
+    config = ExportConfig(map_budget=100.0, calibration_images=4)
+    out = tmp_path / "toy.engine"
+    result = export_engine(run, out, precision=precision, config=config, data=data)
+    assert [report.precision for report in result.parity] == [*dict.fromkeys(["fp32", precision]), precision]
+    assert result.parity[-1].ap50 is not None
+    assert not result.parity[-1].generated
+    assert result.manifest.spec is not None
+    assert result.manifest.layer_precisions()[precision] > 0
+    assert result.manifest.source["path"] == "run/model.pt"
+    load_predictor(out).close()
+
+
+def test_an_engine_on_the_drivers_own_buffers(machine: Machine, detector: Path, tmp_path: Path) -> None:
+    """The same engine over ctypes on a stub libcuda: addresses, streams and events as integers of full width."""
+    import ctypes
+    import subprocess
+
+    from edgekd.runtimes.cuda_buffers import HandleBuffers, _Ctypes
+    from edgekd.runtimes.cuda_driver import CudaDriver
+
+    library = tmp_path / "libcuda.so.1"
+    source = Path(__file__).with_name("stub_cuda.c")
+    try:
+        subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", library, source], check=True, capture_output=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"no C compiler for the stub: {error}")
+    driver = CudaDriver(0, str(library))
+    buffers = HandleBuffers("driver", _Ctypes(driver), driver)
+    machine(device=buffers.device)
+    out = tmp_path / "student.engine"
+    export_engine(detector, out, buffers=buffers)
+    with TensorRTRuntime(out, buffers=buffers) as runtime:
+        found = runtime.run(IMAGES[:1])
+        np.testing.assert_allclose(found["boxes"][0], GOOD_BOXES, atol=1e-5)
+        np.testing.assert_allclose(found["scores"][0], GOOD_SCORES, atol=1e-5)
+    buffers.close()
+    loaded = ctypes.CDLL(str(library))
+    assert (loaded.stub_live(), loaded.stub_depth(), loaded.stub_retained()) == (0, 0, 0)

@@ -12,6 +12,7 @@ import enum
 import json
 import types
 from base64 import b64decode, b64encode
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class FakeTensorRT(types.ModuleType):
         super().__init__("tensorrt")
         assert version in VERSIONS, version
         self.__version__ = version
+        self.__spec__ = ModuleSpec("tensorrt", None)  # torch's exporter asks for it
         self._device, self._dla_cores, self._has_gpu = device, dla_cores, has_gpu
         self._builds = 0
         self._contexts: list[_Context] = []
