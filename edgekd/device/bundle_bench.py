@@ -302,7 +302,8 @@ def _warnings(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]) 
     return said
 
 
-def _table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
+    """A result's rows and warnings for a terminal."""
     lines = [f"{'model':<28} {'precision':<9} {'median ms':>9} {'p90':>8} {'p99':>8} {'mJ':>9}"]
     for row in result["rows"]:
         latency = row["latency_ms"]
@@ -352,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or 'system'}: {error.strerror}", file=sys.stderr)
         return 1
-    print("all golden outputs agree" if given.check else _table(result))
+    print("all golden outputs agree" if given.check else table(result))
     print(f"result: {given.out}")
     return 0
 
