@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,18 @@ PARITY_KEY = "edgekd.parity"
 """Metadata: JSON list of the parity reports that the file passed."""
 
 
+COMPARED_IMAGES = 300
+"""Training images, at most, that parity and mAP are compared on."""
+
+
 @dataclass(frozen=True)
 class ExportData:
     """Real images for an export.
 
     Attributes:
-        train: what int8 is calibrated on. val: what parity and mAP are compared on; `train` serves where it is None.
+        train: int8 is calibrated on some of it, and parity and mAP are compared on its last images. Calibration methods and
+            layers are chosen by that mAP, so the images of reported figures must not take part in it.
+        val: compared on where there is no `train`.
     """
 
     train: Dataset | None = None
@@ -43,8 +49,10 @@ class ExportData:
 
     @property
     def for_parity(self) -> Dataset | None:
-        """The split to compare on."""
-        return self.val if self.val is not None and len(self.val) else self.train
+        """The images to compare on."""
+        if self.train is None or not len(self.train):
+            return self.val
+        return replace(self.train, records=self.train.records[-COMPARED_IMAGES:])
 
 
 @dataclass(frozen=True)
