@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from edgekd.cli.bundle import (
+    PrecisionsOption,
+    SecondsOption,
+    SshConfigOption,
+    TargetOption,
+    TargetPythonOption,
+    TimeLimitOption,
+    measure_on_target,
+    precisions_of,
+)
 from edgekd.cli.deploy import (
     ClassesOption,
     FormatOption,
     InputSizeOption,
     OutputOption,
     ThreadsOption,
+    export_data,
     foreign_options,
     provider_of,
 )
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, session_of
+
+Given = TypeVar("Given")
 
 if TYPE_CHECKING:
     from edgekd.bench.entries import BenchArtifact, BenchEnsemble
@@ -31,8 +44,11 @@ def bench(
             help="ONNX files, engines, checkpoints or run folders, as [ROLE:][NAME=]PATH.", metavar="ARTIFACT..."
         ),
     ],
-    data: Annotated[Path, typer.Option("--data", help="A data set (VOC, COCO or YOLO).", metavar="DIR")],
-    split: Annotated[str, typer.Option("--split", help="The split to measure on.", metavar="NAME")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="A data set (VOC, COCO or YOLO); needed unless --target is given.", metavar="DIR"),
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="The split to measure on.", metavar="NAME")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="FILE.json")] = Path(
         "result.json"
     ),
@@ -42,7 +58,9 @@ def bench(
         bool | None,
         typer.Option("--ensemble/--no-ensemble", help="Measure all teachers as one; if there are two or more."),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=20, help="Timed inferences of each.")] = 200,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=20, help="Timed inferences of each; 200, or 1000 on a --target.")
+    ] = None,
     warmup: Annotated[float, typer.Option("--warmup", min=0, help="Seconds of warm-up.")] = 1.0,
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score that counts for mAP.")] = 0.001,
     iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
@@ -51,6 +69,12 @@ def bench(
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Measure each engine a second time, as one CUDA graph.")
     ] = False,
+    target: TargetOption = None,
+    target_python: TargetPythonOption = "python3",
+    ssh_config: SshConfigOption = None,
+    time_limit: TimeLimitOption = 1800.0,
+    seconds: SecondsOption = 30.0,
+    precision: PrecisionsOption = None,
     classes: ClassesOption = None,
     output: OutputOption = None,
     input_size: InputSizeOption = None,
@@ -62,6 +86,7 @@ def bench(
     """Measure accuracy, latency and memory of artefacts over the same images, and compare them.
 
     ROLE is teacher, student (if not given) or distilled: `edgekd bench teacher:a.onnx teacher:b.onnx distilled:s.onnx`.
+    With --target, latency and energy are measured on that device, after every model gave its golden outputs there.
     """
     session = session_of(context)
     session.merge(json=json, seed=seed, device=device, quiet=quiet)
@@ -73,10 +98,19 @@ def bench(
     from edgekd.workspace import is_synthetic
 
     entries = [_declared(parse_artifact_argument(text), classes, output, input_size) for text in artifacts]
+    if target is not None:
+        from edgekd.device.target import parse_target
+
+        given_target = parse_target(target, python=target_python, ssh_config=ssh_config)
+        images = None if data is None else export_data(data, split, format)
+        wanted = ("--threads", threads), ("--samples", samples), ("--seconds", seconds), ("--warmup", warmup)
+        measure_on_target(session, entries, given_target, out, images, precisions_of(precision), wanted, time_limit)
+        return
+    data, split = _given("--data", data), _given("--split", split)
     if cuda_graph:
         entries = _with_graphs(entries)
     given = {"score_threshold": score, "nms_iou": iou, "max_detections": max_detections, "threads": threads}
-    config = _config(samples=samples, warmup_seconds=warmup, **given)
+    config = _config(samples=samples or 200, warmup_seconds=warmup, **given)
     result = bench_artifacts(
         entries,
         read_dataset(data, split, format=format, limit=limit),
@@ -89,6 +123,19 @@ def bench(
         progress=Terminal(session.quiet).staged(),
     )
     session.finish(result, lambda: typer.echo(f"{summary_text(result)}\n\nresult: {out}"))
+
+
+def _given(name: str, value: Given | None) -> Given:
+    """A value that cannot be left out.
+
+    Raises:
+        UserError: it was.
+    """
+    from edgekd.errors import UserError
+
+    if value is None:
+        raise UserError(f"{name} is missing", expected="a data set and its split, or a device with --target")
+    return value
 
 
 def _declared(

@@ -1,4 +1,4 @@
-"""`edgekd bundle`: a self-contained folder for the device."""
+"""`edgekd bundle`: a self-contained folder for the device; and what `edgekd bench --target` does with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,46 @@ from edgekd.cli.deploy import (
 from edgekd.cli.session import JsonOption, QuietOption, session_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from edgekd.bench.entries import BenchArtifact
+    from edgekd.cli.session import Session
+    from edgekd.device.target import Target as Device
+    from edgekd.export import ExportData
     from edgekd.export.onnx import Precision
+
+PrecisionsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="Of runs and checkpoints: fp32, fp16, int8, or several with commas; fp32 if not given.",
+        metavar="NAMES",
+    ),
+]
+
+ON_DEVICE = "On a device, by ssh"
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="The device to measure on.",
+        metavar="ssh://[USER@]HOST[:PORT]",
+        rich_help_panel=ON_DEVICE,
+    ),
+]
+TargetPythonOption = Annotated[
+    str, typer.Option("--target-python", help="The Python to use there.", metavar="PATH", rich_help_panel=ON_DEVICE)
+]
+SshConfigOption = Annotated[
+    Path | None,
+    typer.Option("--ssh-config", help="Instead of ~/.ssh/config.", metavar="FILE", rich_help_panel=ON_DEVICE),
+]
+TimeLimitOption = Annotated[
+    float, typer.Option("--time-limit", min=1, help="Seconds until it is ended there.", rich_help_panel=ON_DEVICE)
+]
+SecondsOption = Annotated[
+    float, typer.Option("--seconds", min=0, help="Each is timed for so long, at least.", rich_help_panel=ON_DEVICE)
+]
 
 
 def bundle(
@@ -30,12 +69,7 @@ def bundle(
         typer.Argument(help="Run folders, checkpoints or ONNX files, as [ROLE:][NAME=]PATH.", metavar="ARTIFACT..."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="DIR")],
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            "--precision", help="fp32, fp16, int8, or several with commas; fp32 if not given.", metavar="NAMES"
-        ),
-    ] = None,
+    precision: PrecisionsOption = None,
     target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = Target.tensorrt,
     data: DataOption = None,
     split: Annotated[
@@ -96,3 +130,37 @@ def precisions_of(text: str | None) -> list[Precision] | None:
         if name not in known:
             raise UserError("unknown precision", got=repr(name), expected=", ".join(known))
     return [name for name in known if name in names]
+
+
+def measure_on_target(
+    session: Session,
+    entries: list[BenchArtifact],
+    device: Device,
+    out: Path,
+    data: ExportData | None,
+    precisions: list[Precision] | None,
+    settings: Iterable[tuple[str, object]],
+    limit_s: float,
+) -> None:
+    """Bundle the artefacts (unless they are a bundle), measure them on the device, write and show the result."""
+    import tempfile
+
+    from edgekd.artifact import write_json
+    from edgekd.console import Terminal
+    from edgekd.device.bundle import is_bundle, make_bundle
+    from edgekd.device.bundle_bench import table
+    from edgekd.device.target import bench_on_target
+
+    say = Terminal(session.quiet).note
+    kind = (session.device or "auto").partition(":")[0]
+    arguments = [f"--provider={kind}", *(f"{name}={value}" for name, value in settings if value is not None)]
+    if len(entries) == 1 and is_bundle(entries[0].path):
+        result = bench_on_target(entries[0].path, device, arguments=arguments, limit_s=limit_s, say=say)
+    else:
+        with tempfile.TemporaryDirectory(prefix="edgekd-bundle-") as folder:
+            made = make_bundle(entries, Path(folder) / "bundle", precisions=precisions, data=data, say=say)
+            for note in made.notes:
+                say(f"note: {note}")
+            result = bench_on_target(made.folder, device, arguments=arguments, limit_s=limit_s, say=say)
+    write_json(out, result)
+    session.finish(result, lambda: typer.echo(f"{table(result)}\n\nresult: {out}"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -121,12 +122,18 @@ def make_bundle(
     return Bundle(out, manifest["sha256"], size, tuple(models), tuple(dict.fromkeys(notes)))
 
 
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder calls itself a bundle, intact or not."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("schema") == BUNDLE_SCHEMA
+
+
 def _refuse_foreign(out: Path) -> None:
     """Only an earlier bundle or an empty folder may be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    with contextlib.suppress(ArtifactError):
-        read_bundle(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or is_bundle(out):
         return
     raise UserError("this is there already, and no bundle", got=out, expected="a new name for a folder")
 
