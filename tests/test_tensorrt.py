@@ -702,8 +702,8 @@ def test_an_engine_on_the_drivers_own_buffers(machine: Machine, detector: Path, 
     import ctypes
     import subprocess
 
-    from edgekd.runtimes.cuda_buffers import HandleBuffers, _Ctypes
     from edgekd.runtimes.cuda_driver import CudaDriver
+    from edgekd.runtimes.handle_buffers import driver_buffers
 
     library = tmp_path / "libcuda.so.1"
     source = Path(__file__).with_name("stub_cuda.c")
@@ -711,8 +711,7 @@ def test_an_engine_on_the_drivers_own_buffers(machine: Machine, detector: Path, 
         subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", library, source], check=True, capture_output=True)
     except (OSError, subprocess.SubprocessError) as error:
         pytest.skip(f"no C compiler for the stub: {error}")
-    driver = CudaDriver(0, str(library))
-    buffers = HandleBuffers("driver", _Ctypes(driver), driver)
+    buffers = driver_buffers(CudaDriver(0, str(library)))
     machine(device=buffers.device)
     out = tmp_path / "student.engine"
     export_engine(detector, out, buffers=buffers)

@@ -180,3 +180,21 @@ class DriverGraph:
         if self._executable:
             handle, self._executable = self._executable, 0
             self._driver.call("cuGraphExecDestroy", ctypes.c_void_p(handle))
+
+
+class OnDriver:
+    """What all backends have in common: the device, its primary context, and graphs."""
+
+    name: str
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._driver = driver
+        self.device = driver.facts()
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """The primary context, pushed and popped."""
+        return self._driver.context()
+
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> DriverGraph:
+        """By the driver, from the stream's handle."""
+        return self._driver.capture(stream, enqueue)
