@@ -33,6 +33,7 @@ COMMANDS = (
     ["train"],
     ["distill"],
     ["export"],
+    ["bundle"],
     ["bench"],
     ["predict"],
     ["run"],

@@ -32,18 +32,18 @@ def open_nvml() -> Any | None:
 
 def nvml_facts(nvml: Any) -> list[dict[str, Any]]:
     """What each GPU is; a fact that the driver does not give is None."""
-    driver = _ask(nvml.nvmlSystemGetDriverVersion)
+    driver = _ask(nvml, "nvmlSystemGetDriverVersion")
     found = []
     for handle in _handles(nvml):
-        memory = _ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-        limit = _ask(nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+        memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
+        limit = _ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
         found.append(
             {
-                "name": _text(_ask(nvml.nvmlDeviceGetName, handle)),
+                "name": _text(_ask(nvml, "nvmlDeviceGetName", handle)),
                 "driver": _text(driver),
                 "memory_bytes": None if memory is None else int(memory.total),
                 "power_limit_w": None if limit is None else limit / 1000,
-                "persistence": _flag(_ask(nvml.nvmlDeviceGetPersistenceMode, handle)),
+                "persistence": _flag(_ask(nvml, "nvmlDeviceGetPersistenceMode", handle)),
             }
         )
     return found
@@ -53,12 +53,12 @@ def nvml_conditions(nvml: Any) -> list[dict[str, Any]]:
     """Temperature, clocks and throttle reasons of each GPU now."""
     found = []
     for handle in _handles(nvml):
-        reasons = _ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
+        reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
         found.append(
             {
-                "temperature_c": _ask(nvml.nvmlDeviceGetTemperature, handle, 0),
-                "clock_mhz": _ask(nvml.nvmlDeviceGetClockInfo, handle, 1),
-                "max_clock_mhz": _ask(nvml.nvmlDeviceGetMaxClockInfo, handle, 1),
+                "temperature_c": _ask(nvml, "nvmlDeviceGetTemperature", handle, 0),
+                "clock_mhz": _ask(nvml, "nvmlDeviceGetClockInfo", handle, 1),
+                "max_clock_mhz": _ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, 1),
                 "throttle": None
                 if reasons is None
                 else [name for name, bit in THROTTLE_REASONS.items() if int(reasons) & bit],
@@ -72,30 +72,30 @@ def nvml_rails(nvml: Any) -> RailGroup | None:
     rails = []
     for index, handle in enumerate(_handles(nvml)):
         name = f"gpu{index}"
-        if _ask(nvml.nvmlDeviceGetTotalEnergyConsumption, handle) is not None:
-            rails.append(PowerRail(name, _milli(nvml.nvmlDeviceGetTotalEnergyConsumption, handle), True))
-        elif _ask(nvml.nvmlDeviceGetPowerUsage, handle) is not None:
-            rails.append(PowerRail(name, _milli(nvml.nvmlDeviceGetPowerUsage, handle)))
+        if _ask(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle) is not None:
+            rails.append(PowerRail(name, _milli(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle), True))
+        elif _ask(nvml, "nvmlDeviceGetPowerUsage", handle) is not None:
+            rails.append(PowerRail(name, _milli(nvml, "nvmlDeviceGetPowerUsage", handle)))
     return RailGroup("nvml", tuple(rails), (rails[0].name,)) if rails else None
 
 
 def _handles(nvml: Any) -> list[Any]:
-    count = _ask(nvml.nvmlDeviceGetCount) or 0
-    found = (_ask(nvml.nvmlDeviceGetHandleByIndex, index) for index in range(count))
+    count = _ask(nvml, "nvmlDeviceGetCount") or 0
+    found = (_ask(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(count))
     return [handle for handle in found if handle is not None]
 
 
-def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    """An answer, or None where this GPU or driver has none."""
+def _ask(nvml: Any, function: str, *arguments: Any) -> Any:
+    """An answer, or None where this GPU, driver or version of pynvml has none."""
     try:
-        return function(*arguments)
+        return getattr(nvml, function)(*arguments)
     except Exception:  # NVMLError_NotSupported and its kin
         return None
 
 
-def _milli(function: Callable[..., Any], handle: Any) -> Callable[[], float | None]:
+def _milli(nvml: Any, function: str, handle: Any) -> Callable[[], float | None]:
     def read() -> float | None:
-        value = _ask(function, handle)
+        value = _ask(nvml, function, handle)
         return None if value is None else value / 1000
 
     return read
