@@ -15,6 +15,8 @@ from edgekd.runtimes.buffers import Array, Buffers, Event
 from edgekd.runtimes.cuda_driver import CudaDriver, OnDriver
 from edgekd.runtimes.handle_buffers import cuda_python_buffers, driver_buffers
 
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, for which PyCUDA has no name
+
 
 def open_cuda_buffers(backend: str, index: int = 0) -> Buffers:
     """Buffers of one backend in `buffers.BACKENDS`.
@@ -60,8 +62,8 @@ class PyCudaBuffers(OnDriver):
         return found
 
     def stream(self) -> int:
-        """A new stream."""
-        stream = self._cuda.Stream()
+        """A new stream, which does not wait for the default one."""
+        stream = self._cuda.Stream(_NON_BLOCKING)
         self._streams[int(stream.handle)] = stream
         return int(stream.handle)
 
