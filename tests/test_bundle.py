@@ -1,0 +1,397 @@
+"""Bundles: what is in them, that they run alone, and that nothing is timed before it is right."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgekd.artifact import sha256_file
+from edgekd.bench import stats
+from edgekd.bench.entries import BenchArtifact
+from edgekd.device import timing
+from edgekd.device.bundle import Bundle, is_bundle, make_bundle, program_modules
+from edgekd.device.bundle_bench import read_bundle, run_bundle
+from edgekd.device.golden import check, normalise
+from edgekd.errors import ArtifactError, MissingDependencyError, ParityError, UserError
+from edgekd.export import ExportData
+from edgekd.preprocess import normalise as reference_normalise
+from edgekd.types import PreprocessSpec
+from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, POOR_SCORES, make_dataset, write_detector
+
+QUICK = timing.Plan(samples=20, seconds=0, warmup_s=0)
+STANDARD = {*sys.stdlib_module_names, "numpy", "onnxruntime", "tensorrt", "edgekd"}
+GPU_ONLY = {"pycuda", "cuda", "torch", "pynvml", "psutil"}
+"""Imported only where they are there: the ways to GPU memory, and NVML."""
+
+
+def write_model(path: Path, scores: np.ndarray = GOOD_SCORES) -> Path:
+    return write_detector(path, GOOD_BOXES, scores)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ExportData:
+    return ExportData(val=make_dataset(tmp_path_factory.mktemp("data"), images=5))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, data: ExportData) -> Bundle:
+    folder = tmp_path_factory.mktemp("bundle")
+    sources = [
+        BenchArtifact(write_model(folder / "a.onnx"), "first teacher", "teacher"),
+        BenchArtifact(write_model(folder / "b.onnx", POOR_SCORES), "second/teacher", "teacher"),
+        BenchArtifact(write_model(folder / "s.onnx"), "student", "student_distilled"),
+    ]
+    return make_bundle(sources, folder / "out", data=data)
+
+
+@pytest.fixture
+def copy(made: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.folder, tmp_path / "copy"))
+
+
+def bench(folder: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    """bench.py as on a device: from another folder, with nothing of this tree on its path."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    quick = ("--samples", "20", "--seconds", "0", "--warmup", "0", "--provider", "cpu", "--threads", "1")
+    return subprocess.run(
+        [python, "-B", str(folder / "bench.py"), *quick, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder.parent,
+        env=environment,
+        timeout=120,
+    )
+
+
+def test_contents(made: Bundle) -> None:
+    manifest = read_bundle(made.folder)
+    present = {p.relative_to(made.folder).as_posix() for p in made.folder.rglob("*") if p.is_file()}
+    assert set(manifest["files"]) == present - {"manifest.json"}
+    assert all(sha256_file(made.folder / name) == digest for name, digest in manifest["files"].items())
+    files = [model["file"] for model in manifest["models"]]
+    assert files == ["first-teacher.fp32.onnx", "second-teacher.fp32.onnx", "student.fp32.onnx"]
+    model = manifest["models"][0]
+    assert model["input"] == {"name": "images", "shape": [1, 3, 64, 64], "dtype": "tensor(float)"}
+    assert [output["name"] for output in model["outputs"]] == ["boxes", "scores"]
+    assert (model["class_names"], model["precision"]) == (list(NAMES), "fp32")
+    assert not manifest["golden"]["generated"]
+    with np.load(made.folder / "golden.npz", allow_pickle=False) as golden:
+        assert golden[model["golden"]["images"]].dtype == np.uint8
+        assert golden[f"{model['golden']['outputs']}/0/scores"].shape == (1, 3, 2)
+    assert str(made.folder.parent) not in (made.folder / "manifest.json").read_text(encoding="utf-8")
+
+
+def test_the_same_bundle_has_the_same_hash(made: Bundle, data: ExportData, tmp_path: Path) -> None:
+    source = made.folder.parent / "s.onnx"
+    first, second = (make_bundle([BenchArtifact(source, "s")], tmp_path / name, data=data) for name in "ab")
+    assert first.sha256 == second.sha256 != made.sha256
+
+
+def test_runs_alone(made: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    done = bench(made.folder, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["first teacher", "second/teacher", "student", "ensemble"]
+    assert (result["reference"], result["bundle"]) == ("ensemble", made.sha256)
+    for row in rows.values():
+        assert row["latency_ms"]["samples"] >= 20
+        assert row["latency_ms"]["p99"] is None, "twenty samples have no 99th percentile"
+        assert 0 < row["latency_ms"]["median"] <= row["latency_ms"]["p90"] <= row["latency_ms"]["max"]
+        low, high = row["speedup_interval"]
+        assert low <= row["speedup_vs_ensemble"] <= high
+    assert rows["ensemble"]["speedup_vs_ensemble"] == 1.0
+    assert rows["student"]["golden"]["images"] == 4
+    assert rows["student"]["golden"]["matched"] == rows["student"]["golden"]["confident"] > 0
+    assert not (made.folder / "result.json").exists()
+    assert not list(made.folder.rglob("__pycache__"))
+
+
+def test_golden_outputs_come_before_timing(copy: Path) -> None:
+    write_model(copy / "student.fp32.onnx", POOR_SCORES)  # another detector, under a manifest that vouches for it
+    vouch(copy, "student.fp32.onnx")
+    said: list[str] = []
+    with pytest.raises(ParityError, match=r"student.fp32.onnx .* nothing was timed"):
+        run_bundle(copy, provider="cpu", threads=1, plan=QUICK, say=said.append)
+    assert not any("timing" in line for line in said)
+    done = bench(copy, "--out", str(copy.parent / "result.json"))
+    assert done.returncode == 1
+    assert "golden outputs" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (copy.parent / "result.json").exists()
+    fine = bench(copy, "--only", "first-teacher.fp32.onnx", "--check", "--out", str(copy.parent / "result.json"))
+    assert fine.returncode == 0, fine.stderr
+
+
+def vouch(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"][name] = sha256_file(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["student.fp32.onnx", "golden.npz", "edgekd/device/power.py"])
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_a_damaged_file_stops_everything(copy: Path, name: str, damage: str) -> None:
+    if damage == "gone":
+        (copy / name).unlink()
+    else:
+        (copy / name).write_bytes((copy / name).read_bytes() + b" ")
+    with pytest.raises(ArtifactError, match="missing or has changed"):
+        read_bundle(copy)
+
+
+def test_a_bundle_of_another_kind(tmp_path: Path) -> None:
+    for text in ("", "[]", '{"schema": "edgekd.bundle/99"}'):
+        (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ArtifactError):
+            read_bundle(tmp_path)
+    assert not is_bundle(tmp_path)
+
+
+def test_what_is_missing_is_said(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MissingDependencyError, match="TensorRT"):
+        run_bundle(made.folder, provider="tensorrt", plan=QUICK, say=lambda text: None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match="ONNX Runtime cannot be imported"):
+        run_bundle(made.folder, provider="cpu", plan=QUICK, say=lambda text: None)
+
+
+def test_auto_says_what_it_passes_over(made: Bundle) -> None:
+    said: list[str] = []
+    found = run_bundle(made.folder, plan=QUICK, check_only=True, say=said.append)
+    assert len(found["checked"]) == 3
+    assert any(line.startswith("tensorrt is not used:") for line in said)
+
+
+def test_energy_where_there_is_a_rail(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.device import bundle_bench
+    from edgekd.device.rails import PowerRail, RailGroup
+
+    group = RailGroup("rapl", (PowerRail("package-0", lambda: 12.0),), ("package-0",))
+    monkeypatch.setattr(bundle_bench, "power_rails", lambda nvml: (group,))
+    quiet: dict[str, Any] = {"provider": "cpu", "threads": 1, "plan": QUICK, "say": lambda text: None}
+    result = run_bundle(made.folder, energy_s=0.1, idle_s=0.05, only=["student.fp32.onnx"], **quiet)
+    energy = result["rows"][0]["energy"]
+    assert (energy["rail"], energy["mean_w"], energy["idle_w"]) == ("package-0", 12.0, 12.0)
+    assert result["rows"][0]["energy_mj"] == energy["gross_mj"] > 0
+    assert energy["above_idle_mj"] == 0.0
+    assert result["settings"]["energy_seconds"] == 0.1
+
+
+def test_an_earlier_bundle_is_replaced_and_nothing_else(made: Bundle, data: ExportData, tmp_path: Path) -> None:
+    source = [BenchArtifact(made.folder.parent / "s.onnx", "s")]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("dear diary", encoding="utf-8")
+    with pytest.raises(UserError, match="no bundle"):
+        make_bundle(source, tmp_path / "mine", data=data)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notes.txt"]
+    first = make_bundle(source, tmp_path / "out", data=data)
+    (tmp_path / "out/stale.txt").write_text("x", encoding="utf-8")
+    assert make_bundle(source, tmp_path / "out", data=data).sha256 == first.sha256
+    assert not (tmp_path / "out/stale.txt").exists()
+    broken = [*source, BenchArtifact(tmp_path / "none.onnx", "none")]
+    with pytest.raises(ArtifactError):
+        make_bundle(broken, tmp_path / "out", data=data)
+    assert read_bundle(tmp_path / "out")["sha256"] == first.sha256, "a failure leaves the earlier one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_an_onnx_file_is_bundled_as_it_is(made: Bundle, data: ExportData, tmp_path: Path) -> None:
+    source = [BenchArtifact(made.folder.parent / "s.onnx", "s")]
+    bundle = make_bundle(source, tmp_path / "out", data=data, precisions=["fp32"])
+    assert sha256_file(tmp_path / "out/model.fp32.onnx") == sha256_file(source[0].path) == bundle.models[0]["sha256"]
+    with pytest.raises(UserError, match="bundled as it is"):
+        make_bundle(source, tmp_path / "other", data=data, precisions=["int8"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_every_precision_of_a_checkpoint(tmp_path: Path, data: ExportData, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.export import job
+    from tests.export_double import ToyDetector
+
+    monkeypatch.setattr(job, "load_detector", lambda source: ToyDetector())
+    monkeypatch.setattr(job, "checkpoint_facts", lambda source: {})
+    checkpoint = tmp_path / "best.pt"
+    checkpoint.write_bytes(b"stands for a checkpoint")
+    bundle = make_bundle(
+        [BenchArtifact(checkpoint, "toy")], tmp_path / "out", precisions=["fp32", "fp16", "int8"], data=data
+    )
+    assert [m["file"] for m in bundle.models] == ["model.fp32.onnx", "model.fp16.onnx", "model.int8.onnx"]
+    assert [m["half_inside"] for m in bundle.models] == [False, True, False]
+    assert bundle.models[2]["target"] == "tensorrt"
+    found = run_bundle(bundle.folder, provider="cpu", threads=1, check_only=True, say=lambda text: None)
+    assert [entry["scores_max_abs"] < 1e-3 for entry in found["checked"]] == [True] * 3
+
+
+def test_the_program_needs_only_numpy() -> None:
+    for relative, path in {**program_modules(), "bench.py": program_source()}.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] in STANDARD | GPU_ONLY, f"{relative}:{node.lineno}: {name}"
+
+
+def program_source() -> Path:
+    from edgekd.device import bundle_bench
+
+    return Path(bundle_bench.__file__)
+
+
+SINCE_3_9 = {"Callable", "Mapping", "Sequence", "Iterator", "Iterable", "dict", "list", "tuple", "set", "type"}
+
+
+@pytest.mark.parametrize("path", sorted({*program_modules().values(), program_source()}), ids=lambda path: path.stem)
+def test_the_program_is_python_3_8(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+    generic = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "collections.abc"
+        for alias in node.names
+    } | {"dict", "list", "tuple", "set", "type"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            assert "strict" not in {word.arg for word in node.keywords}, f"{path}:{node.lineno}: zip's strict is 3.10's"
+        # Annotations are never evaluated; what stands in an assignment is.
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
+            name = node.value.value
+            assert not (isinstance(name, ast.Name) and name.id in generic), f"{path}:{node.lineno}: subscripted in 3.9"
+
+
+def old_python() -> str | None:
+    """A Python 3.8 with NumPy and ONNX Runtime: EDGEKD_PYTHON38, or python3.8 on the path."""
+    for name in (os.environ.get("EDGEKD_PYTHON38"), shutil.which("python3.8")):
+        code = "import sys, numpy, onnxruntime; sys.exit(sys.version_info[:2] != (3, 8))"
+        if name and subprocess.run([name, "-c", code], capture_output=True).returncode == 0:
+            return name
+    return None
+
+
+def test_runs_on_python_3_8(made: Bundle, tmp_path: Path) -> None:
+    python = old_python()
+    if python is None:
+        pytest.skip("no Python 3.8 with NumPy and ONNX Runtime: name one in EDGEKD_PYTHON38")
+    done = bench(made.folder, "--out", str(tmp_path / "result.json"), python=python)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["device"]["python"].startswith("3.8")
+
+
+def test_the_same_arithmetic_as_edgekd_bench() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.gamma(4, 2, (60, 10)), rng.gamma(4, 1, (60, 10))
+    for few in (a, np.tile(a, (2, 1))):
+        assert timing.summarise(few) == stats.summarise(few).to_dict()
+    assert timing.drift(a) == pytest.approx(stats.drift(a))
+    assert timing.P99_NEEDS == stats.P99_NEEDS
+    ratio = timing.median_ratio(a, b)
+    expected = stats.median_ratio(a, b)
+    assert ratio == pytest.approx((expected.value, expected.low, expected.high), rel=0.05)
+    for times in ([1.0] * 19, [1.0] * 20, [2.0] * 10 + [1.0] * 10, [1.0] * 10 + [1.02] * 10):
+        assert timing.has_settled(times) == stats.has_settled(times)
+
+
+def test_the_same_tensor_as_edgekd() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+    spec = PreprocessSpec((12, 20))
+    assert np.array_equal(normalise(image, spec.to_dict()), reference_normalise(image, spec))
+
+
+class FakeClock:
+    """Every call to a subject takes as long as it is told; reading the clock takes no time."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+    def subject(self, ms: float, calls: list[str], name: str) -> Any:
+        def run(_: int) -> None:
+            calls.append(name)
+            self.now += int(ms * 1e6)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("plan", "samples"),
+    [
+        (timing.Plan(samples=100, seconds=0, warmup_s=0), 100),
+        (timing.Plan(samples=20, seconds=0.59, warmup_s=0), 500),  # a block takes 12 ms
+        (timing.Plan(samples=10_000, seconds=60, limit_s=0.2, warmup_s=0), 170),
+    ],
+)
+def test_how_long_is_measured(plan: timing.Plan, samples: int) -> None:
+    clock, calls = FakeClock(), list[str]()
+    found = timing.measure([clock.subject(1, calls, "a"), clock.subject(1, calls, "b")], plan, clock)
+    assert [timed.blocks_ms.size for timed in found] == [samples, samples]
+    assert np.allclose(found[0].blocks_ms, 1.0)
+    assert all(timed.settled for timed in found)
+
+
+def test_blocks_alternate() -> None:
+    clock, calls = FakeClock(), list[str]()
+    timing.measure([clock.subject(1, calls, "a"), clock.subject(2, calls, "b")], QUICK, clock)
+    rounds = calls[40:]  # after 20 of warm-up each
+    size = timing.BLOCK + timing.UNRECORDED
+    firsts = [rounds[at] for at in range(0, len(rounds), size)]
+    assert len(firsts) == 4
+    assert firsts[:2] == firsts[:1:-1], "ABBA"
+
+
+def entry(precision: str, kind: str = "boxes-scores") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from edgekd.export.parity import TOLERANCES
+    from edgekd.runtimes.outputs import OutputFormat
+
+    names = ("boxes", "scores") if kind == "boxes-scores" else ("boxes", "scores", "labels")
+    return {
+        "tolerance": asdict(TOLERANCES[precision]),  # type: ignore[index]
+        "output_format": OutputFormat(kind, names, 2).to_dict(),  # type: ignore[arg-type]
+        "preprocess": PreprocessSpec((64, 64)).to_dict(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("precision", "shift_px", "score_gap", "wrong"),
+    [
+        ("fp32", 0.0, 0.0, None),
+        ("fp32", 0.01, 1e-4, None),
+        ("fp32", 0.0, 0.01, "a score differs"),
+        ("fp32", 0.5, 0.0, "box"),
+        ("int8", 0.5, 0.02, None),
+        ("int8", 30.0, 0.0, "only"),
+        ("int8", 0.0, 0.75, "only"),
+    ],
+)
+def test_golden_tolerances(precision: str, shift_px: float, score_gap: float, wrong: str | None) -> None:
+    expected = {"boxes": GOOD_BOXES[None].astype(np.float32), "scores": GOOD_SCORES[None].astype(np.float32)}
+    found = {"boxes": expected["boxes"] + shift_px, "scores": np.maximum(expected["scores"] - score_gap, 0)}
+    failure = check(entry(precision), expected, found)["failure"]
+    assert (failure is None) == (wrong is None), failure
+    assert wrong is None or failure.startswith(wrong)
+
+
+def test_golden_finished_detections_may_lose_a_weak_one() -> None:
+    def answer(count: int) -> dict[str, np.ndarray]:
+        scores = np.array([0.9, 0.8, 0.01], np.float32)[:count]
+        return {"boxes": GOOD_BOXES[:count].astype(np.float32), "scores": scores, "labels": np.array([0, 1, 0])[:count]}
+
+    model = entry("fp32", "detections")
+    assert check(model, answer(3), answer(2))["failure"] is None
+    assert check(model, answer(3), answer(1))["failure"].startswith("only 1 of 2")
