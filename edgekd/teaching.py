@@ -12,7 +12,7 @@ from edgekd.artifact import is_current, sha256_file, write_json, write_manifest
 from edgekd.checkpoint import detector_file
 from edgekd.detectors import build_detector, spec_for
 from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
-from edgekd.errors import ArtifactError
+from edgekd.errors import ArtifactError, DistillationSetupError
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher, TeacherConfig, TrainedTeacher
 from edgekd.teachers import build_teacher
 from edgekd.teachers.answers import collect_answers
@@ -43,6 +43,9 @@ def check_setup(work: Workspace) -> None:
     ensemble = Ensemble(built, recipe.ensemble)
     nothing: tuple[Answers, ...] = tuple({} for _ in built)
     Distiller(student, TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, nothing, {}), recipe.distill)
+    unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in built)]
+    if unknown:
+        work.terminal.warn(f"no teacher knows {', '.join(unknown)}: learned from ground truth alone")
     ensemble.close()
 
 
@@ -56,12 +59,34 @@ def gather_teachers(
     if work.recipe.distill.answers == "online":
         return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse)
     collected = [_collect(work, one, known, answers) for one, known in zip(built, identities, strict=True)]
+    _check_heard(work, built, collected)
     if work.recipe.ensemble.fusion == "mean-outputs":  # works on raw outputs, so answers cannot be fused afterwards
         identity = {"members": list(identities), "weights": weights}
         fused: Answers = _collect(work, _Together(ensemble), identity, answers)
     else:
         fused = fuse_answers(collected, ensemble.fuse)
     return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, tuple(collected), fused)
+
+
+def _check_heard(work: Workspace, teachers: Sequence[PredictorTeacher], collected: Sequence[Answers]) -> None:
+    """Warn of teachers that say nothing at all.
+
+    Raises:
+        DistillationSetupError: none says anything.
+    """
+    silent = [
+        teacher.name
+        for teacher, answers in zip(teachers, collected, strict=True)
+        if not any(len(answer) for answer in answers.values())
+    ]
+    if len(silent) == len(teachers):
+        raise DistillationSetupError(
+            f"no teacher finds anything in any of the {len(work.train)} training images",
+            got=f"no box from {', '.join(silent)}",
+            fix="train longer (`train.epochs`, or the teacher's own `settings`), or on more images",
+        )
+    for name in silent:
+        work.terminal.warn(f"teacher {name} finds nothing in any of the {len(work.train)} training images")
 
 
 def ensemble_weights(work: Workspace, teachers: Sequence[TeacherConfig], answers: Path) -> tuple[float, ...]:

@@ -188,10 +188,13 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path) -> None:
     assert collect_answers(teacher, dataset, folder, {}).keys() == first.keys()
 
 
-def test_a_teacher_that_finds_nothing_is_an_error(tmp_path: Path) -> None:
+def test_a_black_box_that_finds_nothing_is_an_error(tmp_path: Path) -> None:
     class Blind(ToyTeacher):
         def answer(self, image: np.ndarray) -> SoftDetections:
             return SoftDetections.empty(len(CLASSES))
 
+    dataset, native = make_job(tmp_path).dataset, Blind(toy_detector())
+    assert len(collect_answers(native, dataset, tmp_path / "native", {})) == len(dataset)  # young, not misread
+    native.detector = None  # type: ignore[assignment]  # a black box
     with pytest.raises(DistillationSetupError, match="finds nothing"):
-        collect_answers(Blind(toy_detector()), make_job(tmp_path).dataset, tmp_path / "answers", {})
+        collect_answers(native, dataset, tmp_path / "answers", {})

@@ -41,6 +41,24 @@ def pad_soft_targets(soft: SoftTargets, num_classes: int, device: torch.device) 
     return _pad(soft.boxes_xyxy, soft.class_probs, num_classes, device)
 
 
+@torch.no_grad()
+def silent_rows(soft: SoftTargets, rows_cxcywh: Tensor) -> Tensor:
+    """(B, P) bool: rows centred in an object that the teacher cannot know, where its silence is no background.
+
+    By centre rather than overlap, so that one rule holds for priors, anchors and cells: a prior whose centre is outside
+    an object has an IoU of less than 0.5 with it.
+
+    Args:
+        rows_cxcywh: (P, 4), input pixels.
+    """
+    silent = torch.zeros(len(soft.boxes_xyxy), len(rows_cxcywh), dtype=torch.bool, device=rows_cxcywh.device)
+    centre = rows_cxcywh[:, None, :2]
+    for index, boxes in enumerate(soft.silent_xyxy):
+        objects = boxes.to(rows_cxcywh.device)
+        silent[index] = ((centre >= objects[:, :2]) & (centre <= objects[:, 2:])).all(-1).any(-1)
+    return silent
+
+
 def _pad(boxes: Sequence[Tensor], probs: Sequence[Tensor], num_classes: int, device: torch.device) -> PaddedTargets:
     most = max([1, *(len(b) for b in boxes)])
     padded_boxes = torch.zeros(len(boxes), most, 4, device=device)

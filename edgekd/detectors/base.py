@@ -76,14 +76,21 @@ class SoftTargets:
         boxes_xyxy: B tensors (M_i, 4) float32, input pixels.
         class_probs: B tensors (M_i, classes) float32 in [0, 1], in the student's label set. A row need not sum to 1;
             its maximum is the teacher's confidence that an object is there.
+        silent_xyxy: B tensors (S_i, 4) of objects that the teacher cannot know, so that it having no box there is no
+            evidence of background; empty when there are none in the batch.
     """
 
     boxes_xyxy: Sequence[Tensor]
     class_probs: Sequence[Tensor]
+    silent_xyxy: Sequence[Tensor] = ()
 
     def to(self, device: torch.device) -> SoftTargets:
         """The same on another device."""
-        return SoftTargets([b.to(device) for b in self.boxes_xyxy], [p.to(device) for p in self.class_probs])
+        return SoftTargets(
+            [b.to(device) for b in self.boxes_xyxy],
+            [p.to(device) for p in self.class_probs],
+            [s.to(device) for s in self.silent_xyxy],
+        )
 
 
 class Detector(nn.Module):
@@ -126,7 +133,8 @@ class Detector(nn.Module):
 
         The teacher's boxes are assigned to this detector's own priors by the rule it uses for ground truth; assigned
         priors learn the teacher's class probabilities (softened by `temperature`) and boxes weighted by its
-        confidence, others learn background. Works whatever the teacher's architecture.
+        confidence, others learn background, except those centred in a box of `soft.silent_xyxy`, which learn nothing.
+        Works whatever the teacher's architecture.
         """
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from edgekd.detectors.anchors import PriorLayout, decode_boxes, even_scales
-from edgekd.detectors.assignment import pad_soft_targets, pad_targets
+from edgekd.detectors.assignment import pad_soft_targets, pad_targets, silent_rows
 from edgekd.detectors.backbones.efficientnet_lite import EfficientNetLite
 from edgekd.detectors.backbones.layers import Backbone, ConvUnit, initialise, scaled_channels
 from edgekd.detectors.backbones.mobilenet_v1 import MobileNetV1
@@ -229,7 +229,8 @@ class SSD(Detector):
     def soft_losses(self, output: DetectorOutput, soft: SoftTargets, temperature: float = 1.0) -> dict[str, Tensor]:
         """{"cls", "box"}: see `ssd_losses.soft_multibox_losses`."""
         padded = pad_soft_targets(confident(soft), len(self.spec.class_names), self.priors.device)
-        return soft_multibox_losses(output.cls_logits, output.bbox_regression, self.priors, padded, temperature)
+        silent = silent_rows(soft, self.priors) if len(soft.silent_xyxy) else None
+        return soft_multibox_losses(output.cls_logits, output.bbox_regression, self.priors, padded, temperature, silent)
 
     def prior_boxes(self) -> Tensor:
         """(P, 4) float32 cxcywh, input pixels; not clipped to the image."""

@@ -46,7 +46,12 @@ def multibox_losses(
 
 
 def soft_multibox_losses(
-    cls_logits: Tensor, offsets: Tensor, priors_cxcywh: Tensor, targets: PaddedTargets, temperature: float
+    cls_logits: Tensor,
+    offsets: Tensor,
+    priors_cxcywh: Tensor,
+    targets: PaddedTargets,
+    temperature: float,
+    silent: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The same with a teacher's answer in place of ground truth.
 
@@ -55,7 +60,7 @@ def soft_multibox_losses(
     confidence. Mined background priors, three for each unit of matched confidence and at least three an image, learn
     plain background; their target is one-hot, which no temperature softens, so they are taken at T = 1. Both sums are
     divided by the matched confidence, each image counting for at least 1. Arguments as for `multibox_losses`; give it
-    only boxes worth learning from (`confident`).
+    only boxes worth learning from (`confident`). Priors of `silent`, (B, P) bool, never learn background.
     """
     match = match_priors(xyxy_from_cxcywh(priors_cxcywh), targets)
     logits = cls_logits.float()
@@ -70,7 +75,8 @@ def soft_multibox_losses(
     confidence = targets.confidence.gather(1, match.box) * match.positive
     evidence = confidence.sum(1).clamp(min=1.0)
     count = (NEGATIVES_A_POSITIVE * evidence).ceil().long()
-    negative = hard_negatives(as_background.detach(), match.positive, count)
+    not_background = match.positive if silent is None else match.positive | silent
+    negative = hard_negatives(as_background.detach(), not_background, count)
     cls_loss = torch.where(match.positive, divergence, as_background * negative).sum()
     box_loss = (_box_loss(offsets, priors_cxcywh, targets, match) * confidence).sum()
     scale = 1.0 / evidence.sum()
@@ -81,7 +87,7 @@ def confident(soft: SoftTargets) -> SoftTargets:
     """Only the boxes of at least `MIN_CONFIDENCE`."""
     keep = [probs.amax(-1) >= MIN_CONFIDENCE for probs in soft.class_probs]
     boxes = [b[k] for b, k in zip(soft.boxes_xyxy, keep, strict=True)]
-    return SoftTargets(boxes, [p[k] for p, k in zip(soft.class_probs, keep, strict=True)])
+    return SoftTargets(boxes, [p[k] for p, k in zip(soft.class_probs, keep, strict=True)], soft.silent_xyxy)
 
 
 def background_and_classes(class_probs: Tensor) -> Tensor:

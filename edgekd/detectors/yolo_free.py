@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgekd.detectors.assignment import PaddedTargets, for_foreground, pad_soft_targets, pad_targets, task_aligned
+from edgekd.detectors.assignment import (
+    PaddedTargets,
+    for_foreground,
+    pad_soft_targets,
+    pad_targets,
+    silent_rows,
+    task_aligned,
+)
 from edgekd.detectors.backbones.csp import CspBackbone, CspBlock
 from edgekd.detectors.backbones.darknet import ConvUnit, scaled_channels
 from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, Targets
@@ -190,10 +197,13 @@ class YoloFree(Detector):
 
         The temperature softens assigned rows only: on the background it would weigh what is already learnt.
         """
-        losses = self._losses(output, pad_soft_targets(soft, self.num_classes, output.cls_logits.device), temperature)
+        targets = pad_soft_targets(soft, self.num_classes, output.cls_logits.device)
+        losses = self._losses(output, targets, temperature, silent_rows(soft, self.cells))
         return {"cls": losses["cls"], "box": losses["box"] + losses["dfl"]}
 
-    def _losses(self, output: DetectorOutput, targets: PaddedTargets, temperature: float) -> dict[str, Tensor]:
+    def _losses(
+        self, output: DetectorOutput, targets: PaddedTargets, temperature: float, silent: Tensor | None = None
+    ) -> dict[str, Tensor]:
         logits, raw = output.cls_logits.float(), output.bbox_regression.float()
         boxes = self._boxes(raw)
         options = self.options
@@ -212,7 +222,8 @@ class YoloFree(Detector):
 
         probs = for_foreground(targets.class_probs, assigned) * assigned.quality[rows].unsqueeze(-1)
         positive = softened_bce(logits[rows], probs, temperature).sum()
-        negative = (F.softplus(logits).sum(-1) * ~rows).sum()
+        background = ~rows if silent is None else ~(rows | silent)
+        negative = (F.softplus(logits).sum(-1) * background).sum()
 
         truth = for_foreground(targets.boxes_xyxy, assigned)
         cells = self.cells.expand(len(boxes), -1, -1)[rows]

@@ -18,6 +18,7 @@ from edgekd.detectors.assignment import (
     for_foreground,
     pad_soft_targets,
     pad_targets,
+    silent_rows,
 )
 from edgekd.detectors.backbones.darknet import ConvUnit, Darknet53, DarknetTiny, scaled_channels
 from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, Targets
@@ -224,10 +225,13 @@ class YoloV3(Detector):
 
         Objectness is counted in "cls" and takes no temperature, which would only sharpen the background.
         """
-        losses = self._losses(output, pad_soft_targets(soft, self.num_classes, output.cls_logits.device), temperature)
+        targets = pad_soft_targets(soft, self.num_classes, output.cls_logits.device)
+        losses = self._losses(output, targets, temperature, silent_rows(soft, self.prior_boxes()))
         return {"cls": losses["cls"] + losses["obj"], "box": losses["box"]}
 
-    def _losses(self, output: DetectorOutput, targets: PaddedTargets, temperature: float) -> dict[str, Tensor]:
+    def _losses(
+        self, output: DetectorOutput, targets: PaddedTargets, temperature: float, silent: Tensor | None = None
+    ) -> dict[str, Tensor]:
         assert output.objectness is not None  # every output of this detector has it
         boxes = self._boxes(output.bbox_regression.float())
         assigned = anchor_shape(targets, self._anchor_layout(), self.options.anchor_ratio)
@@ -237,7 +241,10 @@ class YoloV3(Detector):
 
         confidence = torch.zeros_like(assigned.quality).masked_scatter(rows, weight)
         objectness = softened_bce(output.objectness.float(), confidence)
-        objectness = objectness * torch.where(rows, 1.0, self._background_weight(boxes, targets))
+        background = self._background_weight(boxes, targets)
+        if silent is not None:
+            background = background * ~silent
+        objectness = objectness * torch.where(rows, 1.0, background)
         probs = for_foreground(targets.class_probs, assigned) / weight.unsqueeze(-1)
         classes = softened_bce(output.cls_logits[rows].float(), probs, temperature).sum(-1)
         truth = for_foreground(targets.boxes_xyxy, assigned)

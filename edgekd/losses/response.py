@@ -3,18 +3,20 @@
 Sources: G. Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (temperature); G. Chen et al.,
 "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS 2017 (class and box imitation in
 detectors). Reading (ours): a row's weight is the teacher's foreground confidence plus a small share for background,
-because an unweighted sum over thousands of background priors drowns the objects.
+because an unweighted sum over thousands of background priors drowns the objects. Objects of classes that no teacher knows
+are left to the ground truth: a teacher's silence there is not background.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgekd.detectors.base import DetectorOutput, ScoreActivation
+from edgekd.detectors.base import DetectorOutput, ScoreActivation, SoftTargets
 from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair, Term
 
@@ -52,6 +54,8 @@ class ResponseTerm(Term):
         self.student = [pair.student]  # in a list: the student is not a submodule of its own loss
         self.mode, self.temperature = mode, temperature
         self.cls_weight, self.box_weight, self.background = cls_weight, box_weight, background
+        names = pair.student.spec.class_names
+        self.unknown = [i for i, name in enumerate(names) if all(name in t.unknown_classes for t in pair.teachers)]
         self.needs_dense = mode == "priors"
         if self.needs_dense:
             _require_equal_layouts(pair)
@@ -60,7 +64,7 @@ class ResponseTerm(Term):
         """Weighted sum of the class and the box part."""
         student = self.student[0]
         if self.mode == "boxes":
-            losses = student.soft_losses(batch.output, batch.fused, self.temperature)
+            losses = student.soft_losses(batch.output, self._answer(batch), self.temperature)
             return self.cls_weight * losses["cls"] + self.box_weight * losses["box"]
         total = batch.output.cls_logits.new_zeros(())
         for view in batch.teachers:
@@ -71,6 +75,14 @@ class ResponseTerm(Term):
             )
             total = total + view.weight * (self.cls_weight * cls_loss + self.box_weight * box_loss)
         return total
+
+    def _answer(self, batch: DistillBatch) -> SoftTargets:
+        """The fused answer, marked where ground truth has objects of classes that no teacher knows."""
+        if not self.unknown:
+            return batch.fused
+        targets = zip(batch.targets.boxes_xyxy, batch.targets.labels, strict=True)
+        unknown = [boxes[torch.isin(labels, labels.new_tensor(self.unknown))] for boxes, labels in targets]
+        return replace(batch.fused, silent_xyxy=unknown)
 
 
 def dense_response_losses(
@@ -122,9 +134,7 @@ def _require_equal_layouts(pair: Pair) -> None:
                 got=f"{grids} against the student's {pair.student.spec.model}, {len(pair.student.prior_boxes())} priors",
                 fix="use mode: boxes, which matches any two detectors through their boxes",
             )
-        if teacher.student_class_names != pair.student.spec.class_names or len(native.spec.class_names) != len(
-            pair.student.spec.class_names
-        ):
+        if native.spec.class_names != pair.student.spec.class_names:
             raise DistillationSetupError(
                 f"response with mode: priors needs equal class names in equal order; {teacher.name} differs",
                 got=", ".join(native.spec.class_names),

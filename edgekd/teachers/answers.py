@@ -7,7 +7,7 @@ view as it maps ground truth, so any number of teachers, at any input size, cost
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def collect_answers(
         progress: called with (images done, images in all).
 
     Raises:
-        DistillationSetupError: the teacher finds nothing in any image, so there is nothing to learn from it.
+        DistillationSetupError: a black box finds nothing in any image, so it is read wrongly. A native teacher cannot
+            be: it may be young, and still teach by its features.
     """
     inputs = {
         "identity": dict(identity),
@@ -63,7 +64,7 @@ def collect_answers(
         answers.update(found)
         if progress is not None:
             progress(len(answers), len(dataset))
-    if not any(len(answer) for answer in answers.values()):
+    if teacher.detector is None and not any(len(answer) for answer in answers.values()):
         raise DistillationSetupError(
             f"teacher {teacher.name} finds nothing in any of the {len(dataset)} training images",
             expected="boxes of the student's classes",
@@ -76,7 +77,9 @@ def collect_answers(
     return answers
 
 
-def _counted(records: tuple[ImageRecord, ...], done: Mapping[str, object], total: int, progress: Progress | None):  # type: ignore[no-untyped-def]
+def _counted(
+    records: tuple[ImageRecord, ...], done: Mapping[str, object], total: int, progress: Progress | None
+) -> Iterator[ImageRecord]:
     for offset, record in enumerate(records):
         yield record
         if progress is not None:

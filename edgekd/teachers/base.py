@@ -34,6 +34,7 @@ class Teacher(Protocol):
         name: unique among the recipe's teachers.
         preprocess: how it wants its images.
         student_class_names: the label set its answers come in.
+        unknown_classes: those of them that it does not know, so that its silence says nothing about them.
         tap_specs: what `taps` may name; empty for a black box without declared taps.
         detector: the native detector behind it, or None. Row-by-row distillation needs it.
     """
@@ -41,6 +42,7 @@ class Teacher(Protocol):
     name: str
     preprocess: PreprocessSpec
     student_class_names: tuple[str, ...]
+    unknown_classes: tuple[str, ...]
     tap_specs: Mapping[str, TapSpec]
     detector: Detector | None
 
