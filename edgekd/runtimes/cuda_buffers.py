@@ -107,8 +107,11 @@ class PyCudaBuffers(OnDriver):
                 memory.free()
             self._memory.clear()
             self._streams.clear()
+        before = self._driver.create("cuCtxGetCurrent")
         self._context.detach()
         self._context = None
+        if self._driver.create("cuCtxGetCurrent") != before:  # PyCUDA pushes a primary context to detach it, for good
+            self._driver.create("cuCtxPopCurrent_v2")
 
 
 class _PyCudaEvent:
