@@ -395,3 +395,56 @@ def test_golden_finished_detections_may_lose_a_weak_one() -> None:
     model = entry("fp32", "detections")
     assert check(model, answer(3), answer(2))["failure"] is None
     assert check(model, answer(3), answer(1))["failure"].startswith("only 1 of 2")
+
+
+@pytest.fixture
+def orin_with(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a fake TensorRT of some version, and an Orin's facts, in place of what is not here."""
+    from types import SimpleNamespace
+
+    from edgekd.runtimes.buffers import HostBuffers
+    from tests.fake_tensorrt import ORIN, FakeTensorRT
+
+    def install(version: str, device: Any = ORIN) -> Any:
+        fake = FakeTensorRT(version, device)
+        monkeypatch.setitem(sys.modules, "tensorrt", fake)
+        monkeypatch.setattr("edgekd.device.engines.CudaDriver", lambda: SimpleNamespace(facts=lambda: device))
+        monkeypatch.setattr("edgekd.runtimes.tensorrt_runtime.open_buffers", lambda: HostBuffers(device))
+        return fake
+
+    return install
+
+
+def fake_versions() -> tuple[str, ...]:
+    from tests.fake_tensorrt import VERSIONS
+
+    return VERSIONS
+
+
+@pytest.mark.parametrize("version", fake_versions())
+def test_engines_are_built_once_and_kept_by_all_that_decides_them(
+    made: Bundle, tmp_path: Path, orin_with: Any, version: str
+) -> None:
+    from dataclasses import replace
+
+    from tests.fake_tensorrt import ORIN
+
+    settings: dict[str, Any] = {"plan": QUICK, "only": ["student.fp32.onnx"], "cache": tmp_path, "say": lambda _: None}
+    fake = orin_with(version)
+    first = run_bundle(made.folder, **settings)["rows"][0]
+    assert (first["runtime"], first["session"]["from_cache"]) == ("tensorrt", True), "built when it was chosen"
+    assert first["session"]["flags"] == ["no TF32"]
+    assert fake._builds == 1
+    again = orin_with(version)
+    run_bundle(made.folder, **settings)
+    assert again._builds == 0
+    (engine,) = tmp_path.glob("*.engine")
+    engine.write_bytes(b"damaged")
+    damaged = orin_with(version)
+    run_bundle(made.folder, **settings)
+    assert damaged._builds == 1
+    for change in ({"l4t": "36.3.0"}, {"compute_capability": "8.9"}):
+        other = orin_with(version, replace(ORIN, **change))
+        run_bundle(made.folder, **settings)
+        assert other._builds == 1
+    assert len(list(tmp_path.glob("*.engine"))) == 3
