@@ -88,7 +88,7 @@ def test_what_is_not_there_is_none(tmp_path: Path) -> None:
         "gpus": None,
     }
     facts = machine_facts(tmp_path)
-    assert [facts[key] for key in ("jetson", "gpus", "governor", "board", "memory_bytes")] == [None] * 5
+    assert [facts[key] for key in ("jetson", "nvml", "governor", "board", "memory_bytes")] == [None] * 5
 
 
 def test_an_unknown_release_is_no_jetpack(tmp_path: Path) -> None:
@@ -338,3 +338,37 @@ def test_energy_per_inference() -> None:
 def test_a_total_needs_all_its_rails() -> None:
     group = RailGroup("test", (PowerRail("A", lambda: 3.0), PowerRail("B", lambda: None)), ("A", "B"))
     assert energy_per_inference(lambda: None, group, 0.02, None) is None
+
+
+def test_energy_of_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.bench import energy
+
+    rapl = RailGroup("rapl", (PowerRail("package-0", lambda: 8.0),), ("package-0",))
+    gpu = RailGroup("nvml", (PowerRail("gpu0", lambda: 90.0),), ("gpu0",))
+    monkeypatch.setattr(energy, "power_rails", lambda nvml: (gpu, rapl))
+    monkeypatch.setattr(energy, "IDLE_SECONDS", 0.02)
+    on_cpu, on_gpu = energy.measure_energy([lambda: None] * 2, [False, True], 0.05)
+    assert on_cpu is not None
+    assert on_gpu is not None
+    assert (on_cpu["rail"], on_gpu["rail"]) == ("package-0", "gpu0")
+    assert (on_cpu["mean_w"], on_gpu["mean_w"]) == (8.0, 90.0)
+    monkeypatch.setattr(energy, "power_rails", lambda nvml: (rapl,))
+    assert energy.measure_energy([lambda: None], [True], 0.02) == [None], "a CPU's power is not a GPU's"
+    assert energy.measure_energy([lambda: None], [False], 0) == [None]
+
+
+@pytest.mark.parametrize(
+    ("name", "provider", "expected"),
+    [
+        ("torch", "cpu", False),
+        ("torch", "cuda:0", True),
+        ("onnxruntime", "CPUExecutionProvider", False),
+        ("onnxruntime", "CUDAExecutionProvider", True),
+        ("onnxruntime", "TensorrtExecutionProvider", True),
+        ("tensorrt", "Orin", True),
+    ],
+)
+def test_who_computes_on_a_gpu(name: str, provider: str, expected: bool) -> None:
+    from edgekd.bench.energy import uses_gpu
+
+    assert uses_gpu(SimpleNamespace(name=name, provider=provider)) == expected  # type: ignore[arg-type]

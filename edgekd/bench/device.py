@@ -12,14 +12,16 @@ from typing import Any
 import psutil
 
 from edgekd.artifact import versions
+from edgekd.device.jetson import jetson_facts
+from edgekd.device.nvml import nvml_facts, open_nvml
+from edgekd.device.power import power_rails
 
 _CPU = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-_RAPL = Path("/sys/class/powercap")
 
 
 def device_facts() -> dict[str, Any]:
     """CPU, memory, load, GPU, operating system and versions, as plain JSON types."""
-    memory = psutil.virtual_memory()
+    memory, nvml = psutil.virtual_memory(), open_nvml()
     return {
         "cpu": cpu_model(),
         "machine": platform.machine(),
@@ -33,7 +35,9 @@ def device_facts() -> dict[str, Any]:
         "load": load(),
         "gpu": gpu_facts(),
         "board": _read(Path("/sys/firmware/devicetree/base/model")),
-        "power_sensors": power_sensors(),
+        "jetson": jetson_facts(),
+        "nvml": None if nvml is None else nvml_facts(nvml),
+        "power_sensors": [f"{group.source}: {rail.name}" for group in power_rails(nvml=nvml) for rail in group.rails],
         "os": _os_name(),
         "versions": versions(),
     }
@@ -111,16 +115,6 @@ def gpu_facts() -> dict[str, Any] | None:
         }
     except (ImportError, RuntimeError, AssertionError):
         return None
-
-
-def power_sensors() -> list[str]:
-    """Names of the RAPL energy counters that can be read here."""
-    names = []
-    with contextlib.suppress(OSError):
-        for zone in sorted(_RAPL.glob("intel-rapl:*")):
-            if _read(zone / "energy_uj") is not None:
-                names.append(_read(zone / "name") or zone.name)
-    return names
 
 
 def _clock_mhz() -> dict[str, float | None]:

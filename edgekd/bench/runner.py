@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from edgekd.artifact import source_commit, write_json
 from edgekd.bench.accuracy import Accuracy, evaluate
 from edgekd.bench.complexity import ArtifactFacts, describe_artifact
 from edgekd.bench.device import Contention, device_facts, usable_threads
+from edgekd.bench.energy import measure_energy, uses_gpu
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble, Role, check_entries
 from edgekd.bench.examples import choose_examples, write_examples
 from edgekd.bench.latency import Measurement, MeasurementPlan, measure
@@ -23,10 +25,12 @@ from edgekd.bench.result import SCHEMA, compare, ensemble_facts, headline_rows, 
 from edgekd.bench.saved import Saved, SavedRow, save
 from edgekd.bench.systems import Member, System, ensemble_of
 from edgekd.data.images import load_image
+from edgekd.device.conditions import ConditionWatch
+from edgekd.device.nvml import open_nvml
 from edgekd.errors import DataError
 from edgekd.predictor import RuntimeChoice, load_predictor
 from edgekd.recipe import BenchConfig
-from edgekd.types import Dataset, Detections
+from edgekd.types import Dataset, Detections, ImageArray
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total); the stages are "accuracy", "latency", "memory"."""
@@ -61,9 +65,10 @@ def bench_artifacts(
     seed: int = 0,
     synthetic: bool = False,
     memory: bool = True,
+    energy_seconds: float = 10.0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure accuracy, latency and memory, compare, and write `out` with its detections and examples beside it.
+    """Measure accuracy, latency, memory and energy, compare, and write `out` with its detections and examples beside it.
 
     Args:
         artifacts: what to measure, in the order of the table.
@@ -73,6 +78,7 @@ def bench_artifacts(
         ensemble: several of the artefacts as one deployed system.
         seed: of the order of measurement, the bootstraps and the choice of examples.
         memory: measure peak memory, in a fresh process an artefact.
+        energy_seconds: each runs alone for so long where power can be read; 0 leaves energy out.
         synthetic: the data is generated; said wherever figures from it are shown.
 
     Returns:
@@ -95,6 +101,7 @@ def bench_artifacts(
         answers = _answer_all(subjects, dataset, tell)
         plan = MeasurementPlan(config.samples, _block(config.samples), warmup_seconds=config.warmup_seconds, seed=seed)
         images = [load_image(dataset.records[i].path) for i in _evenly(len(dataset), LATENCY_IMAGES)]
+        watch = stack.enter_context(ConditionWatch(nvml=open_nvml()))
         contention = Contention()
         measured = measure(
             [subject.system for subject in subjects],
@@ -103,9 +110,12 @@ def bench_artifacts(
             progress=lambda done, total: tell("latency", done, total),
         )
         others = contention.cores()
+        energies = _energy_of_all(subjects, images, energy_seconds)
         peaks = _memory_of_all(subjects, dataset, tell) if memory else [None] * len(subjects)
     accuracies = [evaluate(dataset.records, found, dataset.class_names) for found in answers]
     rows = _rows(subjects, accuracies, measured, peaks, threads)
+    for row, energy in zip(rows, energies, strict=True):
+        row.update(energy_mj=None if energy is None else energy["gross_mj"], energy=energy)
     reference, student = headline_rows(rows)
     speedups_and_comparisons = compare(rows, dataset, answers, measured, reference, student, seed)
     result: dict[str, Any] = {
@@ -113,6 +123,7 @@ def bench_artifacts(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": source_commit(),
         "device": device_facts(),
+        "conditions": watch.result,
         "data": _data_facts(dataset, synthetic, accuracies[0].objects),
         "settings": {
             **config.model_dump(mode="json"),
@@ -125,12 +136,13 @@ def bench_artifacts(
             "mode": "single",
             "cores_used_by_others": others,
             "order": "randomised interleaved blocks (ABBA)",
+            "energy_seconds": energy_seconds,
         },
         "ensemble": None if ensemble is None else ensemble_facts(ensemble),
         "rows": rows,
         "reference": None if reference is None else rows[reference]["name"],
         "comparisons": speedups_and_comparisons,
-        "warnings": warnings_of(rows, measured, others),
+        "warnings": [*warnings_of(rows, measured, others), *_throttling(watch.result)],
         "files": {"detections": "detections.npz", "examples": "examples/examples.json"},
     }
     folder = out.parent
@@ -232,6 +244,22 @@ def _memory_of_all(subjects: Sequence[_Subject], dataset: Dataset, tell: Progres
         found.append(peak_memory(subject.loads, paths))
         tell("memory", done, len(subjects))
     return found
+
+
+def _energy_of_all(
+    subjects: Sequence[_Subject], images: Sequence[ImageArray], seconds: float
+) -> list[dict[str, Any] | None]:
+    def runner(subject: _Subject) -> Callable[[], object]:
+        turn = itertools.cycle(images)
+        return lambda: subject.system.detect(next(turn))
+
+    on_gpu = [any(uses_gpu(member.predictor.runtime) for member in subject.members) for subject in subjects]
+    return measure_energy([runner(subject) for subject in subjects], on_gpu, seconds)
+
+
+def _throttling(conditions: dict[str, Any]) -> list[str]:
+    found = conditions["throttled"]
+    return ["throttled while measuring: " + ", ".join(found)] if found else []
 
 
 def _rows(

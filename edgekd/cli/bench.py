@@ -62,6 +62,14 @@ def bench(
         int | None, typer.Option("--samples", min=20, help="Timed inferences of each; 200, or 1000 on a --target.")
     ] = None,
     warmup: Annotated[float, typer.Option("--warmup", min=0, help="Seconds of warm-up.")] = 1.0,
+    energy_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--energy-seconds",
+            min=0,
+            help="Each runs alone for so long where power can be read; 10, or 30 on a --target; 0: no energy.",
+        ),
+    ] = None,
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score that counts for mAP.")] = 0.001,
     iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
     max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
@@ -104,6 +112,7 @@ def bench(
         given_target = parse_target(target, python=target_python, ssh_config=ssh_config)
         images = None if data is None else export_data(data, split, format)
         wanted = ("--threads", threads), ("--samples", samples), ("--seconds", seconds), ("--warmup", warmup)
+        wanted += (("--energy-seconds", energy_seconds),)
         measure_on_target(session, entries, given_target, out, images, precisions_of(precision), wanted, time_limit)
         return
     data, split = _given("--data", data), _given("--split", split)
@@ -120,6 +129,7 @@ def bench(
         provider=_one_provider(entries, session.device),
         seed=session.seed or 0,
         synthetic=is_synthetic(data),
+        energy_seconds=10.0 if energy_seconds is None else energy_seconds,
         progress=Terminal(session.quiet).staged(),
     )
     session.finish(result, lambda: typer.echo(f"{summary_text(result)}\n\nresult: {out}"))

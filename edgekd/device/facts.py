@@ -29,7 +29,7 @@ def machine_facts(root: Path = Path("/"), nvml: Any = None) -> dict[str, Any]:
         "load": _load(),
         "board": read_text(root / "sys/firmware/devicetree/base/model"),
         "jetson": jetson_facts(root),
-        "gpus": None if nvml is None else nvml_facts(nvml),
+        "nvml": None if nvml is None else nvml_facts(nvml),
         "power_sensors": [f"{group.source}: {rail.name}" for group in groups for rail in group.rails],
         "os": f"{_os_name(root)}{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],
