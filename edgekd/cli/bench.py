@@ -111,8 +111,13 @@ def bench(
 
         given_target = parse_target(target, python=target_python, ssh_config=ssh_config)
         images = None if data is None else export_data(data, split, format)
-        wanted = ("--threads", threads), ("--samples", samples), ("--seconds", seconds), ("--warmup", warmup)
-        wanted += (("--energy-seconds", energy_seconds),)
+        wanted = {
+            "--threads": threads,
+            "--samples": samples,
+            "--seconds": seconds,
+            "--warmup": warmup,
+            "--energy-seconds": energy_seconds,
+        }
         measure_on_target(session, entries, given_target, out, images, precisions_of(precision), wanted, time_limit)
         return
     data, split = _given("--data", data), _given("--split", split)

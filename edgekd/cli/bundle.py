@@ -20,7 +20,7 @@ from edgekd.cli.deploy import (
 from edgekd.cli.session import JsonOption, QuietOption, session_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     from edgekd.bench.entries import BenchArtifact
     from edgekd.cli.session import Session
@@ -139,7 +139,7 @@ def measure_on_target(
     out: Path,
     data: ExportData | None,
     precisions: list[Precision] | None,
-    settings: Iterable[tuple[str, object]],
+    settings: Mapping[str, object],
     limit_s: float,
 ) -> None:
     """Bundle the artefacts (unless they are a bundle), measure them on the device, write and show the result."""
@@ -153,7 +153,7 @@ def measure_on_target(
 
     say = Terminal(session.quiet).note
     kind = (session.device or "auto").partition(":")[0]
-    arguments = [f"--provider={kind}", *(f"{name}={value}" for name, value in settings if value is not None)]
+    arguments = [f"--provider={kind}", *(f"{name}={value}" for name, value in settings.items() if value is not None)]
     if len(entries) == 1 and is_bundle(entries[0].path):
         result = bench_on_target(entries[0].path, device, arguments=arguments, limit_s=limit_s, say=say)
     else:
