@@ -1,0 +1,119 @@
+"""Comparison over seeds: what is held equal, what is told, and that it goes on where it was cut off."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd.bench.matching import match_coco
+from edgekd.compare import Evaluated, compare_recipes, gain, spread, table_markdown
+from edgekd.data.scenes import make_scenes
+from edgekd.errors import RecipeError, UserError
+from edgekd.recipe import Recipe
+from edgekd.types import Detections
+from tests.toy import CLASSES, toy_dataset
+
+
+def evaluated(folder: Path, method: str, seed: int, shares: tuple[float, ...]) -> Evaluated:
+    """A student that finds the first `share` of all objects exactly; AP50 is then about that share."""
+    records = toy_dataset(folder / "images", count=40).records
+    rng = np.random.default_rng(seed)
+    found = []
+    for record in records:
+        keep = rng.random(len(record.labels)) < shares[seed]
+        boxes, labels = record.boxes_xyxy[keep], record.labels[keep]
+        found.append(Detections(boxes, np.full(len(boxes), 0.9, np.float32), labels))
+    figures = {
+        "ap50": shares[seed],
+        "per_class": {name: {"ap50": shares[seed]} for name in CLASSES},
+        "by_size": {"small": {"ap50": None}, "large": {"ap50": shares[seed]}},
+    }
+    return Evaluated(method, seed, figures, match_coco(records, found, len(CLASSES)))
+
+
+@pytest.mark.parametrize(
+    ("alone", "method", "verdict"),
+    [
+        ((0.3, 0.32, 0.31), (0.8, 0.82, 0.81), "gain"),
+        ((0.8, 0.82, 0.81), (0.3, 0.32, 0.31), "loss"),
+        ((0.5, 0.6, 0.4), (0.6, 0.4, 0.55), "no difference shown"),
+    ],
+)
+def test_a_difference_is_told_for_what_it_is(
+    tmp_path: Path, alone: tuple[float, ...], method: tuple[float, ...], verdict: str
+) -> None:
+    a = [evaluated(tmp_path, "alone", seed, alone) for seed in range(3)]
+    m = [evaluated(tmp_path, "m", seed, method) for seed in range(3)]
+    result = gain(m, a)
+    differences = np.array(method) - np.array(alone)
+    assert result["verdict"] == verdict
+    assert result["ap50"] == pytest.approx(differences.mean())
+    half = 4.303 * differences.std(ddof=1) / np.sqrt(3)
+    assert result["interval_seeds"] == pytest.approx([differences.mean() - half, differences.mean() + half])
+    assert result["interval_images"][0] < result["interval_images"][1]
+    assert result["by_size"]["small"] is None
+
+
+def test_one_seed_shows_nothing(tmp_path: Path) -> None:
+    one = [evaluated(tmp_path, name, 0, (share,)) for name, share in (("m", 0.9), ("alone", 0.2))]
+    assert gain(one[:1], one[1:])["verdict"] == "no difference shown"
+
+
+def test_spread() -> None:
+    assert spread([0.2, 0.4]) == {
+        "mean": pytest.approx(0.3),
+        "sd": pytest.approx(0.1414, abs=1e-4),
+        "values": [0.2, 0.4],
+    }
+    assert spread([0.2])["sd"] is None
+    assert spread([None])["mean"] is None
+
+
+def recipe(root: Path, name: str, **changes: object) -> Recipe:
+    teacher = {"name": "t", "train": {"model": "mobilenetv2-ssd-lite", "input_size": 96, "width": 0.35}}
+    body = {
+        "name": name,
+        "data": {"root": str(root), "workers": 0},
+        "student": {"model": "mobilenetv2-ssd-lite", "input_size": 96, "width": 0.25},
+        "teachers": [teacher],
+        "train": {"epochs": 1, "batch_size": 4},
+        **changes,
+    }
+    return Recipe.model_validate(body)
+
+
+def test_recipes_that_differ_in_more_than_the_method_are_refused(tmp_path: Path) -> None:
+    a, b = recipe(tmp_path, "a"), recipe(tmp_path, "b", train={"epochs": 2, "batch_size": 4})
+    with pytest.raises(RecipeError, match="differ in more than their method"):
+        compare_recipes([a, b], [0], tmp_path / "out")
+
+
+@pytest.mark.parametrize(("names", "seeds"), [(("a", "a"), (0,)), (("a",), (0, 0)), (("alone",), (0,)), ((), (0,))])
+def test_repeats_are_refused(tmp_path: Path, names: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+    with pytest.raises(UserError):
+        compare_recipes([recipe(tmp_path, name) for name in names], seeds, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_and_goes_on(tmp_path: Path) -> None:
+    root = make_scenes(tmp_path / "scenes", counts={"train": 8, "val": 4}, image_hw=(96, 128))
+    methods = [
+        recipe(root, "response"),
+        recipe(root, "with-feature", distill={"terms": [{"loss": "response"}, {"loss": "feature"}]}),
+    ]
+    out = tmp_path / "out"
+    compare_recipes(methods[:1], [0], out, quiet=True)
+    before = (out / "response/seed-0/model.pt").stat().st_mtime_ns
+    result = compare_recipes(methods, [0, 1], out, quiet=True)
+    assert (out / "response/seed-0/model.pt").stat().st_mtime_ns == before, "a finished run was run again"
+    data = json.loads((out / "comparison.json").read_text())
+    assert [row["method"] for row in data["rows"]] == ["alone", "response", "with-feature"]
+    assert all(row["seeds"] == [0, 1] for row in data["rows"])
+    assert data["data"]["synthetic"] is True
+    assert "synthetic" in result.table
+    assert "4 images" in result.table
+    assert table_markdown(data) == (out / "comparison.md").read_text()
+    assert (out / "comparison.svg").stat().st_size > 1000
