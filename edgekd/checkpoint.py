@@ -48,11 +48,14 @@ def detector_file(path: Path) -> Path:
     for name in (MODEL_FILE, BEST_FILE):
         if (path / name).is_file():
             return path / name
+    inside = sorted(str(found.parent) for found in path.glob(f"*/{MODEL_FILE}"))
     raise ArtifactError(
         f"{path}: no detector in this folder",
         got=", ".join(sorted(child.name for child in path.iterdir())[:8]) or "an empty folder",
         expected=f"a run folder with {MODEL_FILE}, as `edgekd train` and `edgekd distill` write",
-        fix="give the run's folder, or run the same command again to finish a run that was cut off",
+        fix=f"a folder of `edgekd run` holds several: give {' or '.join(inside)}"
+        if inside
+        else "give the run's folder, or run the same command again to finish a run that was cut off",
     )
 
 
@@ -79,7 +82,9 @@ def read_payload(path: Path, schema: str) -> dict[str, Any]:
             f"{path}: not the expected kind of checkpoint",
             got=found if found is not None else "a file without a schema, such as a bare state dict",
             expected=schema,
-            fix="backbone weights belong under `student.weights` in a recipe" if found is None else None,
+            fix="backbone weights belong under `student.weights` in a recipe"
+            if found is None
+            else f"give the run's folder, or the {MODEL_FILE} in it",
         )
     return dict(payload)
 

@@ -45,7 +45,8 @@ def check_setup(work: Workspace) -> None:
     Distiller(student, TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, nothing, {}), recipe.distill)
     unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in built)]
     if unknown:
-        work.terminal.warn(f"no teacher knows {', '.join(unknown)}: learned from ground truth alone")
+        shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+        work.terminal.warn(f"no teacher knows {shown}: learned from ground truth alone")
     ensemble.close()
 
 

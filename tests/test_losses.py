@@ -138,6 +138,27 @@ def test_response_on_priors_needs_equal_layouts() -> None:
         build_term(TermConfig(loss="response", params={"mode": "priors"}), make_pair("YOLO teacher, SSD student"))
 
 
+@pytest.mark.parametrize(
+    ("loss", "params"),
+    [
+        ("response", {"temperature": 0}),
+        ("response", {"temperature": "hot"}),
+        ("response", {"cls_weight": -1.0}),
+        ("cwd", {"temperature": float("nan")}),
+        ("adversarial", {"game": "chess"}),
+        ("gkd", {"prototypes": 2.5}),
+    ],
+)
+def test_a_parameter_of_the_wrong_kind_is_named(loss: str, params: dict[str, object]) -> None:
+    with pytest.raises(DistillationSetupError, match=f"{loss}: {next(iter(params))} cannot be this"):
+        build_term(TermConfig(loss=loss, params=params), make_pair("equal"))
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+    term = build_term(TermConfig(loss="response", params={"cls_weight": "1e-3"}), make_pair("equal"))
+    assert term.cls_weight == 1e-3
+
+
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_dense_response_against_a_plain_loop(activation: str) -> None:
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from edgekd.cli import app
 from edgekd.cli.deploy import foreign_options, provider_of
 from edgekd.draw import class_colour, draw_detections
 from edgekd.errors import RecipeError
+from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.predict import find_images, output_names
 from edgekd.types import Detections
 
@@ -179,9 +180,10 @@ def test_declared_options() -> None:
     options = foreign_options(Path("x.onnx"), "cat, dog", "yolo", 320)
     assert options is not None
     assert (options.class_names, options.output, options.input_size) == (("cat", "dog"), "yolo", 320)
-    coco = foreign_options(Path("x.onnx"), "coco", None, None)
-    assert coco is not None
-    assert coco.class_names == "coco"
+    for name in NAMED_LABEL_SETS:
+        named = foreign_options(Path("x.onnx"), name, None, None)
+        assert named is not None
+        assert named.class_names == name
     with pytest.raises(RecipeError, match="--output"):
         foreign_options(Path("x.onnx"), None, "yolo9", None)
 

@@ -190,6 +190,10 @@ def test_damaged_metadata_of_ours_is_an_artifact_error(tmp_path: Path, changes: 
 def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no detector in this folder"):
         load_predictor(tmp_path)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model.pt").touch()
+    with pytest.raises(ArtifactError, match=r"give .*student"):
+        load_predictor(tmp_path)
 
 
 def test_a_dynamic_input_needs_a_size(tmp_path: Path) -> None:

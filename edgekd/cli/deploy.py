@@ -57,7 +57,9 @@ ENGINES = "Engines (--format engine)"
 FOREIGN = "ONNX files not made by edgekd (normally found out)"
 ClassesOption = Annotated[
     str | None,
-    typer.Option("--classes", help="coco, voc, or names with commas.", metavar="NAMES", rich_help_panel=FOREIGN),
+    typer.Option(
+        "--classes", help="coco, coco91, voc, or names with commas.", metavar="NAMES", rich_help_panel=FOREIGN
+    ),
 ]
 OutputOption = Annotated[
     str | None,
@@ -281,9 +283,11 @@ def foreign_options(
     from pydantic import ValidationError
 
     from edgekd.errors import RecipeError
+    from edgekd.labels import NAMED_LABEL_SETS
     from edgekd.recipe import OnnxTeacher
 
-    names = classes if classes in (None, "auto", "coco", "voc") else tuple(n.strip() for n in str(classes).split(","))
+    listed = classes not in (None, "auto", *NAMED_LABEL_SETS)
+    names = tuple(name.strip() for name in str(classes).split(",")) if listed else classes
     given = {"class_names": names, "output": output, "input_size": input_size}
     try:
         return OnnxTeacher(

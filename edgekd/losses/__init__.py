@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 from edgekd.errors import DistillationSetupError
 from edgekd.losses.adversarial import AdversarialTerm
@@ -52,7 +54,8 @@ def build_term(config: TermConfig, pair: Pair) -> Term:
     """The term that a recipe asks for, checked against the pair.
 
     Raises:
-        DistillationSetupError: an unknown term or parameter, or a pair that cannot meet the term's needs.
+        DistillationSetupError: an unknown term or parameter, a value that a parameter cannot take, or a pair that cannot
+            meet the term's needs.
     """
     entry = TERMS.get(config.loss)
     if entry is None:
@@ -72,7 +75,27 @@ def build_term(config: TermConfig, pair: Pair) -> Term:
         raise DistillationSetupError(
             f"term {config.loss}: unknown parameter {', '.join(unknown)}", expected=", ".join(sorted(accepted))
         )
+    hints = get_type_hints(entry.build.__init__ if inspect.isclass(entry.build) else entry.build)
+    arguments = {name: _checked(config.loss, name, value, hints[name]) for name, value in arguments.items()}
     try:
         return entry.build(pair, **arguments)
     except (TypeError, ValueError) as error:
         raise DistillationSetupError(f"term {config.loss}: a parameter does not fit", got=error) from error
+
+
+def _checked(loss: str, name: str, value: object, hint: Any) -> Any:
+    """A parameter's value as the type that the term declares: finite and not negative if it is a number."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        found = TypeAdapter(hint).validate_python(value)
+        detail = None
+    except ValidationError as error:
+        found, detail = None, error.errors(include_url=False)[0]["msg"]
+    if isinstance(found, float | int):
+        positive = name.endswith("temperature")
+        if not math.isfinite(found) or found < 0 or (positive and found == 0):
+            detail = f"a number {'above 0' if positive else 'of at least 0'}"
+    if detail is not None:
+        raise DistillationSetupError(f"term {loss}: {name} cannot be this", got=repr(value), expected=detail)
+    return found
