@@ -18,8 +18,9 @@ from edgekd.artifact import sha256_file
 from edgekd.bench import stats
 from edgekd.bench.entries import BenchArtifact
 from edgekd.device import timing
-from edgekd.device.bundle import Bundle, is_bundle, make_bundle, program_modules
+from edgekd.device.bundle import Bundle, is_bundle, make_bundle
 from edgekd.device.bundle_bench import read_bundle, run_bundle
+from edgekd.device.bundle_program import program_modules
 from edgekd.device.golden import check, normalise
 from edgekd.errors import ArtifactError, MissingDependencyError, ParityError, UserError
 from edgekd.export import ExportData

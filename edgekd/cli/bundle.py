@@ -148,7 +148,7 @@ def measure_on_target(
     from edgekd.artifact import write_json
     from edgekd.console import Terminal
     from edgekd.device.bundle import is_bundle, make_bundle
-    from edgekd.device.bundle_bench import table
+    from edgekd.device.bundle_rows import table
     from edgekd.device.target import bench_on_target
 
     say = Terminal(session.quiet).note

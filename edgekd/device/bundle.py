@@ -6,7 +6,6 @@ is tested here is what runs there.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
@@ -25,6 +24,7 @@ from edgekd.bench.complexity import describe_artifact
 from edgekd.bench.entries import BenchArtifact
 from edgekd.data.images import load_image
 from edgekd.device.bundle_bench import BUNDLE_SCHEMA, read_bundle
+from edgekd.device.bundle_program import readme, write_program
 from edgekd.errors import ArtifactError, UserError
 from edgekd.export.images import GENERATED_IMAGES, spread
 from edgekd.preprocess import normalise, resize
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from edgekd.export.job import ExportData
     from edgekd.export.onnx import Precision
 
-PACKAGE = Path(__file__).resolve().parent.parent
-PROGRAM = "edgekd.device.bundle_bench"
 GOLDEN_IMAGES = 4
 GOLDEN_FILE = "golden.npz"
 Say = Callable[[str], None]
@@ -102,8 +100,8 @@ def make_bundle(
         if dataset is None:
             notes.append("golden outputs are on generated scenes: give real images with --data DIR")
         np.savez_compressed(folder / GOLDEN_FILE, allow_pickle=False, **arrays)
-        _write_program(folder)
-        write_text(folder / "README.md", _readme(models))
+        write_program(folder)
+        write_text(folder / "README.md", readme(models))
         golden = {"file": GOLDEN_FILE, "images": names, "generated": dataset is None}
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         write_json(
@@ -284,86 +282,3 @@ def _has_half(file: Path) -> bool:
     kinds = (tensor.data_type for tensor in graph.initializer)
     inputs = (info.type.tensor_type.elem_type for info in graph.input)
     return half in {*casts, *kinds, *inputs}
-
-
-def program_modules() -> dict[str, Path]:
-    """Path in the bundle to source file, of every module of edgekd that the program can reach, itself not included."""
-    found: dict[str, Path] = {}
-    pending = [PROGRAM]
-    while pending:
-        name = pending.pop()
-        parts = name.split(".")
-        for depth in range(1, len(parts)):  # packages on the way
-            package = "/".join(parts[:depth]) + "/__init__.py"
-            found.setdefault(package, PACKAGE.parent / package)
-        file = _source_of(name)
-        relative = file.relative_to(PACKAGE.parent).as_posix()
-        if relative in found and name != PROGRAM:
-            continue
-        if name != PROGRAM:
-            found[relative] = file
-        pending += _imported(file)
-    return found
-
-
-def _source_of(module: str) -> Path:
-    path = PACKAGE.parent / module.replace(".", "/")
-    return path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-
-
-def _imported(file: Path) -> list[str]:
-    """Modules of edgekd that a file imports anywhere when it runs."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    checked = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for child in ast.walk(node)
-    }
-    return [
-        node.module
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("edgekd.") and id(node) not in checked
-        if node.module is not None
-    ]
-
-
-def _write_program(folder: Path) -> None:
-    """bench.py and the modules it needs, under their own names, so that they find each other as they do here."""
-    shutil.copyfile(_source_of(PROGRAM), folder / "bench.py")
-    for relative, source in program_modules().items():
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if relative.endswith("/__init__.py") and relative.count("/") > 1:
-            target.write_text('"""Part of edgekd, as far as a bundle needs it."""\n', encoding="utf-8")
-        else:
-            shutil.copyfile(source, target)
-
-
-def _readme(models: Sequence[dict[str, Any]]) -> str:
-    rows = "\n".join(
-        f"| `{model['file']}` | {model['name']} | {model['role']} | {model['precision']} | "
-        f"{model['size_bytes'] / 1e6:.2f} MB | {'x'.join(map(str, model['input']['shape']))} |"
-        for model in models
-    )
-    return f"""# Detectors to be measured on this device
-
-| file | detector | role | precision | size | input |
-|---|---|---|---|---|---|
-{rows}
-
-Needs Python 3.8 or later, NumPy 1.21 or later, and either TensorRT 8.6 or later (on a Jetson it comes with JetPack 6 and
-later) or ONNX Runtime (`pip install onnxruntime`). Nothing is installed, nothing needs root, nothing is sent anywhere.
-
-```
-python3 bench.py --check          # only compare with the golden outputs
-python3 bench.py                  # check, then measure; writes result.json
-python3 bench.py --provider cpu   # or tensorrt, cuda; the best that is there if not given
-```
-
-Every file is compared with its hash in `manifest.json`, then every model with its golden outputs (`golden.npz`), before
-anything is timed. Engines are built here on the first run, which takes minutes, and kept in `engines/` under the model's
-hash, TensorRT's version, the GPU and the L4T release.
-
-For steady figures on a Jetson, choose a power mode and pin the clocks first: `sudo nvpmodel -m 0`, `sudo jetson_clocks`.
-"""

@@ -12,45 +12,24 @@ import datetime
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgekd.artifact import sha256_file, write_json
+from edgekd.device.bundle_rows import Subject, add_speedups, ensemble_of, row_of, table, warnings_of
 from edgekd.device.conditions import ConditionWatch
 from edgekd.device.facts import machine_facts
 from edgekd.device.golden import check, normalise
 from edgekd.device.nvml import open_nvml
 from edgekd.device.power import choose_group, energy_per_inference, idle_reading, power_rails
 from edgekd.device.sessions import CHOICES, choose_provider, open_session
-from edgekd.device.timing import BLOCK, Plan, Timed, drift, measure, median_ratio, summarise
+from edgekd.device.timing import BLOCK, Plan, measure
 from edgekd.errors import ArtifactError, EdgeKDError, ParityError
 
 BUNDLE_SCHEMA = "edgekd.bundle/1"
 RESULT_SCHEMA = "edgekd.device-result/1"
-
-
-@dataclass
-class Subject:
-    """One row: a model, or all teachers one after the other.
-
-    Attributes:
-        entries: manifest entries. sessions: one each. inputs: per entry, prepared tensors.
-    """
-
-    name: str
-    role: str
-    entries: list[Mapping[str, Any]]
-    sessions: list[Any]
-    inputs: list[list[Any]]
-    golden: list[dict[str, Any]] = field(default_factory=list)
-
-    def run(self, sample: int) -> None:
-        """One inference of every session."""
-        for session, tensors in zip(self.sessions, self.inputs):
-            session.run(tensors[sample % len(tensors)])
 
 
 def read_bundle(folder: Path) -> dict[str, Any]:
@@ -163,7 +142,7 @@ def _measured(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     nvml = open_nvml()
-    rows_of = subjects + _ensemble(subjects)
+    rows_of = subjects + ensemble_of(subjects)
     group = choose_group(power_rails(nvml=nvml), subjects[0].sessions[0].uses_gpu)
     energies: list[dict[str, Any] | None] = [None] * len(rows_of)
     with ConditionWatch(nvml=nvml) as watch:
@@ -177,8 +156,8 @@ def _measured(
             for index, subject in enumerate(rows_of):
                 say(f"{subject.name}: energy over {energy_s:g} s")
                 energies[index] = energy_per_inference(_loop(subject), group, energy_s, idle)
-    rows = [_row(*found, threads) for found in zip(rows_of, timed, energies)]
-    reference = _compare(rows, timed, plan.seed)
+    rows = [row_of(*found, threads) for found in zip(rows_of, timed, energies)]
+    reference = add_speedups(rows, timed, plan.seed)
     return {
         "schema": RESULT_SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -202,7 +181,7 @@ def _measured(
         },
         "rows": rows,
         "reference": reference,
-        "warnings": _warnings(rows, watch.result),
+        "warnings": warnings_of(rows, watch.result),
     }
 
 
@@ -225,92 +204,6 @@ def _loop(subject: Subject) -> Callable[[], None]:
         count[0] += 1
 
     return run
-
-
-def _ensemble(subjects: list[Subject]) -> list[Subject]:
-    """All teachers of the best precision there is, one after the other, where there are two or more."""
-    teachers = [subject for subject in subjects if subject.role == "teacher"]
-    kinds = [kind for kind in ("fp32", "fp16", "int8") if any(t.entries[0]["precision"] == kind for t in teachers)]
-    same = [teacher for teacher in teachers if teacher.entries[0]["precision"] == kinds[0]] if kinds else []
-    if len(same) < 2:
-        return []
-    parts = [(t.entries[0], t.sessions[0], t.inputs[0]) for t in same]
-    return [Subject("ensemble", "ensemble", [p[0] for p in parts], [p[1] for p in parts], [p[2] for p in parts])]
-
-
-def _row(subject: Subject, timed: Timed, energy: dict[str, Any] | None, threads: int | None) -> dict[str, Any]:
-    """One row, under the names that `edgekd bench` uses; what is not known on the device is None."""
-    entries, session = subject.entries, subject.sessions[0]
-    one = entries[0] if len(entries) == 1 else None
-    latency = summarise(timed.blocks_ms)
-    return {
-        "name": subject.name,
-        "role": subject.role,
-        "artifact": " + ".join(entry["file"] for entry in entries),
-        "runtime": session.runtime,
-        "provider": session.provider,
-        "threads": threads,
-        "input_hw": [list(entry["preprocess"]["input_hw"]) for entry in entries],
-        "sha256": one["sha256"] if one else None,
-        "precision": "+".join(sorted({entry["precision"] for entry in entries})),
-        "latency_ms": latency,
-        "stages_ms": {"pre": None, "infer": latency["median"], "post": None},
-        "settled": timed.settled,
-        "warmup_runs": timed.warmup_runs,
-        "drift": round(drift(timed.blocks_ms), 4),
-        "map": None,
-        "parameters": one["parameters"] if one else None,
-        "macs": one["macs"] if one else None,
-        "size_bytes": sum(entry["size_bytes"] for entry in entries),
-        "peak_memory_bytes": None,
-        "energy_mj": energy["gross_mj"] if energy else None,
-        "energy": energy,
-        "golden": subject.golden[0] if subject.golden else None,
-        "session": session.facts if one else None,
-        "speedup_vs_ensemble": None,
-        "speedup_interval": None,
-    }
-
-
-def _compare(rows: list[dict[str, Any]], timed: Sequence[Timed], seed: int) -> str | None:
-    """Fill in speedups over the ensemble, or over the only teacher; returns its name."""
-    ensembles = [i for i, row in enumerate(rows) if row["role"] == "ensemble"]
-    teachers = [i for i, row in enumerate(rows) if row["role"] == "teacher"]
-    reference = ensembles[0] if ensembles else teachers[0] if len(teachers) == 1 else None
-    if reference is None:
-        return None
-    for row, found in zip(rows, timed):
-        ratio, low, high = median_ratio(timed[reference].blocks_ms, found.blocks_ms, seed)
-        row["speedup_vs_ensemble"] = round(ratio, 4)
-        row["speedup_interval"] = [round(low, 4), round(high, 4)]
-    return str(rows[reference]["name"])
-
-
-def _warnings(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]) -> list[str]:
-    said = []
-    if conditions["throttled"]:
-        said.append("throttled while measuring: " + ", ".join(conditions["throttled"]))
-    for row in rows:
-        name = f"{row['name']} {row['precision']}"
-        if not row["settled"]:
-            said.append(f"{name}: the median had not settled when the warm-up ended")
-        if abs(row["drift"]) > 0.1:
-            said.append(f"{name}: the median moved by {row['drift']:+.0%} from the first half to the second")
-    loose = [name for name, clock in conditions["before"]["clocks"].items() if clock["pinned"] is False]
-    if loose:
-        said.append("clocks are free to change: " + ", ".join(loose))
-    return said
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """A result's rows and warnings for a terminal."""
-    lines = [f"{'model':<28} {'precision':<9} {'median ms':>9} {'p90':>8} {'p99':>8} {'mJ':>9}"]
-    for row in result["rows"]:
-        latency = row["latency_ms"]
-        numbers = (latency["median"], latency["p90"], latency["p99"], row["energy_mj"])
-        shown = ["-" if value is None else f"{value:.2f}" for value in numbers]
-        lines.append(f"{row['name']:<28} {row['precision']:<9} {shown[0]:>9} {shown[1]:>8} {shown[2]:>8} {shown[3]:>9}")
-    return "\n".join(lines + [f"warning: {text}" for text in result["warnings"]])
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,7 +21,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from edgekd.artifact import sha256_file
 from edgekd.device.bundle_bench import read_bundle
-from edgekd.errors import EdgeKDError, MissingDependencyError, RuntimeFailure, UserError
+from edgekd.device.target_errors import agent_problem, disk_full, old_python, session_ended
+from edgekd.errors import MissingDependencyError, RuntimeFailure, UserError
 
 AGENT = Path(__file__).with_name("agent.py")
 MARK = "\x1eedgekd "
@@ -107,19 +108,12 @@ def parse_target(text: str, *, python: str = "python3", ssh_config: Path | None 
     return Target(host, parts.username, port, python, ssh_config)
 
 
-@dataclass
-class _Said:
-    """What ssh wrote to stderr, as it comes."""
-
-    text: str = ""
-
-
 class Connection:
     """One ssh session with an agent at its other end, as a context manager."""
 
     def __init__(self, target: Target, say: Callable[[str], None]) -> None:
         self._target, self._say = target, say
-        self._said = _Said()
+        self._said = ""
         self._expired = False
 
     def __enter__(self) -> Connection:
@@ -156,7 +150,7 @@ class Connection:
     def _read_stderr(self) -> None:
         assert self._ssh.stderr is not None
         for line in self._ssh.stderr:
-            self._said.text = (self._said.text + line.decode("utf-8", "replace"))[-8000:]
+            self._said = (self._said + line.decode("utf-8", "replace"))[-8000:]
 
     def ask(self, payload: Iterator[bytes] | None = None, quiet_s: float = QUIET_S, **request: Any) -> dict[str, Any]:
         """Send a request, then `payload`; returns the answer, passing on lines that come before it.
@@ -173,7 +167,7 @@ class Connection:
             if answer.get("event") == "line":
                 self._say(str(answer["text"]))
             elif "error" in answer:
-                raise _problem(self._target, answer)
+                raise agent_problem(self._target.name, answer)
             elif "done" in answer:
                 return answer
 
@@ -202,101 +196,13 @@ class Connection:
             timer.cancel()
         self._ssh.wait()
         self._reader.join(5)
-        raise self._ended()
+        to = self._target
+        raise session_ended(to.name, to.host, to.python, self._ssh.returncode, self._said, self._expired)
+        )
 
     def _expire(self) -> None:
         self._expired = True
         self._ssh.kill()
-
-    def _ended(self) -> EdgeKDError:
-        """Why there is no more to read."""
-        target, said = self._target, self._said.text.strip()
-        last = said.splitlines()[-1].strip() if said else None
-        if self._expired:
-            return RuntimeFailure(f"{target.name} did not answer in time", got=last)
-        for sign, what, fix in _REASONS:
-            if re.search(sign, said):
-                return UserError(f"{target.name}: {what}", got=last, fix=fix.format(name=target.name, host=target.host))
-        if "SyntaxError" in said:
-            return _old_python(target, None)
-        if self._ssh.returncode in (126, 127) or re.search("not found|No such file", said):
-            return UserError(
-                f"{target.name}: no Python there",
-                got=last or f"exit code {self._ssh.returncode}",
-                expected=target.python,
-                fix="install Python 3.8 or later there (apt install python3), or name it with --target-python",
-            )
-        if self._ssh.returncode == 255 or not said:
-            return RuntimeFailure(
-                f"{target.name}: the connection was cut",
-                got=last,
-                fix="run the same command again: files that are there stay",
-            )
-        return RuntimeFailure(f"{target.name}: the session ended with code {self._ssh.returncode}", got=last)
-
-
-_REASONS = (
-    (
-        "HOST IDENTIFICATION HAS CHANGED",
-        "its host key is not the one that ssh knows",
-        "find out why; if the device was set up anew: ssh-keygen -R {host}, then connect once by hand",
-    ),
-    (
-        "Host key verification failed",
-        "ssh does not know this host yet",
-        "connect once by hand and compare the fingerprint: ssh {name}",
-    ),
-    (
-        "Permission denied",
-        "it does not let you in",
-        "set up a key: ssh-copy-id {name}; one with a passphrase needs ssh-add first",
-    ),
-    ("Could not resolve hostname", "there is no such host", "check the name, or use its address"),
-    ("Connection refused", "nothing answers on this port", "check the port, and that sshd runs there"),
-    (
-        "(Connection|Operation) timed out|No route to host|Network is unreachable",
-        "it cannot be reached",
-        "check that it is on and in this network",
-    ),
-    ("Bad configuration option|Bad owner or permissions|Can't open user config", "ssh's configuration is wrong", ""),
-)
-
-
-def _old_python(target: Target, version: str | None) -> UserError:
-    return UserError(
-        f"{target.name}: its Python is too old",
-        got=version,
-        expected="3.8 or later",
-        fix="name another one with --target-python",
-    )
-
-
-def _problem(target: Target, answer: Mapping[str, Any]) -> EdgeKDError:
-    """What an agent's error means."""
-    code, name = answer["error"], target.name
-    if code == "disk":
-        return _full(name, answer.get("free_bytes"), str(answer.get("folder")), None)
-    if code == "busy":
-        return UserError(
-            f"{name}: another session measures there", got=answer.get("holder") or None, fix="wait until it is over"
-        )
-    tail = "\n".join(answer.get("tail", ())[-5:]) or None
-    if code == "limit":
-        return RuntimeFailure(
-            f"{name}: not done within {answer['limit_s']:g} s, and ended",
-            got=tail,
-            fix="allow more with --time-limit; engines that were built stay",
-        )
-    return RuntimeFailure(f"{name}: {answer.get('message') or code}", got=answer.get("file") or tail)
-
-
-def _full(name: str, free: int | None, folder: str, needed: int | None) -> UserError:
-    return UserError(
-        f"{name}: its disk is full",
-        got=None if free is None else f"{free / 1e6:.0f} MB free for {folder}",
-        expected=None if needed is None else f"{needed / 1e6:.0f} MB",
-        fix=f"make room there; older bundles and engines in {folder} can be deleted",
-    )
 
 
 def bench_on_target(
@@ -329,7 +235,7 @@ def bench_on_target(
         else:
             needed = sum(entry["size"] for entry in files)
             if found["free_bytes"] is not None and found["free_bytes"] < needed + _RESERVE:
-                raise _full(target.name, found["free_bytes"], found["folder"], needed + _RESERVE)
+                raise disk_full(target.name, found["free_bytes"], found["folder"], needed + _RESERVE)
             say(f"pushing {needed / 1e6:.1f} MB")
             connection.ask(_contents(folder, files), do="push", sha256=manifest["sha256"], files=files)
         answer = connection.ask(do="run", sha256=manifest["sha256"], arguments=list(arguments), limit_s=limit_s)
@@ -367,7 +273,7 @@ def _contents(folder: Path, files: Sequence[Mapping[str, Any]]) -> Iterator[byte
 def _check_tools(target: Target, found: Mapping[str, Any]) -> None:
     numbers = tuple(int(part) for part in re.findall(r"\d+", str(found["python"]))[:2])
     if numbers < (3, 8):
-        raise _old_python(target, found["python"])
+        raise old_python(target.name, found["python"])
     if found.get("numpy") is None:
         raise UserError(
             f"{target.name}: NumPy is missing there",
