@@ -198,7 +198,6 @@ class Connection:
         self._reader.join(5)
         to = self._target
         raise session_ended(to.name, to.host, to.python, self._ssh.returncode, self._said, self._expired)
-        )
 
     def _expire(self) -> None:
         self._expired = True
