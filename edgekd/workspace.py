@@ -15,7 +15,7 @@ from typing import Any
 from edgekd.artifact import read_manifest, sha256_file
 from edgekd.console import Terminal
 from edgekd.data import read_dataset
-from edgekd.errors import ArtifactError, UserError
+from edgekd.errors import ArtifactError, DataError, UserError
 from edgekd.recipe import Recipe
 from edgekd.types import Dataset
 
@@ -54,7 +54,7 @@ def open_workspace(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bo
     """Read the recipe's data and hold `out` for this process.
 
     Raises:
-        DataError: the data set cannot be read. UserError: another process works in `out`.
+        DataError: the data set cannot be read, or has nothing to train on. UserError: another process works in `out`.
     """
     with locked(out):
         section = recipe.data
@@ -62,7 +62,20 @@ def open_workspace(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bo
             read_dataset(section.root, split, format=section.format, class_names=section.classes, limit=limit)
             for split, limit in ((section.train, section.limit_train), (section.val, section.limit_val))
         )
+        _require_objects(train, recipe.train.difficult)
         yield Workspace(recipe, train, val, device, Terminal(quiet))
+
+
+def _require_objects(train: Dataset, difficult: bool) -> None:
+    for record in train.records:
+        if len(record.boxes_xyxy) and not (record.crowd | (record.difficult & (not difficult))).all():
+            return
+    raise DataError(
+        f"{train.root}, split {train.split!r}: no object to train on",
+        got=f"{len(train)} images",
+        expected="at least one box of " + ", ".join(train.class_names),
+        fix="`edgekd data check` looks at the whole data set",
+    )
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from edgekd.data import detect_format, list_splits, read_dataset
+from edgekd.data.layout import find_split
 from edgekd.errors import DataError
 from tests.data_layouts import make_coco, make_voc, make_yolo, picture, voc_xml
 
@@ -399,3 +400,31 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "set" / "images" / "train" / "loop").symlink_to(tmp_path / "set" / "images" / "train")
     (tmp_path / "set" / "images" / "train" / "more").symlink_to(tmp_path / "real" / "images" / "train")
     assert [record.image_id for record in read_dataset(tmp_path / "set", "train").records] == ["b", "more/a"]
+
+
+# -- names of splits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "found"),
+    [
+        ("val", ("train", "val", "valid"), "val"),
+        ("val", ("train", "valid"), "valid"),
+        ("valid", ("train", "val"), "val"),
+        ("val", ("train2017", "val2017"), "val2017"),
+        ("train", ("train2017", "val2017"), "train2017"),
+        ("train", ("train2014", "train2017"), None),  # either might be meant
+        ("val", ("train", "test"), None),
+        ("train", (), None),
+    ],
+)
+def test_a_split_is_found_by_the_name_it_usually_has(asked: str, there: tuple[str, ...], found: str | None) -> None:
+    if found is not None:
+        assert find_split(asked, there, Path("d")) == found
+        return
+    with pytest.raises(DataError, match=f"has no split '{asked}'"):
+        find_split(asked, there, Path("d"))
+
+
+def test_official_coco_names_are_found(tiny_coco: Path) -> None:
+    assert read_dataset(tiny_coco, "val", limit=1).split == "val2017"

@@ -12,7 +12,7 @@ import pytest
 from edgekd.artifact import read_manifest
 from edgekd.console import Terminal
 from edgekd.data.scenes import make_scenes
-from edgekd.errors import DistillationSetupError, EdgeKDError, ParityError, RecipeError, UserError
+from edgekd.errors import DataError, DistillationSetupError, EdgeKDError, ParityError, RecipeError, UserError
 from edgekd.pipeline import ChainResult, run_recipe
 from edgekd.recipe import OnnxTeacher, Recipe
 from edgekd.recipe_file import load_recipe
@@ -287,4 +287,17 @@ def test_quiet_shows_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, home: Path) -> None:
     (tmp_path / "f").touch()
     with pytest.raises(UserError, match="is a file"), open_workspace(recipe(home), tmp_path / "f"):
+        pass
+
+
+def test_a_training_split_without_objects_is_refused(tmp_path: Path, home: Path) -> None:
+    bare = Path(shutil.copytree(home / "scenes", tmp_path / "bare"))
+    for path in bare.glob("Annotations/*.xml"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text[: text.index("<object>")] + "</annotation>", encoding="utf-8")
+    overrides = (f"data.root={bare}", "data.classes=[circle]")
+    with (
+        pytest.raises(DataError, match="no object to train on"),
+        open_workspace(recipe(home, *overrides), tmp_path / "out", quiet=True),
+    ):
         pass

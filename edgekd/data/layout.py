@@ -17,6 +17,8 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pnm"}
 )
 
+_VALIDATION = ("val", "valid", "validation")
+
 
 @dataclass(frozen=True)
 class RawObject:
@@ -90,6 +92,21 @@ class Source(Protocol):
         ...
 
 
+def find_split(split: str, splits: tuple[str, ...], root: Path) -> str:
+    """The split of this name, or the only one that means the same: valid for val, train2017 for train.
+
+    Raises:
+        DataError: there is none; the message lists the ones that are.
+    """
+    if split not in splits:
+        same = _VALIDATION if split in _VALIDATION else (split,)
+        alike = [name for name in splits if name in same or (name[:-4] in same and name[-4:].isdigit())]
+        if len(alike) == 1:
+            return alike[0]
+    require_split(split, splits, root)
+    return split
+
+
 def require_split(split: str, splits: tuple[str, ...], root: Path) -> None:
     """Raise unless the split is there.
 
@@ -100,6 +117,9 @@ def require_split(split: str, splits: tuple[str, ...], root: Path) -> None:
         raise DataError(
             f"{printable(root)} has no split {split!r}",
             expected=", ".join(splits) if splits else "at least one split, but none was found",
+            fix="name one of these: `data.train` and `data.val` in a recipe, --split on the command line"
+            if splits
+            else None,
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from edgekd.data.coco import CocoSource, coco_files
-from edgekd.data.layout import Format, Source, require_split
+from edgekd.data.layout import Format, Source, find_split
 from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.records import resolve
 from edgekd.data.voc import VocSource, voc_bases
@@ -18,6 +18,8 @@ from edgekd.errors import DataError
 from edgekd.types import Dataset
 
 _log = logging.getLogger("edgekd.data")
+
+_GIVE_NAMES = "give the class names (`data.classes` in a recipe)"
 
 
 def detect_format(root: Path | str) -> Format:
@@ -85,10 +87,11 @@ def class_names_of(source: Source, asked: Sequence[str] | None) -> tuple[str, ..
     root = printable(source.root)
     if names is None:
         raise DataError(
-            f"{root} does not name its classes", fix="add classes.txt or data.yaml, or give the class names"
+            f"{root} does not name its classes",
+            fix=f"add classes.txt or data.yaml, or {_GIVE_NAMES}",
         )
     if not names:
-        raise DataError(f"{root}: no class is annotated in any split", fix="give the class names")
+        raise DataError(f"{root}: no class is annotated in any split", fix=_GIVE_NAMES)
     if len(set(names)) != len(names):
         raise DataError("class names repeat", got=", ".join(names))
     odd = [name for name in names if printable(name) != name or not name.strip()]
@@ -105,7 +108,8 @@ def read_dataset(
     class_names: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> Dataset:
-    """Read one split, or its first `limit` images. Boxes are clipped or refused as `records` states.
+    """Read one split, or its first `limit` images. "val" finds "valid", and "train" finds "train2017", where that is the
+    only one which can be meant. Boxes are clipped or refused as `records` states.
 
     Class names in `class_names` fix the labels; otherwise they are the data set's own over all of its splits. What is
     left out is counted in one logged warning; `check_dataset` names each case.
@@ -115,7 +119,7 @@ def read_dataset(
             or unreadable image or annotation, a class that is not in `class_names`, ids that repeat.
     """
     source = open_source(root, format)
-    require_split(split, source.splits(), source.root)
+    split = find_split(split, source.splits(), source.root)
     names = class_names_of(source, class_names)
     problems: list[Problem] = []
     resolved = resolve(source.scan(split, problems, limit), names, split, problems)

@@ -207,7 +207,7 @@ class SSD(Detector):
             raise RecipeError(
                 f"{self.spec.model} cannot train on one image at a time: its coarsest level has one cell, of which batch "
                 "norm has no variance",
-                fix="set train.batch_size to 2 or more",
+                fix="set train.batch_size to 2 or more, and give it 2 images or more",
             )
         maps = self.backbone(images)
         levels = self.neck(maps)
