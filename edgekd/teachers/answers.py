@@ -57,7 +57,7 @@ def collect_answers(
         if found is None:
             finished = False
             found = {
-                record.image_id: teacher.answer(load_image(record.path))
+                record.image_id: _as_stored(teacher.answer(load_image(record.path)))
                 for record in _counted(records, answers, len(dataset), progress)
             }
             _write_shard(path, found)
@@ -75,6 +75,11 @@ def collect_answers(
             stale.unlink()
         write_manifest(folder, "answers", inputs, names, {"teacher": teacher.name, "images": len(dataset)})
     return answers
+
+
+def _as_stored(answer: SoftDetections) -> SoftDetections:
+    """Rounded as a shard rounds it, so that a run that reads its answers back repeats the one that asked for them."""
+    return SoftDetections(answer.boxes_xyxy, answer.class_probs.astype(np.float16).astype(np.float32))
 
 
 def _counted(
