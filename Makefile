@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/edgekd data make --out $(DEMO)-data --train 800 --val 200 --seed 0
+	$(BIN)/edgekd data make --out $(DEMO)-data --train 600 --val 250 --seed 0
 	$(BIN)/edgekd run recipes/demo.yaml --out $(DEMO) --set data.root=$(DEMO)-data
 
 test: $(INSTALLED)
