@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from edgekd import __version__
@@ -238,3 +240,19 @@ def test_bench_refuses_what_it_cannot_read(scenes: Path) -> None:
     assert result.exit_code == 2
     assert "no.onnx" in result.stderr
     assert edgekd("bench", "a.onnx", "--ensemble", "--data", scenes, "--split", "val").exit_code == 2
+
+
+def test_every_command_takes_json_and_quiet() -> None:
+    def commands(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], set[str]]]:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from commands(command, (*path, name))
+            else:
+                yield (*path, name), {option for parameter in command.params for option in parameter.opts}
+
+    lacking = {
+        " ".join(path): sorted({"--json", "--quiet"} - options)
+        for path, options in commands(get_command(app), ())
+        if not {"--json", "--quiet"} <= options
+    }
+    assert lacking == {}

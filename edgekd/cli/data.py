@@ -102,10 +102,11 @@ def convert(
     split: SplitsOption = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the images instead of copying them.")] = False,
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a data set in another layout, without loss."""
     session = session_of(context)
-    session.merge(json=json)
+    session.merge(json=json, quiet=quiet)
     from edgekd.data.convert import convert_dataset
 
     report = convert_dataset(source, out, to, format=format, splits=split, link=link)

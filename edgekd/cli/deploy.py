@@ -75,10 +75,10 @@ InputSizeOption = Annotated[
 ]
 
 
-def doctor(context: typer.Context, json: JsonOption = False) -> None:
+def doctor(context: typer.Context, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Say what this machine can do, and how to get what is missing."""
     session = session_of(context)
-    session.merge(json=json)
+    session.merge(json=json, quiet=quiet)
     from edgekd.doctor import examine, show
 
     found = examine()
@@ -305,10 +305,11 @@ def report(
         Path | None, typer.Option("--out", "-o", help="Where to write; DIR/report.html if not given.")
     ] = None,
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write one self-contained HTML page of all results in a folder."""
     session = session_of(context)
-    session.merge(json=json)
+    session.merge(json=json, quiet=quiet)
     from edgekd.report.page import write_report
 
     page = write_report(folder, out or folder / "report.html")

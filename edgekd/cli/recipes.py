@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgekd.cli.session import JsonOption, SetOption, session_of
+from edgekd.cli.session import JsonOption, QuietOption, SetOption, session_of
 
 app = typer.Typer(no_args_is_help=True, help="Check a recipe, or print its JSON schema.")
 
@@ -20,10 +20,11 @@ def check(
     files: Annotated[bool, typer.Option("--files/--no-files", help="Also check that its files are there.")] = True,
     sets: SetOption = None,
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Check a recipe and print it with every default filled in."""
     session = session_of(context)
-    session.merge(json=json, sets=sets)
+    session.merge(json=json, sets=sets, quiet=quiet)
     from edgekd.recipe_file import dump_recipe, load_recipe
 
     checked = load_recipe(recipe, session.overrides, needs=("data", "student", "teacher-files") if files else ())
@@ -31,10 +32,10 @@ def check(
 
 
 @app.command()
-def schema(context: typer.Context, json: JsonOption = False) -> None:
+def schema(context: typer.Context, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Print the JSON schema of recipes, for editors."""
     session = session_of(context)
-    session.merge(json=json)
+    session.merge(json=json, quiet=quiet)
     from edgekd.recipe_file import recipe_schema
 
     data = recipe_schema()
