@@ -428,3 +428,8 @@ def test_a_split_is_found_by_the_name_it_usually_has(asked: str, there: tuple[st
 
 def test_official_coco_names_are_found(tiny_coco: Path) -> None:
     assert read_dataset(tiny_coco, "val", limit=1).split == "val2017"
+
+
+def test_a_data_set_without_splits_says_how_to_make_them() -> None:
+    with pytest.raises(DataError, match=r"ImageSets/Main/train.txt"):
+        find_split("train", ("all",), Path("d"))

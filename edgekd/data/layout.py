@@ -114,10 +114,13 @@ def require_split(split: str, splits: tuple[str, ...], root: Path) -> None:
         DataError: it is not; the message lists the ones that are.
     """
     if split not in splits:
+        unsplit = splits == ("all",)
         raise DataError(
             f"{printable(root)} has no split {split!r}",
             expected=", ".join(splits) if splits else "at least one split, but none was found",
-            fix="name one of these: `data.train` and `data.val` in a recipe, --split on the command line"
+            fix="list one image name a line in ImageSets/Main/train.txt and ImageSets/Main/val.txt"
+            if unsplit
+            else "name one of these: `data.train` and `data.val` in a recipe, --split on the command line"
             if splits
             else None,
         )
