@@ -118,7 +118,8 @@ def require_split(split: str, splits: tuple[str, ...], root: Path) -> None:
         raise DataError(
             f"{printable(root)} has no split {split!r}",
             expected=", ".join(splits) if splits else "at least one split, but none was found",
-            fix="list one image name a line in ImageSets/Main/train.txt and ImageSets/Main/val.txt"
+            fix="it has no splits yet: VOC lists image names in ImageSets/Main/train.txt and val.txt, COCO has a JSON file "
+            "for each split, YOLO a folder"
             if unsplit
             else "name one of these: `data.train` and `data.val` in a recipe, --split on the command line"
             if splits
