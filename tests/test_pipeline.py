@@ -89,9 +89,9 @@ def test_what_is_left_behind(chain: ChainResult) -> None:
     assert roles == [
         ("one", "teacher"),
         ("two", "teacher"),
+        ("ensemble", "ensemble"),
         ("student", "student"),
         ("distilled", "student_distilled"),
-        ("ensemble", "ensemble"),
     ]
     assert chain.result["data"]["synthetic"] is True
     json.dumps(chain.to_dict(), allow_nan=False)
@@ -100,7 +100,7 @@ def test_what_is_left_behind(chain: ChainResult) -> None:
 @pytest.mark.slow
 def test_the_table_has_every_row_and_says_what_distillation_brought(chain: ChainResult) -> None:
     lines = chain.table.splitlines()
-    assert [line.split()[0] for line in lines[2:7]] == ["one", "two", "student", "distilled", "ensemble"]
+    assert [line.split()[0] for line in lines[2:7]] == ["one", "two", "ensemble", "student", "distilled"]
     assert "synthetic" in chain.table
     assert "Distillation" in chain.table
     assert summary_text(chain.result) == chain.table
@@ -144,7 +144,7 @@ def test_an_export_that_fails_is_left_out_and_told(home: Path, run: Path, monkey
     monkeypatch.setattr(pipeline, "export_run", fail)
     result = run_recipe(recipe(home, "export.precisions=[fp32,fp16]"), run, quiet=True)
     assert [str(error) for error in result.failures] == ["fp16 differs", "fp16 differs"]
-    assert [row["name"] for row in result.result["rows"]] == ["one", "two", "student", "distilled", "ensemble"]
+    assert [row["name"] for row in result.result["rows"]] == ["one", "two", "ensemble", "student", "distilled"]
 
 
 def test_another_run_is_never_overwritten(home: Path, tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_learning_rate_warms_up_then_falls_to_its_floor() -> None:
     factors = [lr_factor(step, 100, config) for step in range(100)]
     assert factors[0] < factors[5] < factors[10] == pytest.approx(1.0)
     assert factors[99] == pytest.approx(0.1, abs=0.01)
-    assert all(a >= b for a, b in itertools.pairwise(factors))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_the_log_is_json_line_by_line(tmp_path: Path) -> None:
