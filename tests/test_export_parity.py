@@ -216,7 +216,9 @@ def test_export_run(checkpoint: Path, data: ExportData, tmp_path: Path, precisio
     assert files(out.parent) == [f"toy.{precision}.nms.onnx", f"toy.{precision}.onnx"]
     assert (result.path, result.complete) == (out, complete_path(out))
     assert [report.precision for report in result.parity] == (["fp32"] if precision == "fp32" else ["fp32", precision])
-    assert all(report.ok and report.images == len(data.train or ()) and not report.generated for report in result.parity)
+    assert all(
+        report.ok and report.images == len(data.train or ()) and not report.generated for report in result.parity
+    )
     metadata = metadata_of(onnx.load(out))
     assert metadata["edgekd.precision"] == precision
     assert json.loads(metadata["edgekd.provenance"])["run"] == {"seed": 3, "metrics": {"ap50": 0.5}}
