@@ -63,7 +63,7 @@ class DataConfig(_Section):
     classes: tuple[str, ...] | None = Field(
         None, description="Class names in label order; found in the data if left out."
     )
-    workers: Count | Literal["auto"] = Field("auto", description="Loader processes; auto keeps the step fed.")
+    workers: Count | Literal["auto"] = Field("auto", description="Loader threads; auto fits the machine.")
     cache_mib: int = Field(1024, ge=0, description="Memory for decoded images; 0 decodes every time.")
     limit_train: int | None = Field(None, ge=1, description="Use only the first N training images.")
     limit_val: int | None = Field(None, ge=1, description="Use only the first N validation images.")
