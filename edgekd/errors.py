@@ -76,6 +76,10 @@ class DistillationSetupError(UserError):
     """A distillation term cannot be built for this pair; the message lists both sides' grids and channels."""
 
 
+class TeacherError(UserError):
+    """A teacher fails on an image, or gives an answer that cannot be used; names the teacher and the image."""
+
+
 class MissingDependencyError(UserError):
     """An optional package or device is not there; the message says how to get it."""
 

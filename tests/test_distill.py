@@ -13,7 +13,7 @@ import torch
 from edgekd.checkpoint import load_detector
 from edgekd.detectors.base import Detector
 from edgekd.distill import Distiller, TeacherSet, fuse_answers
-from edgekd.errors import DistillationSetupError
+from edgekd.errors import DistillationSetupError, TeacherError
 from edgekd.recipe import DistillConfig, TermConfig
 from edgekd.runlog import read_log
 from edgekd.teachers.answers import collect_answers
@@ -198,3 +198,15 @@ def test_a_black_box_that_finds_nothing_is_an_error(tmp_path: Path) -> None:
     native.detector = None  # type: ignore[assignment]  # a black box
     with pytest.raises(DistillationSetupError, match="finds nothing"):
         collect_answers(native, dataset, tmp_path / "answers", {})
+
+
+def test_a_teacher_that_fails_is_named_with_the_image(tmp_path: Path) -> None:
+    class Broken(ToyTeacher):
+        def answer(self, image: np.ndarray) -> SoftDetections:
+            return SoftDetections(np.full((1, 4), np.nan, np.float32), np.ones((1, 2), np.float32))
+
+    dataset = make_job(tmp_path).dataset
+    with pytest.raises(TeacherError) as caught:
+        collect_answers(Broken(toy_detector(), "broken"), dataset, tmp_path / "answers", {})
+    assert "broken" in str(caught.value)
+    assert dataset.records[0].path.name in str(caught.value)

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgekd.artifact import atomic_path, is_current, sha256_file, sha256_json, write_manifest
 from edgekd.data.images import load_image
-from edgekd.errors import DistillationSetupError
+from edgekd.errors import DistillationSetupError, EdgeKDError, TeacherError
 from edgekd.teachers.base import Teacher
 from edgekd.types import Dataset, ImageRecord, SoftDetections
 
@@ -57,7 +57,7 @@ def collect_answers(
         if found is None:
             finished = False
             found = {
-                record.image_id: _as_stored(teacher.answer(load_image(record.path)))
+                record.image_id: _as_stored(_ask(teacher, record))
                 for record in _counted(records, answers, len(dataset), progress)
             }
             _write_shard(path, found)
@@ -80,6 +80,20 @@ def collect_answers(
 def _as_stored(answer: SoftDetections) -> SoftDetections:
     """Rounded as a shard rounds it, so that a run that reads its answers back repeats the one that asked for them."""
     return SoftDetections(answer.boxes_xyxy, answer.class_probs.astype(np.float16).astype(np.float32))
+
+
+def _ask(teacher: Teacher, record: ImageRecord) -> SoftDetections:
+    image = load_image(record.path)
+    try:
+        return teacher.answer(image)
+    except (EdgeKDError, ValueError) as error:
+        what = error.what if isinstance(error, EdgeKDError) else str(error)
+        raise TeacherError(
+            f"teacher {teacher.name} cannot answer {record.path.name}: {what}",
+            got=getattr(error, "got", None),
+            expected=getattr(error, "expected", None),
+            fix=getattr(error, "fix", None) or f"try it alone: edgekd predict FILE {record.path.name} --out DIR",
+        ) from error
 
 
 def _counted(
