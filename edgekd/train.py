@@ -1,4 +1,7 @@
-"""The training loop: one for students, teachers and distillation, on one device or many.
+"""The training loop: one for students, teachers and distillation.
+
+Under torchrun every process gets its share of each batch, but this has not been tested yet, and losses are normalised by each
+process's own objects: do not expect the losses of one process.
 
 Built on Lightning Fabric, which owns devices, precision and distribution and leaves the loop to be read here. Chosen over
 Accelerate because it keeps no global state, patches nothing, and needs no model hub.
