@@ -78,6 +78,9 @@ class AugmentConfig(_Section):
     iou_crop: float = Field(0.85, ge=0, le=1, description="Chance of a crop with a minimum IoU with some object.")
     min_crop: float = Field(0.3, gt=0, le=1, description="Smallest side of a crop, as a share of the image's.")
     flip: float = Field(0.5, ge=0, le=1, description="Chance of a horizontal flip.")
+    flip_vertical: float = Field(
+        0.0, ge=0, le=1, description="Chance of a vertical flip: for pictures without an up, as from a microscope."
+    )
     mosaic: float = Field(0.0, ge=0, le=1, description="Chance of a four-image mosaic.")
     close_mosaic_epochs: int = Field(5, ge=0, description="Last epochs that go without mosaic.")
 

@@ -68,11 +68,11 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("flip", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("out_hw", [(300, 300), (96, 201), (64, 64)])
-def test_boxes_land_on_their_pixels(name: str, flip: bool, out_hw: tuple[int, int]) -> None:
+def test_boxes_land_on_their_pixels(name: str, flip: tuple[bool, bool], out_hw: tuple[int, int]) -> None:
     box = [50, 30, 110, 90]
-    view = View((ViewPart(0, (120, 160), WINDOWS[name], flip=flip),))
+    view = View((ViewPart(0, (120, 160), WINDOWS[name], flip=flip[0], flip_vertical=flip[1]),))
     picture = render_view(view, lambda _: rectangle_image((120, 160), box, (255, 0, 0)), out_hw)
     (mapped,), rows = boxes_in_view(view, {0: np.array([box], np.float32)}, out_hw)
     assert rows.tolist() == [[0, 0]]
@@ -249,6 +249,7 @@ def test_crops_keep_the_promises_of_the_ssd_sampler() -> None:
             lambda v: v.parts[0].window_xyxy == (0, 0, 160, 120),
         ),
         (AugmentConfig(photometric=0, zoom_out=0, iou_crop=0, flip=1), lambda v: v.parts[0].flip),
+        (AugmentConfig(photometric=0, zoom_out=0, iou_crop=0, flip_vertical=1), lambda v: v.parts[0].flip_vertical),
         (AugmentConfig(photometric=0, zoom_out=0, iou_crop=0, flip=0), lambda v: v.photometric is None),
         (AugmentConfig(photometric=1), lambda v: v.photometric is not None and v.photometric.brightness != 0),
         (

@@ -47,6 +47,7 @@ class ViewPart:
         window_xyxy: original pixels; may reach beyond the image, where the view shows its fill colour.
         target_xyxy: where the window lands, in [0, 1] of the view's width and height.
         flip: mirrored left to right.
+        flip_vertical: mirrored top to bottom.
     """
 
     record_index: int
@@ -54,6 +55,7 @@ class ViewPart:
     window_xyxy: Rect
     target_xyxy: Rect = (0.0, 0.0, 1.0, 1.0)
     flip: bool = False
+    flip_vertical: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class View:
                     cast(Rect, tuple(float(v) for v in part["window_xyxy"])),
                     cast(Rect, tuple(float(v) for v in part["target_xyxy"])),
                     bool(part["flip"]),
+                    bool(part.get("flip_vertical", False)),  # views written before there was such a thing
                 )
                 for part in data["parts"]
             )
@@ -142,8 +145,14 @@ def sample_view(
     else:
         record = dataset.records[record_index]
         window = _expand(_sample_window(record, config, rng), aspect)
-        parts = (ViewPart(record_index, record.image_hw, window, flip=bool(rng.random() < config.flip)),)
+        parts = (ViewPart(record_index, record.image_hw, window, (0.0, 0.0, 1.0, 1.0), *_sample_flips(config, rng)),)
     return View(parts, photometric, (fill, fill, fill))
+
+
+def _sample_flips(config: AugmentConfig, rng: np.random.Generator) -> tuple[bool, bool]:
+    """(left to right, top to bottom); nothing is drawn for a flip that is off, so that old seeds keep their views."""
+    horizontal = bool(rng.random() < config.flip)
+    return horizontal, config.flip_vertical > 0 and bool(rng.random() < config.flip_vertical)
 
 
 def _sample_window(record: ImageRecord, config: AugmentConfig, rng: np.random.Generator) -> Rect:
@@ -201,8 +210,8 @@ def _mosaic_parts(
         height = (whole[3] - whole[1]) * (target[3] - target[1]) / zoom
         left = float(rng.uniform(min(0.0, w - width), max(0.0, w - width)))
         top = float(rng.uniform(min(0.0, h - height), max(0.0, h - height)))
-        flip = bool(rng.random() < config.flip)
-        parts.append(ViewPart(index, record.image_hw, (left, top, left + width, top + height), target, flip))
+        window = (left, top, left + width, top + height)
+        parts.append(ViewPart(index, record.image_hw, window, target, *_sample_flips(config, rng)))
     return tuple(parts)
 
 
@@ -224,7 +233,8 @@ def _axes(part: ViewPart, out_hw: tuple[int, int]) -> tuple[Axis, Axis] | None:
     """(x, y) maps of a part at an output size, or None where it shows no pixel of its image."""
     (h, w), (x1, y1, x2, y2), (u1, v1, u2, v2) = part.image_hw, part.window_xyxy, part.target_xyxy
     cell_x, cell_y = (round(u1 * out_hw[1]), round(u2 * out_hw[1])), (round(v1 * out_hw[0]), round(v2 * out_hw[0]))
-    along_x, along_y = place_axis((x1, x2), w, cell_x, part.flip), place_axis((y1, y2), h, cell_y, False)
+    along_x = place_axis((x1, x2), w, cell_x, part.flip)
+    along_y = place_axis((y1, y2), h, cell_y, part.flip_vertical)
     return None if along_x is None or along_y is None else (along_x, along_y)
 
 
@@ -257,8 +267,10 @@ def render_view(view: View, load: Callable[[int], ImageArray], out_hw: tuple[int
             )
         place_hw = (y.place[1] - y.place[0], x.place[1] - x.place[0])
         patch, _ = resize(image[slice(*y.crop), slice(*x.crop)], PreprocessSpec(place_hw))
-        if part.flip:
-            patch = np.asarray(cv2.flip(patch, 1), np.uint8)
+        if part.flip or part.flip_vertical:
+            # cv2's code: 1 left to right, 0 top to bottom, -1 both
+            code = -1 if part.flip and part.flip_vertical else int(part.flip)
+            patch = np.asarray(cv2.flip(patch, code), np.uint8)
         if view.photometric is not None:
             patch = distort(patch, view.photometric)
         out[slice(*y.place), slice(*x.place)] = patch
