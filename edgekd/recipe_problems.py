@@ -171,15 +171,22 @@ def _key_hint(path: KeyPath, data: Any) -> str:
     near = difflib.get_close_matches(key, section.model_fields, 1, 0.7)
     if near:
         return f"; did you mean {near[0]}?"
-    homes = [
-        dotted((name, key))
-        for name, field in Recipe.model_fields.items()
-        if name != "teachers" and any(key in model.model_fields for model in _models(field.annotation))
-    ]
-    if key in Recipe.model_fields:
-        homes.insert(0, f"{key} at the top level")
+    homes = [f"{key} at the top level"] if key in Recipe.model_fields else []
+    nested = _nested_names()
+    for known in difflib.get_close_matches(key, nested, 1, 0.8):
+        homes += [dotted((name, known)) for name in nested[known]]
     if homes:
         return f"; did you mean {' or '.join(homes[:3])}?"
     near = difflib.get_close_matches(key, section.model_fields, 1, 0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"; {hint}expected one of {', '.join(section.model_fields)}"
+
+
+def _nested_names() -> dict[str, list[str]]:
+    """Keys within the sections, each with the sections that have it; a teacher's are left out."""
+    found: dict[str, list[str]] = {}
+    for name, field in Recipe.model_fields.items():
+        for model in _models(field.annotation) if name != "teachers" else ():
+            for key in model.model_fields:
+                found.setdefault(key, []).append(name)
+    return found

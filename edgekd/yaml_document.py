@@ -6,6 +6,7 @@ are no dates, no octal numbers and no tags. Anchors, aliases and merge keys work
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -81,20 +82,23 @@ class Document:
         raise KeyError(path)
 
     def set(self, path: KeyPath, value: Any, place: Place) -> None:
-        """Put `value` at `path`, making mappings on the way; from now on its place is `place`.
+        """Put `value` at `path`, making mappings and lists on the way; their place, and its own, is `place` from now on.
 
         Raises:
             LookupError: the path leads through something that is not a mapping or a list with that entry.
         """
         parent = self.data
         exact: list[str | int] = []
-        for part in path[:-1]:
+        for part, below in itertools.pairwise(path):
             exact.append(_entry(parent, part, exact))
+            made: Any = [] if str(below) == "0" else {}
             if isinstance(parent, dict) and parent.get(exact[-1]) is None:
-                parent[exact[-1]] = {}
+                parent[exact[-1]] = made
             elif isinstance(parent, list) and exact[-1] == len(parent):
-                parent.append({})
+                parent.append(made)
             parent = parent[exact[-1]]
+            if parent is made:
+                self.keys[tuple(exact)] = self.values[tuple(exact)] = place
         exact.append(_entry(parent, path[-1], exact))
         if isinstance(parent, list) and exact[-1] == len(parent):
             parent.append(value)

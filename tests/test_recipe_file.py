@@ -301,6 +301,13 @@ def test_an_override_can_add_to_a_list(tmp_path: Path) -> None:
     assert [teacher.name for teacher in recipe.teachers] == ["box", "own", "more"]
 
 
+def test_an_override_can_begin_a_list(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write(tmp_path, GOOD.partition("teachers:")[0]), ("teachers.0.name=more", "teachers.0.onnx=m.onnx")
+    )
+    assert [teacher.name for teacher in recipe.teachers] == ["more"]
+
+
 OVERRIDES = {
     "epochs": "expected KEY=VALUE, such as train.epochs=3 or teachers.0.weight=2",
     "=3": "expected KEY=VALUE, such as train.epochs=3 or teachers.0.weight=2",
@@ -308,6 +315,11 @@ OVERRIDES = {
     "train.epoch=3": "train.epoch: unknown key; did you mean epochs?",
     "teachers.7.weight=1": "teachers.7.weight: teachers is a list of 2: expected an index from 0 to 2, got '7'",
     "teachers.x.weight=1": "teachers.x.weight: teachers is a list of 2: expected an index from 0 to 2, got 'x'",
+    "nosuch.key=1": "nosuch: unknown key; did you mean bench? expected one of name, seed",
+    "trian.epochs=3": "trian: unknown key; did you mean train?",
+    "data.nosuch.deep.key=1": "data.nosuch: unknown key; expected one of root",
+    "epohcs=3": "epohcs: unknown key; did you mean train.epochs?",
+    "teachers.2.onxn=a.onnx": "teachers.2: says not what the teacher is",
     "name.x=1": "name.x: name is not a mapping or a list, it has no 'x'",
     "train=3": "train: got 3, expected a mapping",
     "train.lr=[": "train.lr: not YAML",
