@@ -9,14 +9,14 @@ import pytest
 from edgekd.bench.complexity import describe_artifact
 from edgekd.bench.device import Contention, device_facts
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble
-from edgekd.bench.examples import read_examples
+from edgekd.bench.examples import agreement, read_examples
 from edgekd.bench.memory import process_peak_bytes
 from edgekd.bench.result import read_result
 from edgekd.bench.runner import bench_artifacts
 from edgekd.bench.saved import read_saved
 from edgekd.errors import ArtifactError, ClassMapError, DataError
 from edgekd.recipe import BenchConfig
-from edgekd.types import Dataset
+from edgekd.types import Dataset, Detections, ImageRecord
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, POOR_SCORES, make_dataset, write_detector
 
 CONFIG = BenchConfig(samples=20, warmup_seconds=0.0, threads=1)
@@ -104,9 +104,39 @@ def test_saved_detections_and_examples(bench: tuple[dict, Path, Dataset]) -> Non
     assert first.detections[0].boxes_xyxy[0].tolist() == pytest.approx([20, 20, 60, 60])
     assert first.stages_ms.shape == (10, 2, 3)
     assert set(first.curves) == {"", "round", "square"}
-    examples = read_examples(out.parent / result["files"]["examples"])
-    assert len(examples) == 8
+    read = read_examples(out.parent / result["files"]["examples"])
+    examples = read["images"]
+    assert len(examples) == len(dataset)  # fewer than are wanted
+    reference, student = (next(r for r in saved.rows if r.name == name) for name in (result["reference"], "distilled"))
+    objects = sum(int((~r.difficult & ~r.crowd).sum()) for r in dataset.records)
+    agreed = read["agreement"]
+    assert agreed == agreement(dataset.records, reference.detections, student.detections, dataset.class_names)
+    assert sum(agreed["objects"].values()) == objects == sum(sum(v.values()) for v in agreed["per_class"].values())
+    assert sum(agreed["images"].values()) == len(dataset)
+    for row in result["rows"]:
+        low, high = row["latency_ms"]["median_interval"]
+        assert low <= row["latency_ms"]["median"] <= high
+        assert len(row["latency_ms"]["percentiles"]) == 101
     assert all((out.parent / "examples" / e["file"]).is_file() for e in examples)
+
+
+def test_agreement_counts_every_object_once() -> None:
+    boxes = np.array([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10], [80, 0, 90, 10]], np.float32)
+    ignored = np.array([False, False, False, False, True])
+    none = np.zeros(5, bool)
+    record = ImageRecord("a", Path("a"), (20, 100), boxes, np.array([0, 0, 1, 1, 1]), ignored, none)
+
+    def finds(*indices: int, score: float = 0.9) -> Detections:
+        index = list(indices)
+        return Detections(boxes[index], np.full(len(index), score, np.float32), record.labels[index])
+
+    found = agreement([record], [finds(0, 1, 4)], [finds(1, 2)], ("round", "square"))
+    assert found["objects"] == {"neither": 1, "reference": 1, "student": 1, "both": 1}
+    assert found["per_class"]["round"] == {"neither": 0, "reference": 1, "student": 0, "both": 1}
+    assert found["images"] == {"reference_ahead": 0, "level": 1, "student_ahead": 0}
+    faint = agreement([record], [finds(0)], [finds(0, score=0.1)], ("round", "square"))
+    assert faint["objects"]["reference"] == 1
+    assert faint["images"]["reference_ahead"] == 1
 
 
 def test_the_ensemble_answers_as_it_would_alone(bench: tuple[dict, Path, Dataset], tmp_path: Path) -> None:

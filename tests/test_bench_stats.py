@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgekd.bench.stats import drift, has_settled, median_ratio, summarise
+from edgekd.bench.stats import drift, has_settled, median_interval, median_ratio, percentiles, summarise
 
 
 def test_nothing_is_cut_and_p99_waits_for_a_thousand() -> None:
@@ -14,6 +14,21 @@ def test_nothing_is_cut_and_p99_waits_for_a_thousand() -> None:
     assert many.to_dict()["p90"] == pytest.approx(900.1)
     with pytest.raises(ValueError, match="no latency samples"):
         summarise(np.zeros((0, 3)))
+
+
+def test_percentiles_reach_both_ends() -> None:
+    found = percentiles(np.arange(101.0).reshape(1, 101))
+    assert found == [float(i) for i in range(101)]
+
+
+def test_median_interval_covers_the_median_and_widens_with_rounds_that_differ() -> None:
+    rng = np.random.default_rng(0)
+    calm = rng.normal(10, 0.2, (20, 10))
+    low, high = median_interval(calm)
+    assert low < 10 < high
+    assert high - low < 0.2
+    moody = median_interval(calm * rng.normal(1, 0.3, (20, 1)))
+    assert moody[1] - moody[0] > 5 * (high - low)
 
 
 def test_ratio_interval_covers_the_truth_and_widens_with_drift() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekd.artifact import atomic_path, write_json
 from edgekd.bench.matching import assign
@@ -28,13 +29,13 @@ def choose_examples(
     reference: Sequence[Detections],
     student: Sequence[Detections],
     *,
-    count: int = 8,
+    count: int = 18,
     seed: int = 0,
 ) -> list[tuple[int, str]]:
     """(image index, why) of images worth showing.
 
-    A quarter are those where the reference has most over the student, a quarter the other way round, the rest random
-    among images with objects.
+    A third are those where the reference has most over the student, a third the other way round, the rest random among
+    images with objects.
     """
     rng = np.random.default_rng(seed)
     lead = np.array(
@@ -46,7 +47,7 @@ def choose_examples(
     chosen: dict[int, str] = {}
     ranked = np.argsort(-lead, kind="stable").tolist()
     for order, sign, why in ((ranked, 1, "reference ahead"), (ranked[::-1], -1, "student ahead")):
-        for index in order[: max(1, count // 4)]:
+        for index in order[: max(1, count // 3)]:
             if lead[index] * sign > 0:
                 chosen[index] = why
     with_objects = [i for i, record in enumerate(records) if len(record.labels)] or list(range(len(records)))
@@ -64,14 +65,53 @@ def _mistakes(record: ImageRecord, found: Detections) -> int:
     return to_find - int((verdict == 1).sum()) + int((verdict == 0).sum())
 
 
+def agreement(
+    records: Sequence[ImageRecord],
+    reference: Sequence[Detections],
+    student: Sequence[Detections],
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """Which objects both models find (at `SHOWN_SCORE`, IoU 0.5), only one, or neither: in all and by class."""
+    kinds = ("neither", "reference", "student", "both")
+    counts = np.zeros((len(class_names), 4), np.int64)
+    leads = []
+    for record, theirs, ours in zip(records, reference, student, strict=True):
+        found = _found(record, theirs) + 2 * _found(record, ours)
+        real = ~(record.difficult | record.crowd)
+        np.add.at(counts, (record.labels[real], found[real]), 1)
+        leads.append(_mistakes(record, ours) - _mistakes(record, theirs))
+    sign = np.sign(leads)
+    return {
+        "objects": dict(zip(kinds, counts.sum(0).tolist(), strict=True)),
+        "per_class": {
+            name: dict(zip(kinds, row, strict=True)) for name, row in zip(class_names, counts.tolist(), strict=True)
+        },
+        "images": {
+            "reference_ahead": int((sign > 0).sum()),
+            "level": int((sign == 0).sum()),
+            "student_ahead": int((sign < 0).sum()),
+        },
+    }
+
+
+def _found(record: ImageRecord, found: Detections) -> NDArray[np.int64]:
+    """(N,) 1 for each object that a shown detection is assigned to."""
+    _, owners = assign(record, shown(found))
+    out = np.zeros(len(record.labels), np.int64)
+    out[owners[owners >= 0]] = 1
+    return out
+
+
 def shown(found: Detections) -> Detections:
     """The detections that a picture shows, best first."""
     kept = found.take(found.scores >= SHOWN_SCORE)
     return kept.take(np.argsort(-kept.scores, kind="stable"))
 
 
-def write_examples(folder: Path, dataset: Dataset, chosen: Sequence[tuple[int, str]]) -> Path:
-    """Write small JPEGs and `examples.json` with their ground truth; returns the JSON file.
+def write_examples(
+    folder: Path, dataset: Dataset, chosen: Sequence[tuple[int, str]], agreed: Mapping[str, Any] | None = None
+) -> Path:
+    """Write small JPEGs and `examples.json` with their ground truth, and `agreement`; returns the JSON file.
 
     The pictures are copies, so that a report can be made where the data set is not.
     """
@@ -95,12 +135,12 @@ def write_examples(folder: Path, dataset: Dataset, chosen: Sequence[tuple[int, s
             }
         )
     path = folder / "examples.json"
-    write_json(path, {"schema": SCHEMA, "shown_score": SHOWN_SCORE, "images": items})
+    write_json(path, {"schema": SCHEMA, "shown_score": SHOWN_SCORE, "agreement": agreed, "images": items})
     return path
 
 
-def read_examples(path: Path) -> list[dict[str, Any]]:
-    """The entries of an `examples.json`.
+def read_examples(path: Path) -> dict[str, Any]:
+    """What an `examples.json` holds: "images", and "agreement" where it is not older than that.
 
     Raises:
         ArtifactError: it cannot be read.
@@ -111,7 +151,7 @@ def read_examples(path: Path) -> list[dict[str, Any]]:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != SCHEMA:
             raise ArtifactError(f"{path}: unknown schema", got=data["schema"], expected=SCHEMA)
-        return list(data["images"])
+        return {**data, "images": list(data["images"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: cannot be read", got=error, fix="run the benchmark again") from error
 

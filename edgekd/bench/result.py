@@ -15,7 +15,7 @@ from edgekd.bench.latency import STAGES, Measurement
 from edgekd.bench.matching import match_coco
 from edgekd.bench.memory import PeakMemory
 from edgekd.bench.precision_recall import percentile_interval, resampled_ap50
-from edgekd.bench.stats import drift, median_ratio, summarise
+from edgekd.bench.stats import drift, median_interval, median_ratio, percentiles, summarise
 from edgekd.errors import ArtifactError
 from edgekd.types import Dataset, Detections
 
@@ -44,7 +44,11 @@ def result_row(
         **identity,
         "sha256": facts.sha256,
         "precision": facts.precision,
-        "latency_ms": summarise(measurement.total_ms).to_dict(),
+        "latency_ms": {
+            **summarise(measurement.total_ms).to_dict(),
+            "median_interval": median_interval(measurement.total_ms),
+            "percentiles": percentiles(measurement.total_ms),
+        },
         "stages_ms": dict(zip(STAGES, medians, strict=True)),
         "settled": measurement.settled,
         "warmup_runs": measurement.warmup_runs,

@@ -18,7 +18,7 @@ from edgekd.bench.complexity import ArtifactFacts, describe_artifact
 from edgekd.bench.device import Contention, device_facts, usable_threads
 from edgekd.bench.energy import measure_energy, uses_gpu
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble, Role, check_entries
-from edgekd.bench.examples import choose_examples, write_examples
+from edgekd.bench.examples import agreement, choose_examples, write_examples
 from edgekd.bench.latency import Measurement, MeasurementPlan, measure
 from edgekd.bench.memory import PeakMemory, peak_memory
 from edgekd.bench.result import SCHEMA, compare, ensemble_facts, headline_rows, result_row, together, warnings_of
@@ -152,7 +152,8 @@ def bench_artifacts(
     first = reference if reference is not None else 0
     second = student if student is not None else len(rows) - 1
     chosen = choose_examples(dataset.records, answers[first], answers[second], seed=seed)
-    write_examples(folder / "examples", dataset, chosen)
+    agreed = agreement(dataset.records, answers[first], answers[second], dataset.class_names)
+    write_examples(folder / "examples", dataset, chosen, agreed)
     write_json(out, result)
     return result
 

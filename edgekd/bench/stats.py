@@ -44,6 +44,11 @@ def summarise(samples_ms: Float64Array) -> LatencySummary:
     )
 
 
+def percentiles(samples_ms: Float64Array) -> list[float]:
+    """Percentiles 0, 1, ... 100 of all samples, in milliseconds: enough to draw their distribution from."""
+    return [round(float(v), 3) for v in np.percentile(np.asarray(samples_ms, np.float64), np.arange(101))]
+
+
 @dataclass(frozen=True)
 class Interval:
     """An estimate with the interval that a bootstrap puts around it."""
@@ -85,6 +90,14 @@ def median_ratio(
     tail = 50.0 * (1.0 - confidence)
     low, high = np.percentile(drawn, [tail, 100.0 - tail])
     return Interval(ratio, float(low), float(high))
+
+
+def median_interval(samples_ms: Float64Array, *, resamples: int = 1000, seed: int = 0) -> list[float]:
+    """[low, high] of the median's 95 % interval in milliseconds, from resampling whole rounds of (rounds, n)."""
+    values = np.asarray(samples_ms, np.float64)
+    draws = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    drawn = np.median(values[draws].reshape(resamples, -1), axis=1)
+    return [round(float(v), 3) for v in np.percentile(drawn, [2.5, 97.5])]
 
 
 def has_settled(recent_ms: Sequence[float], window: int = 10, tolerance: float = 0.03) -> bool:

@@ -52,7 +52,7 @@ def examples_of(folder: Path, saved: Saved, wanted: Sequence[tuple[str, str]]) -
     """
     rows = {row.name: row for row in saved.rows}
     found = []
-    for position, entry in enumerate(read_examples(folder / "examples.json")):
+    for position, entry in enumerate(read_examples(folder / "examples.json")["images"]):
         file = folder / Path(str(entry["file"])).name
         if not file.is_file() or file.stat().st_size > _MAX_JPEG_BYTES:
             continue
