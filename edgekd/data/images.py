@@ -23,6 +23,7 @@ MAX_PIXELS = 89_000_000
 
 _MAX_BYTES = 1 << 30
 _EXIF_ORIENTATION = 0x0112
+_RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since OpenCV 4.11: saves a pass over the pixels
 
 
 def load_image(path: Path | str) -> ImageArray:
@@ -32,7 +33,16 @@ def load_image(path: Path | str) -> ImageArray:
         DataError: the file is missing, empty, truncated, no image, or larger than `MAX_PIXELS`.
     """
     path = Path(path)
-    data = _read(path)
+    return decode_image(_read(path), path)
+
+
+def decode_image(data: bytes, path: Path | str = "image") -> ImageArray:
+    """An image file's bytes as (H, W, 3) uint8 RGB, upright; `path` is for messages.
+
+    Raises:
+        DataError: the bytes are empty, cut off, no image, or of one larger than `MAX_PIXELS`.
+    """
+    path = Path(path)
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(path, image)
@@ -140,11 +150,11 @@ def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
 
 
 def _jpeg_pixels(data: bytes) -> ImageArray:
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = (_RGB or cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if pixels is None:
         raise ValueError("the JPEG data is damaged")
-    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
+    return np.asarray(pixels if _RGB else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def _pillow_pixels(image: Image.Image) -> ImageArray:
