@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
     from importlib import metadata
 
     found = {"edgekd": __version__, "python": platform.python_version()}
-    for name in ("torch", "numpy", "onnx", "onnxruntime", "opencv-python-headless", "tensorrt"):
+    for name in ("torch", "numpy", "onnx", "onnxruntime", "openvino", "opencv-python-headless", "tensorrt"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

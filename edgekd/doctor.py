@@ -269,7 +269,7 @@ def _openvino() -> list[Finding]:
     )
     answer = probe(code)
     detail = f"{answer.get('version')}: {', '.join(answer.get('devices', []))}"
-    return [_finding("OpenVINO", "openvino", answer, detail, "pip install openvino (optional, for Intel CPUs)")]
+    return [_finding("OpenVINO", "openvino", answer, detail, "pip install 'edgekd[openvino]' (optional, for x86 CPUs)")]
 
 
 def _sensors(root: Path) -> list[Finding]:

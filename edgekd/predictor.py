@@ -18,11 +18,12 @@ from edgekd.postprocess import select, select_soft
 from edgekd.preprocess import Geometry
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.base import Runtime
-from edgekd.runtimes.onnx_file import open_onnx
+from edgekd.runtimes.onnx_file import OnnxEngine, open_onnx
 from edgekd.runtimes.outputs import Arrays, OutputFormat, decode
 from edgekd.types import Detections, FloatArray, ImageArray, PreprocessSpec, SoftDetections
 
-RuntimeChoice = Literal["auto", "torch", "onnxruntime", "tensorrt"]
+NaturalRuntime = Literal["torch", "onnxruntime", "tensorrt"]
+RuntimeChoice = Literal["auto", "torch", "onnxruntime", "openvino", "tensorrt"]
 
 LIGHT_NMS_IOU = 0.65
 """For answers that are fused or taught: wider than a deployed detector's, since fusion merges what is left."""
@@ -96,13 +97,13 @@ class Predictor:
         """
         return self.runtime.run(tensor)
 
-    def finish(self, raw: Arrays, geometry: Geometry) -> Detections:
-        """Raw outputs of one image to detections in its own pixels.
+    def finish(self, raw: Arrays, geometry: Geometry, item: int = 0) -> Detections:
+        """Raw outputs of one image, `item` of the batch, to detections in its own pixels.
 
         Raises:
             RuntimeFailure: the outputs are not finite, or not of the format that was recognised.
         """
-        boxes, scores = self.candidates(raw)
+        boxes, scores = self.candidates(raw, item)
         found = select(
             boxes,
             scores,
@@ -245,8 +246,8 @@ def load_predictor(
 
     Args:
         path: the file or folder.
-        runtime: "auto" goes by what the file is.
-        provider: ONNX Runtime's provider, or torch's device; the CPU if left out.
+        runtime: "auto" goes by what the file is; "openvino" runs ONNX files too.
+        provider: ONNX Runtime's provider, or torch's or OpenVINO's device; the CPU if left out.
         threads: threads of one inference; the runtime's own choice if left out.
         score_threshold: candidates must score more than this.
         nms_iou: overlap above which the worse of two boxes of a class goes.
@@ -263,7 +264,8 @@ def load_predictor(
     selection = Selection(score_threshold, nms_iou, max_detections)
     choice = _runtime_for(path, runtime)
     if choice == "onnxruntime":
-        opened = open_onnx(path, options, provider=provider or "cpu", threads=threads)
+        engine: OnnxEngine = "openvino" if runtime == "openvino" else "onnxruntime"
+        opened = open_onnx(path, options, provider=provider or "cpu", threads=threads, engine=engine)
         name = path.stem if options is None else options.name
         return Predictor(
             name,
@@ -279,11 +281,12 @@ def load_predictor(
     return _torch_predictor(path, provider or "cpu", threads, selection)
 
 
-def _runtime_for(path: Path, runtime: RuntimeChoice) -> Literal["torch", "onnxruntime", "tensorrt"]:
+def _runtime_for(path: Path, runtime: RuntimeChoice) -> NaturalRuntime:
+    """What a file runs on by its kind; OpenVINO takes what ONNX Runtime does."""
     suffix = path.suffix.lower()
     if not path.exists():
         raise ArtifactError(f"{path}: no such file or folder", expected="an ONNX file, a checkpoint or a run folder")
-    natural: Literal["torch", "onnxruntime", "tensorrt"] | None = None
+    natural: NaturalRuntime | None = None
     if suffix in _ENGINE_SUFFIXES and path.is_file():
         natural = "tensorrt"
     elif suffix in _ONNX_SUFFIXES and path.is_file():
@@ -296,7 +299,7 @@ def _runtime_for(path: Path, runtime: RuntimeChoice) -> Literal["torch", "onnxru
             got=suffix or "a file without suffix",
             expected=f"{_ONNX_SUFFIXES[0]}, {_TORCH_SUFFIXES[0]}, {_ENGINE_SUFFIXES[0]}, or a run folder",
         )
-    if runtime not in ("auto", natural):
+    if runtime not in ("auto", natural) and not (runtime == "openvino" and natural == "onnxruntime"):
         raise UserError(
             f"{path}: the runtime does not fit the file",
             got=f"runtime {runtime}",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from edgekd.errors import UserError
+from edgekd.predictor import RuntimeChoice
 from edgekd.recipe import EnsembleConfig, OnnxTeacher
 
 Role = Literal["teacher", "ensemble", "student", "student_distilled"]
@@ -34,6 +35,7 @@ class BenchArtifact:
         options: how to read a black box, as a recipe's teacher says it; None if the file says it all.
         class_map: its classes onto the data set's, by name if left out (those of `options` come first).
         cuda_graph: engines only: launch an inference as one CUDA graph.
+        runtime: what runs it, where that is not the whole benchmark's choice.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class BenchArtifact:
     options: OnnxTeacher | None = None
     class_map: dict[str, str] | None = None
     cuda_graph: bool = False
+    runtime: RuntimeChoice = "auto"
 
 
 @dataclass(frozen=True)

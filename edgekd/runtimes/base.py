@@ -19,7 +19,7 @@ class Runtime(Protocol):
     """A loaded model, usable as a context manager.
 
     Attributes:
-        name: "torch", "onnxruntime", "tensorrt".
+        name: "torch", "onnxruntime", "openvino", "tensorrt".
         provider: what really computes, such as "CPUExecutionProvider" or "cuda:0".
         input_shape: (B, 3, H, W); B is 1 unless the model was exported for another or a dynamic batch.
         output_names: in the model's order.

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from edgekd.errors import ArtifactError, UserError
 from edgekd.preprocess import normalise
 from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.onnx_session import OnnxRuntime
 from edgekd.runtimes.ort import OrtRuntime, with_extra_outputs
 from edgekd.runtimes.outputs import OutputFormat
 from edgekd.runtimes.recognise import Probe, recognise
 from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
 
 SCHEMA = "edgekd.onnx/1"
+OnnxEngine = Literal["onnxruntime", "openvino"]
 _ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
@@ -42,7 +44,7 @@ class OnnxDetector:
         tap_grids: per declared tap, (channels, (height, width)) of the tensor at the input size.
     """
 
-    runtime: OrtRuntime
+    runtime: OnnxRuntime
     class_names: tuple[str, ...]
     preprocess: PreprocessSpec
     form: OutputFormat
@@ -51,17 +53,22 @@ class OnnxDetector:
 
 
 def open_onnx(
-    path: Path, declared: OnnxTeacher | None = None, *, provider: str = "cpu", threads: int | None = None
+    path: Path,
+    declared: OnnxTeacher | None = None,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    engine: OnnxEngine = "onnxruntime",
 ) -> OnnxDetector:
     """Open an ONNX file; what `declared` says wins over what the file says.
 
     Raises:
         ArtifactError: missing, damaged, or not a detector. UserError: its outputs or size must be declared.
-        MissingDependencyError: ONNX Runtime or the provider is not there. RuntimeFailure: the provider fell back.
+        MissingDependencyError: the engine or the provider is not there. RuntimeFailure: the provider fell back.
     """
     declared = declared or OnnxTeacher(name="detector", onnx=str(path))
     model: Path | bytes = with_extra_outputs(path, list(declared.taps.values())) if declared.taps else path
-    runtime = OrtRuntime(model, provider, threads)
+    runtime = _open(model, provider, threads, engine)
     try:
         metadata = runtime.metadata
         if metadata.get("edgekd.schema"):
@@ -72,7 +79,15 @@ def open_onnx(
         raise
 
 
-def _open_ours(path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
+def _open(model: Path | bytes, provider: str, threads: int | None, engine: OnnxEngine) -> OnnxRuntime:
+    if engine == "openvino":
+        from edgekd.runtimes.openvino_runtime import OpenVinoRuntime
+
+        return OpenVinoRuntime(model, provider, threads)
+    return OrtRuntime(model, provider, threads)
+
+
+def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
     if metadata["edgekd.schema"] != SCHEMA:
         raise ArtifactError(
             f"{path}: written by another version of edgekd", got=metadata["edgekd.schema"], expected=SCHEMA
@@ -107,7 +122,7 @@ def _open_ours(path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], dec
     return OnnxDetector(runtime, class_names, preprocess, form, facts, _tap_grids(path, arrays, declared.taps))
 
 
-def _open_foreign(path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
+def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
     input_hw = _foreign_input_hw(path, runtime, metadata, declared)
     picture = normalise(probe_picture(input_hw), PreprocessSpec(input_hw, "stretch", _ZERO, _ONE))
     arrays = {name: np.array(value) for name, value in runtime.run(picture).items()}
@@ -127,7 +142,7 @@ def _open_foreign(path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], 
 
 
 def _foreign_input_hw(
-    path: Path, runtime: OrtRuntime, metadata: Mapping[str, str], declared: OnnxTeacher
+    path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], declared: OnnxTeacher
 ) -> tuple[int, int]:
     """The graph's size where it is fixed, else the declared one, else the one in the metadata."""
     height, width = runtime.input_shape[2:]
@@ -162,7 +177,7 @@ def _declared_preprocess(base: PreprocessSpec, input_hw: tuple[int, int], declar
     )
 
 
-def _precision(runtime: OrtRuntime) -> str:
+def _precision(runtime: OnnxRuntime) -> str:
     return "fp16" if any(info.type == "tensor(float16)" for info in runtime.inputs) else "fp32"
 
 

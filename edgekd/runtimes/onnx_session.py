@@ -1,0 +1,160 @@
+"""What every engine for ONNX files has in common: which input is the image, what it is fed, how outputs are named."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from edgekd.errors import ArtifactError, RuntimeFailure
+from edgekd.types import FloatArray
+
+_INPUT_TYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+Feed = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a graph declares of one input or output.
+
+    Attributes:
+        name: the tensor's name.
+        shape: one entry a dimension; None where it is dynamic.
+        type: ONNX Runtime's word, such as "tensor(float)".
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    type: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.type} {tuple('?' if d is None else d for d in self.shape)}"
+
+
+class OnnxRuntime(ABC):
+    """An ONNX detector in an open session, as a `runtimes.base.Runtime`; subclasses open it and compute.
+
+    Args:
+        source: what messages call the model.
+        provider: what really computes.
+        inputs, outputs: what the graph declares.
+        metadata: the file's own.
+        input_hw: the size to run at where the graph leaves it open.
+
+    Raises:
+        ArtifactError: the graph does not take one image tensor.
+    """
+
+    name: str
+    engine: str
+    """What messages call it."""
+
+    def __init__(
+        self,
+        source: str,
+        provider: str,
+        inputs: Sequence[TensorInfo],
+        outputs: Sequence[TensorInfo],
+        metadata: Mapping[str, str],
+        input_hw: tuple[int, int] | None,
+    ) -> None:
+        self._source, self.provider = source, provider
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.output_names = tuple(info.name for info in outputs)
+        self.metadata = dict(metadata)
+        self._image = _image_input(self.inputs, source)
+        self._extra = tuple(info for info in self.inputs if info is not self._image)
+        shape = self._image.shape
+        batch, height, width = (shape[0] if len(shape) == 4 else 1, shape[-2], shape[-1])
+        self.dynamic_batch = batch is None
+        self.dynamic_hw = height is None or width is None
+        fallback = input_hw or (0, 0)
+        self.input_shape = (batch or 1, 3, height or fallback[0], width or fallback[1])
+        self._dtype = _INPUT_TYPES[self._image.type]
+        self._closed = False
+
+    @abstractmethod
+    def _compute(self, feed: Feed) -> Sequence[NDArray[np.generic]]:
+        """Every output, in the model's order; may raise anything."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Let go of the session."""
+
+    def run(self, images: FloatArray) -> Mapping[str, NDArray[np.generic]]:
+        """One inference: images (B, 3, H, W) float32, normalised; every output by name.
+
+        A graph with a fixed batch takes fewer images too: the rest is filled up, and its outputs are to be ignored.
+
+        Raises:
+            RuntimeFailure: the engine failed, or the session is closed.
+        """
+        if self._closed:
+            raise RuntimeFailure(f"{self._source}: this session is closed")
+        missing = 0 if self.dynamic_batch else self.input_shape[0] - len(images)
+        if missing > 0:
+            images = np.concatenate([images, np.repeat(images[-1:], missing, 0)])
+        feed: dict[str, NDArray[np.generic]] = {self._image.name: self._as_declared(images)}
+        for info in self._extra:  # original sizes, so that boxes come back in input pixels
+            feed[info.name] = np.array([[images.shape[-1], images.shape[-2]]] * len(images), np.int64)
+        try:
+            values = self._compute(feed)
+        except Exception as error:  # the engines' errors share no base class
+            raise RuntimeFailure(
+                f"{self._source}: {self.engine} failed while running",
+                got=first_line(error),
+                expected=f"input {self._image}, was given {tuple(images.shape)}",
+            ) from error
+        return dict(zip(self.output_names, values, strict=True))
+
+    def _as_declared(self, images: FloatArray) -> NDArray[np.generic]:
+        images = images if len(self._image.shape) == 4 else images[0]
+        return images if images.dtype == self._dtype else images.astype(self._dtype)
+
+    def close(self) -> None:
+        """Free the session; further calls raise."""
+        if not self._closed:
+            self._closed = True
+            self._free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _image_input(inputs: Sequence[TensorInfo], source: str) -> TensorInfo:
+    """The one input that is an image; others may only ask for the original size, as RT-DETR's do."""
+    listed = "; ".join(str(info) for info in inputs)
+    images = [info for info in inputs if len(info.shape) in (3, 4) and info.shape[-3] in (3, None)]
+    others = [info for info in inputs if info not in images]
+    sizes = all(info.type == "tensor(int64)" and info.shape[-1:] == (2,) for info in others)
+    if len(images) != 1 or not sizes or images[0].type not in _INPUT_TYPES:
+        raise ArtifactError(
+            f"{source}: this is not a detector that edgekd can feed",
+            got=f"inputs {listed}",
+            expected="one float32 or float16 image input (B, 3, H, W)",
+            fix="export it with channels first and float input",
+        )
+    return images[0]
+
+
+def source_name(model: object) -> str:
+    """What messages call a model given as a file or as bytes."""
+    return "the model" if isinstance(model, bytes) else str(model)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an engine's message, which may go on for pages."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

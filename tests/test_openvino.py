@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, UserError
+from edgekd.predictor import load_predictor
+from edgekd.runtimes.openvino_runtime import OpenVinoRuntime
+from edgekd.runtimes.ort import OrtRuntime
+from tests.toy_onnx import write_constant_detector
+
+ARRAYS = {"boxes": np.ones((1, 5, 4), np.float32), "scores": np.full((1, 5, 2), 0.5, np.float32)}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_constant_detector(tmp_path / "toy.onnx", ARRAYS, metadata={"key": "value"})
+
+
+def test_without_openvino_the_message_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: object, **kwargs: object) -> object:
+        if name == "openvino":
+            raise ImportError("no openvino here")
+        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(MissingDependencyError, match=r"edgekd\[openvino\]"):
+        OpenVinoRuntime(model)
+
+
+class TestInstalled:
+    @pytest.fixture(autouse=True)
+    def _openvino(self) -> None:
+        pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'edgekd[openvino]'")
+
+    @pytest.mark.parametrize("as_bytes", [False, True])
+    def test_runs_and_tells_what_it_is(self, model: Path, as_bytes: bool) -> None:
+        with OpenVinoRuntime(model.read_bytes() if as_bytes else model, "cpu", threads=1) as runtime:
+            assert (runtime.name, runtime.provider, runtime.threads) == ("openvino", "CPU", 1)
+            assert runtime.input_shape == (1, 3, 64, 96)
+            assert runtime.output_names == ("boxes", "scores")
+            assert runtime.metadata["key"] == "value"
+            outputs = runtime.run(np.zeros((1, 3, 64, 96), np.float32))
+            for name, array in ARRAYS.items():
+                np.testing.assert_array_equal(outputs[name], array)
+        with pytest.raises(RuntimeFailure, match="closed"):
+            runtime.run(np.zeros((1, 3, 64, 96), np.float32))
+
+    @pytest.mark.parametrize(
+        ("shape", "kind"),
+        [((1, 3, 64, 96), "FLOAT16"), ((3, 64, 96), "FLOAT"), (("batch", 3, "h", "w"), "FLOAT")],
+        ids=["half precision", "no batch axis", "open sizes"],
+    )
+    def test_feeds_what_the_graph_declares(self, tmp_path: Path, shape: tuple[int | str, ...], kind: str) -> None:
+        path = write_constant_detector(tmp_path / "d.onnx", ARRAYS, shape, input_type=kind)
+        with OpenVinoRuntime(path, input_hw=(64, 96)) as runtime, OrtRuntime(path, input_hw=(64, 96)) as reference:
+            assert (runtime.input_shape, runtime.dynamic_batch) == (reference.input_shape, reference.dynamic_batch)
+            np.testing.assert_array_equal(runtime.run(np.zeros((1, 3, 64, 96), np.float32))["boxes"], ARRAYS["boxes"])
+
+    def test_a_wrong_input_is_a_failure_with_both_shapes(self, model: Path) -> None:
+        with pytest.raises(RuntimeFailure, match=r"1, 3, 32, 32"):
+            OpenVinoRuntime(model).run(np.zeros((1, 3, 32, 32), np.float32))
+
+    @pytest.mark.parametrize("kept", [0, 10, 200, -40])
+    def test_a_damaged_file_is_an_artifact_error(self, model: Path, kept: int) -> None:
+        model.write_bytes(model.read_bytes()[:kept])
+        with pytest.raises(ArtifactError, match="toy"):
+            OpenVinoRuntime(model)
+
+    def test_a_missing_file_and_a_missing_device(self, model: Path, tmp_path: Path) -> None:
+        with pytest.raises(ArtifactError, match="no such file"):
+            OpenVinoRuntime(tmp_path / "none.onnx")
+        with pytest.raises(MissingDependencyError, match="no such device"):
+            OpenVinoRuntime(model, "cuda")
+
+    def test_a_checkpoint_does_not_run_on_it(self, tmp_path: Path) -> None:
+        (tmp_path / "model.pt").write_bytes(b"")
+        with pytest.raises(UserError, match="does not fit"):
+            load_predictor(tmp_path / "model.pt", runtime="openvino")
