@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekd.artifact import sha256_file
+from edgekd.bench.layers import graph_layers, inferred, stored_shapes
 from edgekd.errors import ArtifactError, EdgeKDError
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
@@ -126,75 +127,16 @@ _WEIGHTED = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": 
 
 def _graph_counts(model: Any, input_hw: tuple[int, int] | None) -> _Counts:
     """Parameters and MACs as the graph's own layers have them; MACs None where a shape is open."""
-    import onnx
-
-    _fix_input(model.graph, input_hw)
-    try:
-        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    except Exception:  # shape inference is a courtesy: a graph that it rejects may still run
-        graph = model.graph
-    shapes = _shapes(graph)
-    stored = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    stored.update({node.output[0]: _constant_shape(node) for node in graph.node if node.op_type == "Constant"})
-    for node in graph.node:  # a quantised weight reaches its layer through a DequantizeLinear
-        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
-            stored[node.output[0]] = stored[node.input[0]]
+    graph = inferred(model, input_hw)
+    stored = stored_shapes(graph)
     learnt: dict[str, int] = {}
-    macs: int | None = 0
     for node in graph.node:
         for position in _WEIGHTED.get(node.op_type, ()):
             if position < len(node.input) and node.input[position] in stored:
                 learnt[node.input[position]] = prod(stored[node.input[position]])
-        if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-            node_macs = _node_macs(node, shapes, stored)
-            macs = None if macs is None or node_macs is None else macs + node_macs
-    return sum(learnt.values()) or None, macs or None, "graph"
-
-
-def _fix_input(graph: Any, input_hw: tuple[int, int] | None) -> None:
-    """Give the open dimensions of an image input their values, and drop what was derived from them."""
-    for info in graph.input:
-        dims = info.type.tensor_type.shape.dim
-        if len(dims) != 4 or all(d.dim_value for d in dims):
-            continue
-        for dim, value in zip(dims, (1, 3, *(input_hw or (0, 0))), strict=True):
-            if not dim.dim_value and value:
-                dim.dim_value = value
-        del graph.value_info[:]
-        for output in graph.output:
-            output.type.tensor_type.ClearField("shape")
-
-
-_Shape = tuple[int, ...]
-
-
-def _node_macs(node: Any, shapes: Mapping[str, _Shape], stored: Mapping[str, _Shape]) -> int | None:
-    weight = stored.get(node.input[1]) or shapes.get(node.input[1])
-    source, out = shapes.get(node.input[0]) or stored.get(node.input[0]), shapes.get(node.output[0])
-    if not weight or not source or not out:
-        return None
-    if node.op_type == "Conv":
-        return prod(out) * prod(weight[1:])
-    if node.op_type == "ConvTranspose":
-        return prod(source) * prod(weight[1:])
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)
-    return prod(out) * source[-2 if transposed else -1]
-
-
-def _shapes(graph: Any) -> dict[str, _Shape]:
-    """Static shapes by tensor name, batch of one where only the batch is open."""
-    found = {}
-    for info in (*graph.value_info, *graph.input, *graph.output):
-        dims = [d.dim_value if d.HasField("dim_value") else 0 for d in info.type.tensor_type.shape.dim]
-        if dims and dims[0] == 0:
-            dims[0] = 1
-        if dims and all(dims):
-            found[info.name] = tuple(dims)
-    return found
-
-
-def _constant_shape(node: Any) -> _Shape:
-    return next((tuple(a.t.dims) for a in node.attribute if a.name == "value"), ())
+    macs = [layer.macs for layer in graph_layers(graph)]
+    total = None if None in macs else sum(count for count in macs if count is not None)
+    return sum(learnt.values()) or None, total or None, "graph"
 
 
 def _graph_precision(model: Any) -> str:
