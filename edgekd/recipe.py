@@ -244,6 +244,23 @@ class TermConfig(_Section):
         return self
 
 
+class CacheConfig(_Section):
+    """Teachers look once at a fixed number of augmented views of each image; what they said is kept on disk."""
+
+    views: Positive = Field(4, description="Augmented views of each image; epoch e shows view e modulo this.")
+    features: bool = Field(True, description="Keep feature maps and raw outputs too, where terms read them.")
+    disk_budget_gib: float = Field(20.0, gt=0, description="What the cache's folder may hold, GiB.")
+    fallback: Literal["error", "online"] = Field(
+        "error", description="Where it may not be kept: stop, or run the teachers on the same views at every step."
+    )
+    folder: str | None = Field(
+        None, description="To share a cache between runs; DIR/views if left out. Relative to the working directory."
+    )
+    seed: Count | None = Field(
+        None, description="Of the views; the recipe's if left out. Given, runs of several seeds share one cache."
+    )
+
+
 class DistillConfig(_Section):
     """What the student learns from its teachers besides the ground truth."""
 
@@ -253,6 +270,9 @@ class DistillConfig(_Section):
         "auto",
         description="image: each teacher sees every training image once, and its boxes follow the augmentation; "
         "online: teachers run on every augmented view; auto: image, unless a term needs features or raw outputs.",
+    )
+    cache: CacheConfig | None = Field(
+        None, description="Keep what teachers say about a few views of each image, instead of running them at every step."
     )
 
 
@@ -273,8 +293,17 @@ class BenchConfig(_Section):
     """How artefacts are measured."""
 
     samples: int = Field(200, ge=20, description="Timed inferences an artefact.")
+    seconds: float = Field(0.0, ge=0, description="Each artefact is timed for so long at least.")
     warmup_seconds: float = Field(1.0, ge=0)
     threads: int | None = Field(None, ge=1, description="Inference threads; all cores if left out.")
+    ensemble: Literal["sequential", "parallel", "both"] = Field(
+        "both", description="How an ensemble's members run; parallel needs two threads or more."
+    )
+    mode: Literal["single", "throughput"] = Field("single", description="Throughput: images/s under full load as well.")
+    streams: int | None = Field(None, ge=1, description="Of throughput, at once; one a thread if left out.")
+    batch: int = Field(1, ge=1, description="Images of one inference in throughput, where a file takes more than one.")
+    mlperf: Literal["SingleStream", "MultiStream"] | None = Field(None, description="A scenario by MLPerf's rules.")
+    mlperf_seconds: float = Field(600.0, gt=0, description="Of each artefact; the rules want 600.")
     score_threshold: float = Field(0.001, ge=0, lt=1, description="For mAP.")
     nms_iou: float = Field(0.5, gt=0, lt=1)
     max_detections: int = Field(100, ge=1)

@@ -27,6 +27,8 @@ class FakeClock:
 
 
 class FakeSystem:
+    device_ms: tuple[float, float, float] | None = None
+
     def __init__(self, name: str, clock: FakeClock, log: list[tuple[str, int]], ms: float, first_ms: float = 0) -> None:
         self.name, self.clock, self.log, self.ms, self.extra = name, clock, log, ms, first_ms
 

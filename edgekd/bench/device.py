@@ -74,28 +74,55 @@ def load() -> list[float] | None:
 
 
 class Contention:
-    """How many cores others (processes, a hypervisor) keep busy from its making until `cores` is asked."""
+    """What others (processes, a hypervisor) took from its making until it is asked."""
 
     def __init__(self) -> None:
         self._start = self._now()
 
+    def facts(self) -> dict[str, float | None]:
+        """Plain figures; None where the system does not say.
+
+        cores_used_by_others: on average. steal: share of all cores' time that a hypervisor gave to other machines.
+        waiting: share of the time that the measuring thread was ready to run but had no CPU (or its quota was spent).
+        involuntary_switches: times a second that the main thread was made to yield its CPU.
+        """
+        start, now = self._start, self._now()
+        elapsed = now["time"] - start["time"]
+
+        def rate(key: str) -> float | None:
+            before, after = start.get(key), now.get(key)
+            return None if before is None or after is None or elapsed <= 0 else max(0.0, after - before) / elapsed
+
+        busy, own, steal, cores = rate("busy"), rate("own"), rate("steal"), psutil.cpu_count() or 1
+        found = {
+            "cores_used_by_others": None if busy is None or own is None else max(0.0, busy - own),
+            "steal": None if steal is None else steal / cores,
+            "waiting": rate("waited"),
+            "involuntary_switches": rate("switches"),
+        }
+        return {key: None if value is None else round(value, 3) for key, value in found.items()}
+
     def cores(self) -> float | None:
-        """Cores used by others on average; None where the system does not say."""
-        if self._start is None or (now := self._now()) is None:
-            return None
-        elapsed, busy, own = (b - a for a, b in zip(self._start, now, strict=True))
-        return round(max(0.0, (busy - own) / elapsed), 3) if elapsed > 0 else None
+        """Cores used by others on average."""
+        return self.facts()["cores_used_by_others"]
 
     @staticmethod
-    def _now() -> tuple[float, float, float] | None:
-        try:
-            every, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        except (OSError, psutil.Error):
-            return None
-        idle = every.idle + getattr(every, "iowait", 0.0)
-        # `guest` time stands in `user` too.
-        busy = sum(every) - idle - getattr(every, "guest", 0.0) - getattr(every, "guest_nice", 0.0)
-        return time.monotonic(), busy, own.user + own.system
+    def _now() -> dict[str, float]:
+        found = {"time": time.monotonic()}
+        with contextlib.suppress(OSError, psutil.Error):
+            process, every = psutil.Process(), psutil.cpu_times()
+            own = process.cpu_times()
+            idle = every.idle + getattr(every, "iowait", 0.0)
+            # `guest` time stands in `user` too.
+            busy = sum(every) - idle - getattr(every, "guest", 0.0) - getattr(every, "guest_nice", 0.0)
+            found.update(busy=busy, own=own.user + own.system)
+            found.update(switches=process.num_ctx_switches().involuntary)
+            if hasattr(every, "steal"):
+                found.update(steal=every.steal)
+        text = _read(Path("/proc/thread-self/schedstat"))
+        if text is not None and len(text.split()) == 3:  # nanoseconds run, nanoseconds waited, times run
+            found.update(waited=int(text.split()[1]) / 1e9)
+        return found
 
 
 def gpu_facts() -> dict[str, Any] | None:

@@ -28,7 +28,17 @@ Clock = Callable[[], int]
 
 
 class Timed(Protocol):
-    """A deployed system, one image at a time, that says when each stage was over."""
+    """A deployed system, one image at a time, that says when each stage was over.
+
+    Attributes:
+        device_ms: of the latest inference, (copy in, compute, copy out) by the accelerator's own clock; None where the
+            runtime does not say.
+    """
+
+    @property
+    def device_ms(self) -> tuple[float, float, float] | None:
+        """As above."""
+        ...
 
     def stages_ns(self, image: ImageArray, clock: Clock) -> tuple[int, int, int]:
         """Answer one image; nanoseconds spent in (pre, infer, post)."""
@@ -41,6 +51,7 @@ class MeasurementPlan:
 
     Attributes:
         samples: timed inferences an artefact, rounded up to whole blocks.
+        seconds: and each artefact is timed for so long at least.
         block: inferences in a row before the next artefact has its turn.
         unrecorded: inferences at the start of each block that refill caches and wake threads, not recorded.
         warmup_seconds: at least so long, and until the median settles.
@@ -48,6 +59,7 @@ class MeasurementPlan:
     """
 
     samples: int = 200
+    seconds: float = 0.0
     block: int = 10
     unrecorded: int = 2
     warmup_seconds: float = 1.0
@@ -68,9 +80,11 @@ class Measurement:
         stages_ms: (rounds, block, 3) milliseconds of pre, infer, post.
         settled: whether the warm-up ended because the median was stable.
         warmup_runs: inferences it took.
+        device_ms: (rounds, block, 3) milliseconds of copy in, compute and copy out on the accelerator; None without.
     """
 
     stages_ms: Float64Array
+    device_ms: Float64Array | None = None
     settled: bool = False
     warmup_runs: int = 0
     order: list[int] = field(default_factory=list)
@@ -94,28 +108,40 @@ def measure(
     Args:
         systems: what to measure, in any order.
         images: decoded (H, W, 3) uint8 RGB; sample i of every system sees the same image.
-        progress: called with (rounds done, rounds).
+        progress: called with (rounds done, rounds as far as can be told).
 
     Raises:
         ValueError: there are no images.
     """
     if not images:
         raise ValueError("latency needs at least one image")
-    rounds, block = plan.rounds, plan.block
-    measured = [Measurement(np.empty((rounds, block, len(STAGES)))) for _ in systems]
-    for system, result in zip(systems, measured, strict=True):
-        result.settled, result.warmup_runs = _warm_up(system, images, plan, clock)
+    warm = [_warm_up(system, images, plan, clock) for system in systems]
     rng = np.random.default_rng(plan.seed)
     order = rng.permutation(len(systems))
+    blocks: list[list[Float64Array]] = [[] for _ in systems]
+    turns: list[list[int]] = [[] for _ in systems]
+    seconds = np.zeros(len(systems))
     with _collector_resting() as collect:
-        for done in range(rounds):
+        done = 0
+        while done < plan.rounds or seconds.min(initial=np.inf) < plan.seconds:
             order = rng.permutation(len(systems)) if done % 2 == 0 else order[::-1]
             for position, index in enumerate(order.tolist()):
-                measured[index].order.append(position)
-                measured[index].stages_ms[done] = _block(systems[index], images, done * block, plan, clock)
+                turns[index].append(position)
+                blocks[index].append(_block(systems[index], images, done * plan.block, plan, clock))
+                seconds[index] += np.nansum(blocks[index][-1][:, : len(STAGES)]) / 1e3
                 collect()
+            done += 1
             if progress is not None:
-                progress(done + 1, rounds)
+                share = min(1.0, float(seconds.min()) / plan.seconds) if plan.seconds else 1.0
+                left = max(plan.rounds, round(done / share) if share else plan.rounds)
+                progress(done, max(done, left))
+    measured = []
+    for found, (settled, runs), turn in zip(blocks, warm, turns, strict=True):
+        every = np.stack(found)
+        device = every[..., len(STAGES) :]
+        measured.append(
+            Measurement(every[..., : len(STAGES)], None if np.isnan(device).any() else device, settled, runs, turn)
+        )
     return measured
 
 
@@ -137,13 +163,15 @@ def _collector_resting() -> Iterator[Callable[[], int]]:
 def _block(
     system: Timed, images: Sequence[ImageArray], first: int, plan: MeasurementPlan, clock: Clock
 ) -> Float64Array:
-    """(block, 3) milliseconds."""
-    out = np.empty((plan.block, len(STAGES)))
+    """(block, 6) milliseconds: the stages, then the accelerator's own, NaN where it has none."""
+    out = np.full((plan.block, 2 * len(STAGES)), np.nan)
     for extra in range(plan.unrecorded):
         system.stages_ns(images[(first + extra) % len(images)], clock)
     for i in range(plan.block):
-        out[i] = system.stages_ns(images[(first + i) % len(images)], clock)
-    return out / 1e6
+        out[i, : len(STAGES)] = np.array(system.stages_ns(images[(first + i) % len(images)], clock)) / 1e6
+        if (device := system.device_ms) is not None:
+            out[i, len(STAGES) :] = device
+    return out
 
 
 def _warm_up(system: Timed, images: Sequence[ImageArray], plan: MeasurementPlan, clock: Clock) -> tuple[bool, int]:

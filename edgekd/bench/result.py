@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from edgekd.artifact import sha256_json
 from edgekd.bench.accuracy import Accuracy
 from edgekd.bench.complexity import ArtifactFacts
 from edgekd.bench.entries import BenchEnsemble
 from edgekd.bench.latency import STAGES, Measurement
-from edgekd.bench.matching import match_coco
+from edgekd.bench.matching import Float64Array, match_coco
 from edgekd.bench.memory import PeakMemory
 from edgekd.bench.precision_recall import percentile_interval, resampled_ap50
 from edgekd.bench.stats import drift, median_interval, median_ratio, percentiles, summarise
@@ -22,7 +24,13 @@ from edgekd.types import Dataset, Detections
 SCHEMA = "edgekd.result/1"
 RESAMPLES = 1000
 
-_CONTENTION_WORTH_SAYING = 0.2
+PUBLISH_SAMPLES, PUBLISH_SECONDS, PUBLISH_WARMUP = 1000, 30.0, 2.0
+
+_CONTENTION_WORTH_SAYING = (
+    ("cores_used_by_others", 0.2, "other processes used {:.1f} cores"),
+    ("steal", 0.02, "a hypervisor took {:.0%} of the cores' time"),
+    ("waiting", 0.05, "the measuring thread waited for a CPU for {:.0%} of the time"),
+)
 _DRIFT_WORTH_SAYING = 0.1
 _TAIL_WORTH_SAYING = 2.0
 
@@ -50,6 +58,9 @@ def result_row(
             "percentiles": percentiles(measurement.total_ms),
         },
         "stages_ms": dict(zip(STAGES, medians, strict=True)),
+        "device_ms": None if (device := measurement.device_ms) is None else _device_medians(device),
+        "throughput": None,
+        "mlperf": None,
         "settled": measurement.settled,
         "warmup_runs": measurement.warmup_runs,
         "drift": round(drift(measurement.total_ms), 4),
@@ -67,16 +78,25 @@ def result_row(
     }
 
 
+def _device_medians(device_ms: Float64Array) -> dict[str, float]:
+    """By the accelerator's own clock, where it has one: copies apart from computing."""
+    return {
+        key: round(float(np.median(device_ms[..., i])), 3) for i, key in enumerate(("copy_in", "compute", "copy_out"))
+    }
+
+
 def headline_rows(rows: Rows) -> tuple[int | None, int | None]:
     """(what speedups refer to, the student that the answer is about).
 
-    The ensemble, or the only teacher where there is no ensemble; the first distilled student, or the first student.
+    The ensemble as it runs fastest, or the only teacher where there is no ensemble; the first distilled student, or the
+    first student.
     """
     by_role: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         by_role.setdefault(row["role"], []).append(index)
     teachers = by_role.get("teacher", [])
-    reference = by_role["ensemble"][0] if "ensemble" in by_role else teachers[0] if len(teachers) == 1 else None
+    ensembles = sorted(by_role.get("ensemble", []), key=lambda index: float(rows[index]["latency_ms"]["median"]))
+    reference = ensembles[0] if ensembles else teachers[0] if len(teachers) == 1 else None
     students = by_role.get("student_distilled", []) + by_role.get("student", [])
     return reference, students[0] if students else None
 
@@ -149,15 +169,15 @@ def _pairs(rows: Rows, reference: int | None) -> list[tuple[int, int]]:
     return pairs
 
 
-def ensemble_facts(ensemble: BenchEnsemble) -> dict[str, Any]:
-    """How the ensemble is put together."""
+def ensemble_facts(ensemble: BenchEnsemble, execution: Sequence[str]) -> dict[str, Any]:
+    """How the ensemble is put together, and how its members ran in each of its rows."""
     return {
         "name": ensemble.name,
         "members": list(ensemble.members),
         "weights": None if ensemble.weights is None else list(ensemble.weights),
         "fusion": ensemble.config.fusion,
         "iou": ensemble.config.iou,
-        "execution": "sequential",
+        "execution": list(execution),
     }
 
 
@@ -177,19 +197,17 @@ def together(members: Sequence[ArtifactFacts]) -> ArtifactFacts:
     )
 
 
-def warnings_of(rows: Rows, measured: Sequence[Measurement], contention: float | None) -> list[str]:
-    """What a reader should know before believing the latencies.
-
-    Args:
-        contention: cores that other processes kept busy meanwhile.
-    """
+def warnings_of(rows: Rows, contention: Mapping[str, float | None], throttled: Sequence[str] | None) -> list[str]:
+    """What a reader should know before believing the latencies."""
     said = []
-    if contention is not None and contention > _CONTENTION_WORTH_SAYING:
-        said.append(
-            f"other processes used {contention:.1f} cores while latency was measured: it may be too high and too spread"
-        )
-    for row, measurement in zip(rows, measured, strict=True):
-        if not measurement.settled:
+    for key, limit, text in _CONTENTION_WORTH_SAYING:
+        value = contention.get(key)
+        if value is not None and value > limit:
+            said.append(text.format(value) + " while latency was measured: it may be too high and too spread")
+    if throttled:
+        said.append("throttled while measuring: " + ", ".join(throttled))
+    for row in rows:
+        if not row["settled"]:
             said.append(f"{row['name']}: the median had not settled when the warm-up ended")
         if abs(row["drift"]) > _DRIFT_WORTH_SAYING:
             said.append(f"{row['name']}: the median moved by {row['drift']:+.0%} from the first half to the second")
@@ -198,7 +216,25 @@ def warnings_of(rows: Rows, measured: Sequence[Measurement], contention: float |
             said.append(
                 f"{row['name']}: every tenth inference took over {latency['p90'] / latency['median']:.1f}x the median"
             )
+        if unknown := row.get("unknown_classes"):
+            said.append(f"{row['name']} does not know {', '.join(unknown)}: it scores nothing there")
     return said
+
+
+def unfit_to_publish(rows: Rows, settings: Mapping[str, Any], warnings: Sequence[str]) -> list[str]:
+    """Why these figures should not be published as they are; nothing if they may be."""
+    reasons = [text for text in warnings if "does not know" not in text]
+    for row in rows:
+        samples = row["latency_ms"]["samples"]
+        seconds = samples * row["latency_ms"]["median"] / 1e3
+        if samples < PUBLISH_SAMPLES or seconds < 0.9 * PUBLISH_SECONDS:
+            reasons.append(
+                f"{row['name']}: {samples} samples in about {seconds:.0f} s; at least {PUBLISH_SAMPLES} and "
+                f"{PUBLISH_SECONDS:.0f} s are wanted"
+            )
+    if settings["warmup_seconds"] < PUBLISH_WARMUP:
+        reasons.append(f"a warm-up of {settings['warmup_seconds']:g} s; at least {PUBLISH_WARMUP:g} s are wanted")
+    return reasons
 
 
 def read_result(path: Path) -> dict[str, Any]:

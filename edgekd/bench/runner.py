@@ -4,53 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekd.artifact import source_commit, write_json
+from edgekd.artifact import sha256_file, source_commit, write_json
 from edgekd.bench.accuracy import Accuracy, evaluate
-from edgekd.bench.complexity import ArtifactFacts, describe_artifact
-from edgekd.bench.device import Contention, device_facts, usable_threads
-from edgekd.bench.energy import measure_energy, uses_gpu
-from edgekd.bench.entries import BenchArtifact, BenchEnsemble, Role, check_entries
+from edgekd.bench.affinity import affinity
+from edgekd.bench.device import device_facts, usable_threads
+from edgekd.bench.entries import BenchArtifact, BenchEnsemble, check_entries
 from edgekd.bench.examples import agreement, choose_examples, write_examples
-from edgekd.bench.latency import Measurement, MeasurementPlan, measure
-from edgekd.bench.memory import PeakMemory, peak_memory
-from edgekd.bench.result import SCHEMA, compare, ensemble_facts, headline_rows, result_row, together, warnings_of
+from edgekd.bench.latency import MeasurementPlan
+from edgekd.bench.measuring import Measured, Progress, measure_all
+from edgekd.bench.result import (
+    SCHEMA,
+    compare,
+    ensemble_facts,
+    headline_rows,
+    result_row,
+    unfit_to_publish,
+    warnings_of,
+)
+from edgekd.bench.roof import add_roof
 from edgekd.bench.saved import Saved, SavedRow, save
-from edgekd.bench.systems import Member, System, ensemble_of
-from edgekd.data.images import load_image
-from edgekd.device.conditions import ConditionWatch
-from edgekd.device.nvml import open_nvml
+from edgekd.bench.subjects import Opener
 from edgekd.errors import DataError
-from edgekd.predictor import RuntimeChoice, load_predictor
+from edgekd.predictor import RuntimeChoice
 from edgekd.recipe import BenchConfig
-from edgekd.types import Dataset, Detections, ImageArray
-
-Progress = Callable[[str, int, int], None]
-"""Told (stage, done, total); the stages are "accuracy", "latency", "memory"."""
-
-LATENCY_IMAGES = 32
-_MEMORY_IMAGES = 4
-
-
-@dataclass
-class _Subject:
-    """One row while it is being measured."""
-
-    name: str
-    role: Role
-    artifact: str
-    system: System
-    members: tuple[Member, ...]
-    facts: ArtifactFacts
-    loads: list[dict[str, Any]]
-    shares_outputs: bool = False  # an ensemble that works on what its members compute by themselves
+from edgekd.types import Dataset
 
 
 def bench_artifacts(
@@ -92,198 +77,117 @@ def bench_artifacts(
         raise DataError(f"{dataset.root}: split {dataset.split!r} has no images")
     tell = progress or (lambda stage, done, total: None)
     threads = config.threads or usable_threads()
+    plan = MeasurementPlan(
+        config.samples,
+        config.seconds,
+        _block(config.samples),
+        warmup_seconds=config.warmup_seconds,
+        seed=seed,
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_opencv_threads(threads))
-        subjects = _open(artifacts, dataset, config, threads, runtime, provider, stack)
+        opener = Opener(dataset, config, threads, runtime, provider, stack)
+        subjects = [opener.detector(artifact) for artifact in artifacts]
         if ensemble is not None:
             after = 1 + max(i for i, subject in enumerate(subjects) if subject.name in ensemble.members)
-            subjects.insert(after, _ensemble_subject(ensemble, subjects, dataset, config))
-        answers = _answer_all(subjects, dataset, tell)
-        plan = MeasurementPlan(config.samples, _block(config.samples), warmup_seconds=config.warmup_seconds, seed=seed)
-        images = [load_image(dataset.records[i].path) for i in _evenly(len(dataset), LATENCY_IMAGES)]
-        watch = stack.enter_context(ConditionWatch(nvml=open_nvml()))
-        contention = Contention()
-        measured = measure(
-            [subject.system for subject in subjects],
-            images,
-            plan,
-            progress=lambda done, total: tell("latency", done, total),
-        )
-        others = contention.cores()
-        energies = _energy_of_all(subjects, images, energy_seconds)
-        peaks = _memory_of_all(subjects, dataset, tell) if memory else [None] * len(subjects)
-    accuracies = [evaluate(dataset.records, found, dataset.class_names) for found in answers]
-    rows = _rows(subjects, accuracies, measured, peaks, threads)
-    for row, energy in zip(rows, energies, strict=True):
-        row.update(energy_mj=None if energy is None else energy["gross_mj"], energy=energy)
+            subjects[after:after] = opener.ensembles(ensemble, subjects)
+        found = measure_all(subjects, opener, dataset, config, plan, ensemble, memory, energy_seconds, tell)
+    accuracies = [evaluate(dataset.records, answers, dataset.class_names) for answers in found.answers]
+    rows = _rows(found, accuracies)
+    roof = add_roof(rows, [[Path(load["path"]) for load in subject.loads] for subject in found.subjects], threads)
     reference, student = headline_rows(rows)
-    speedups_and_comparisons = compare(rows, dataset, answers, measured, reference, student, seed)
+    comparisons = compare(rows, dataset, found.answers, found.latencies, reference, student, seed)
+    settings = {
+        **config.model_dump(mode="json"),
+        "threads": threads,
+        "affinity": affinity(),
+        "seed": seed,
+        "rounds": len(found.latencies[0].stages_ms),
+        "block": plan.block,
+        "unrecorded_a_block": plan.unrecorded,
+        "latency_images": found.latency_images,
+        "cores_used_by_others": found.contention["cores_used_by_others"],
+        "order": "randomised interleaved blocks (ABBA)",
+        "energy_seconds": energy_seconds,
+    }
+    warnings = warnings_of(rows, found.contention, found.conditions["throttled"])
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": source_commit(),
         "device": device_facts(),
-        "conditions": watch.result,
+        "conditions": {**found.conditions, "contention": found.contention},
         "data": _data_facts(dataset, synthetic, accuracies[0].objects),
-        "settings": {
-            **config.model_dump(mode="json"),
-            "threads": threads,
-            "seed": seed,
-            "rounds": plan.rounds,
-            "block": plan.block,
-            "unrecorded_a_block": plan.unrecorded,
-            "latency_images": len(images),
-            "mode": "single",
-            "cores_used_by_others": others,
-            "order": "randomised interleaved blocks (ABBA)",
-            "energy_seconds": energy_seconds,
-        },
-        "ensemble": None if ensemble is None else ensemble_facts(ensemble),
+        "settings": settings,
+        "roof": roof,
+        "ensemble": None
+        if ensemble is None
+        else ensemble_facts(ensemble, [s.execution for s in subjects if s.execution is not None]),
         "rows": rows,
         "reference": None if reference is None else rows[reference]["name"],
-        "comparisons": speedups_and_comparisons,
-        "warnings": [*warnings_of(rows, measured, others), *_throttling(watch.result)],
-        "files": {"detections": "detections.npz", "examples": "examples/examples.json"},
+        "comparisons": comparisons,
+        "warnings": warnings,
+        "unfit_to_publish": unfit_to_publish(rows, settings, warnings),
     }
-    folder = out.parent
-    pairs = zip(subjects, answers, measured, accuracies, strict=True)
-    saved_rows = tuple(SavedRow(s.name, found, m.stages_ms, a.curves) for s, found, m, a in pairs)
-    save(folder / "detections.npz", Saved(tuple(r.image_id for r in dataset.records), dataset.class_names, saved_rows))
     first = reference if reference is not None else 0
     second = student if student is not None else len(rows) - 1
-    chosen = choose_examples(dataset.records, answers[first], answers[second], seed=seed)
-    agreed = agreement(dataset.records, answers[first], answers[second], dataset.class_names)
-    write_examples(folder / "examples", dataset, chosen, agreed)
-    write_json(out, result)
+    _write(out, result, dataset, found, accuracies, (first, second), seed)
     return result
 
 
-def _open(
-    artifacts: Sequence[BenchArtifact],
+def _write(
+    out: Path,
+    result: dict[str, Any],
     dataset: Dataset,
-    config: BenchConfig,
-    threads: int,
-    runtime: RuntimeChoice,
-    provider: str | None,
-    stack: contextlib.ExitStack,
-) -> list[_Subject]:
-    """Load every artefact, answering in the data set's classes."""
-    subjects = []
-    for artifact in artifacts:
-        settings: dict[str, Any] = {
-            "path": str(artifact.path),
-            "runtime": runtime,
-            "provider": provider,
-            "threads": threads,
-            "score_threshold": config.score_threshold,
-            "nms_iou": config.nms_iou,
-            "max_detections": config.max_detections,
-            "cuda_graph": artifact.cuda_graph,
-        }
-        predictor = stack.enter_context(load_predictor(**settings, options=artifact.options))
-        class_map = (artifact.options.class_map if artifact.options is not None else None) or artifact.class_map
-        options = None if artifact.options is None else artifact.options.model_dump(mode="json")
-        subjects.append(
-            _Subject(
-                artifact.name,
-                artifact.role,
-                _shown_path(artifact.path),
-                System(predictor.with_classes(dataset.class_names, class_map)),
-                (Member(artifact.name, predictor, class_map),),
-                describe_artifact(artifact.path, predictor.preprocess.input_hw),
-                [{**settings, "path": str(artifact.path.resolve()), "options": options}],
-            )
-        )
-    return subjects
-
-
-def _ensemble_subject(
-    ensemble: BenchEnsemble, subjects: Sequence[_Subject], dataset: Dataset, config: BenchConfig
-) -> _Subject:
-    by_name = {subject.name: subject for subject in subjects}
-    chosen = [by_name[name] for name in ensemble.members]
-    members = tuple(member for subject in chosen for member in subject.members)
-    return _Subject(
-        ensemble.name,
-        "ensemble",
-        " + ".join(subject.artifact for subject in chosen),
-        System(ensemble_of(ensemble, members, dataset.class_names, config)),
-        members,
-        together([subject.facts for subject in chosen]),
-        [settings for subject in chosen for settings in subject.loads],
-        shares_outputs=ensemble.config.fusion != "mean-outputs",
-    )
-
-
-def _answer_all(subjects: Sequence[_Subject], dataset: Dataset, tell: Progress) -> list[list[Detections]]:
-    """Every subject's answer to every image. Each image is decoded once, and each detector run on it once: an ensemble
-    is given what its members computed.
-    """
-    answers: list[list[Detections]] = [[] for _ in subjects]
-    for done, record in enumerate(dataset.records, 1):
-        image = load_image(record.path)
-        computed: dict[str, tuple[Any, Any]] = {}
-        for subject, found in zip(subjects, answers, strict=True):
-            names = [member.name for member in subject.members]
-            if subject.role != "ensemble":
-                tensor, geometry = subject.system.staged.prepare(image)
-                computed[subject.name] = subject.system.staged.infer(tensor), geometry
-                found.append(subject.system.staged.finish(*computed[subject.name]))
-            elif subject.shares_outputs:
-                raws, geometries = zip(*(computed[name] for name in names), strict=True)
-                found.append(subject.system.staged.finish(list(raws), list(geometries)))
-            else:
-                found.append(subject.system.detect(image))
-        tell("accuracy", done, len(dataset))
-    return answers
-
-
-def _memory_of_all(subjects: Sequence[_Subject], dataset: Dataset, tell: Progress) -> list[PeakMemory | None]:
-    paths = [dataset.records[i].path for i in _evenly(len(dataset), _MEMORY_IMAGES)]
-    found = []
-    for done, subject in enumerate(subjects, 1):
-        found.append(peak_memory(subject.loads, paths))
-        tell("memory", done, len(subjects))
-    return found
-
-
-def _energy_of_all(
-    subjects: Sequence[_Subject], images: Sequence[ImageArray], seconds: float
-) -> list[dict[str, Any] | None]:
-    def runner(subject: _Subject) -> Callable[[], object]:
-        turn = itertools.cycle(images)
-        return lambda: subject.system.detect(next(turn))
-
-    on_gpu = [any(uses_gpu(member.predictor.runtime) for member in subject.members) for subject in subjects]
-    return measure_energy([runner(subject) for subject in subjects], on_gpu, seconds)
-
-
-def _throttling(conditions: dict[str, Any]) -> list[str]:
-    found = conditions["throttled"]
-    return ["throttled while measuring: " + ", ".join(found)] if found else []
-
-
-def _rows(
-    subjects: Sequence[_Subject],
+    found: Measured,
     accuracies: Sequence[Accuracy],
-    measured: Sequence[Measurement],
-    peaks: Sequence[PeakMemory | None],
-    threads: int,
-) -> list[dict[str, Any]]:
+    shown: tuple[int, int],
+    seed: int,
+) -> None:
+    """Files beside `out` carry its name, so that two results in one folder keep both."""
+    prefix = "" if out.stem == "result" else f"{out.stem}."
+    detections, examples = out.parent / f"{prefix}detections.npz", out.parent / f"{prefix}examples"
+    rows = zip(found.subjects, found.answers, found.latencies, accuracies, strict=True)
+    saved_rows = tuple(SavedRow(s.name, answers, m.stages_ms, a.curves) for s, answers, m, a in rows)
+    save(detections, Saved(tuple(r.image_id for r in dataset.records), dataset.class_names, saved_rows))
+    first, second = (found.answers[index] for index in shown)
+    chosen = choose_examples(dataset.records, first, second, seed=seed)
+    write_examples(examples, dataset, chosen, agreement(dataset.records, first, second, dataset.class_names))
+    result["files"] = {
+        "detections": detections.name,
+        "detections_sha256": sha256_file(detections),
+        "examples": f"{examples.name}/examples.json",
+    }
+    write_json(out, result)
+
+
+def _rows(found: Measured, accuracies: Sequence[Accuracy]) -> list[dict[str, Any]]:
     rows = []
-    for subject, accuracy, measurement, peak in zip(subjects, accuracies, measured, peaks, strict=True):
+    for index, (subject, accuracy) in enumerate(zip(found.subjects, accuracies, strict=True)):
         runtime = subject.members[0].predictor.runtime
+        answering: Any = subject.system.staged
+        mapped = getattr(answering, "class_map", None)
         identity = {
             "name": subject.name,
             "role": subject.role,
             "artifact": subject.artifact,
+            "execution": subject.execution,
             "runtime": runtime.name,
             "provider": runtime.provider,
             "cuda_graph": getattr(runtime, "cuda_graph", None),
-            "threads": threads,
+            "threads": subject.threads,
             "input_hw": [list(member.predictor.preprocess.input_hw) for member in subject.members],
+            "unknown_classes": [] if mapped is None else list(mapped.unknown_classes),
         }
-        rows.append(result_row(identity, subject.facts, accuracy, measurement, peak))
+        row = result_row(identity, subject.facts, accuracy, found.latencies[index], found.peaks[index])
+        energy = found.energies[index]
+        row.update(
+            energy_mj=None if energy is None else energy["gross_mj"],
+            energy=energy,
+            throughput=found.throughputs[index],
+            mlperf=found.scenarios[index],
+        )
+        rows.append(row)
     return rows
 
 
@@ -296,22 +200,18 @@ def _data_facts(dataset: Dataset, synthetic: bool, objects: int) -> dict[str, An
         "objects": objects,
         "class_names": list(dataset.class_names),
         "synthetic": synthetic,
+        "fingerprint": fingerprint(dataset),
     }
 
 
-def _shown_path(path: Path) -> str:
-    """A path for a file that others will read: relative where it can be, the bare name otherwise."""
-    if not path.is_absolute():
-        return path.as_posix()
-    try:
-        return path.relative_to(Path.cwd()).as_posix()
-    except ValueError:
-        return path.name
-
-
-def _evenly(total: int, wanted: int) -> list[int]:
-    """At most `wanted` of `total` indices, evenly spread."""
-    return [int(i) for i in np.unique(np.linspace(0, total - 1, min(total, wanted)).round())]
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of a split's image names, ground truth and classes: figures over two splits compare if it is equal."""
+    digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
+    for record in dataset.records:
+        digest.update(json.dumps([record.image_id, record.image_hw]).encode())
+        for column in (record.boxes_xyxy, record.labels, record.difficult, record.crowd):
+            digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
 
 
 def _block(samples: int) -> int:
