@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edgekd import __version__
-from edgekd.cli import bench, bundle, compare, data, deploy, recipes, train
+from edgekd.cli import bench, bundle, compare, data, deploy, plan, predict, recipes, train
 from edgekd.cli.session import (
     CommandGroup,
     DebugOption,
@@ -58,12 +58,13 @@ def _common(
 
 app.command()(deploy.doctor)
 app.add_typer(data.app, name="data")
+app.command()(plan.plan)
 app.command()(train.train)
 app.command()(train.distill)
 app.command()(deploy.export)
 app.command()(bundle.bundle)
 app.command()(bench.bench)
-app.command()(deploy.predict)
+app.command()(predict.predict)
 app.command()(train.run)
 app.command()(compare.compare)
 app.command()(deploy.report)

@@ -1,0 +1,232 @@
+"""One plan: candidates measured until those near the budget are known or time is up, a results file, recipes."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgekd.artifact import source_commit, versions, write_json
+from edgekd.bench.device import device_facts
+from edgekd.bench.roof import cpu_roof
+from edgekd.data.images import load_image
+from edgekd.device.target import Target
+from edgekd.errors import UserError
+from edgekd.plan.candidates import Candidate
+from edgekd.plan.measure import Exporter, Here, Layout, Row, There
+from edgekd.plan.recipes import HEURISTIC, fits, ranked, write_recipes
+from edgekd.plan.search import Search
+from edgekd.recipe import DataConfig, Recipe
+from edgekd.types import Dataset
+
+SCHEMA = "edgekd.plan/1"
+RESULT = "plan.json"
+_IMAGES = 16
+_SHARE_OF_PEAK = 0.4
+_GUESSED_RATE = 1e7
+"""MACs a millisecond, for a device of which nothing is known yet."""
+
+Tell = Callable[[str], None]
+
+
+class Meter(Protocol):
+    """What measures candidates: `Here` or `There`."""
+
+    def measure(self, candidates: Sequence[Candidate]) -> Any:
+        """(candidate, row) one by one, as they are known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is for.
+
+    Attributes:
+        budget_ms: the most that an image may take, median.
+        threads: of one inference. time_limit_s: after which nothing more is begun.
+        top: recipes to write. host_ms: with a target, left for preparing images and NMS.
+        layout: of int8.
+    """
+
+    budget_ms: float
+    threads: int
+    time_limit_s: float = 300.0
+    top: int = 6
+    target: Target | None = None
+    host_ms: float = 0.0
+    layout: Layout = "x86"
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass
+class _Record:
+    """What is known so far, kept in `plan.json` after each measurement, so that a plan can go on."""
+
+    file: Path
+    identity: Mapping[str, Any]
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def load(self) -> bool:
+        """Take over what an earlier plan measured under the same circumstances; whether there was anything."""
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            if found["schema"] == SCHEMA and found["identity"] == self.identity:
+                self.rows = {row["name"]: row for row in found["rows"] if "failed" not in row}
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.file}: not a plan that can be read", got=error, fix="move it away") from error
+        return bool(self.rows)
+
+    def times(self, candidates: Sequence[Candidate]) -> dict[Candidate, float | None]:
+        """Milliseconds of what is measured; None of what could not be."""
+        known = {c: self.rows[c.name] for c in candidates if c.name in self.rows}
+        return {c: None if "failed" in row else float(row["latency_ms"]["median"]) for c, row in known.items()}
+
+    def save(self, **more: Any) -> dict[str, Any]:
+        """Write the file."""
+        body = {"schema": SCHEMA, "identity": dict(self.identity), **more, "rows": list(self.rows.values())}
+        write_json(self.file, body)
+        return body
+
+
+def make_plan(
+    candidates: Sequence[Candidate],
+    asked: Asked,
+    out: Path,
+    *,
+    class_names: Sequence[str],
+    images: Dataset | None,
+    base: Recipe | None = None,
+    data: DataConfig | None = None,
+    say: Tell = lambda text: None,
+) -> dict[str, Any]:
+    """Measure, keep what is within the budget, write `plan.json` and recipes into `out`; returns what plan.json holds.
+
+    Args:
+        images: to time on and to calibrate int8 on; generated scenes if None.
+        base, data: what the recipes are filled in with.
+
+    Raises:
+        UserError: `out` holds something unreadable. EdgeKDError: the device cannot be used.
+    """
+    record = _Record(out / RESULT, _identity(asked, class_names, images))
+    if record.load():
+        say(f"{len(record.rows)} candidates are in {record.file} already")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="edgekd-plan-") as work:
+        meter = _meter(asked, class_names, _image_files(images, Path(work)), Path(work), say)
+        search = Search(candidates, asked.budget_ms, _rate(asked))
+        _measure(search, meter, candidates, record, started + asked.time_limit_s, say)
+    left = search.left(record.times(candidates))
+    best = ranked([row for row in record.rows.values() if _asked_for(row, candidates)], asked.budget_ms)
+    for file in out.glob("[0-9][0-9]-*.yaml"):  # of an earlier plan in this folder
+        file.unlink()
+    files, notes = write_recipes(best[: asked.top], base, data, out, asked.threads, asked.budget_ms)
+    return record.save(
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        commit=source_commit(),
+        budget_ms=asked.budget_ms,
+        candidates=len(candidates),
+        seconds=round(time.monotonic() - started, 1),
+        left=left,
+        device=device_facts() if asked.target is None else {"target": asked.target.name},
+        roof=cpu_roof(asked.threads) if asked.target is None else None,
+        heuristic=HEURISTIC,
+        within=[row["name"] for row in record.rows.values() if fits(row, asked.budget_ms)],
+        best=[row["name"] for row in best],
+        recipes=[file.name for file in files],
+        notes=[*notes, *_notes(asked, images, record, left)],
+    )
+
+
+def _measure(
+    search: Search, meter: Meter, candidates: Sequence[Candidate], record: _Record, deadline: float, say: Tell
+) -> None:
+    """Round after round, until nothing near the budget is unknown or time is up."""
+    by_name = {candidate.name: candidate for candidate in candidates}
+    while time.monotonic() < deadline:
+        chosen = search.next_round(record.times(candidates))
+        if not chosen:
+            return
+        for candidate, row in meter.measure(chosen):
+            record.rows[candidate.name] = row
+            record.save()
+            say(_progress(row, search.budget_ms, len(record.rows), search.left(record.times(list(by_name.values())))))
+            if time.monotonic() >= deadline:
+                break
+
+
+def _progress(row: Row, budget_ms: float, done: int, left: int) -> str:
+    if "failed" in row:
+        return f"{row['name']}: failed, {row['failed'].splitlines()[0]}"
+    ms = row["latency_ms"]["median"]
+    verdict = "within" if ms <= budget_ms else "over"
+    return f"{done} measured, about {left} to go: {row['name']} {row['macs'] / 1e9:.2f} GMACs {ms:.2f} ms, {verdict}"
+
+
+def _identity(asked: Asked, class_names: Sequence[str], images: Dataset | None) -> dict[str, Any]:
+    """What measured latencies depend on: rows of another identity are not taken over."""
+    device = asked.target.name if asked.target is not None else device_facts()["cpu"]
+    kept = ("edgekd", "torch", "onnx", "onnxruntime")
+    return {
+        "device": device,
+        "threads": asked.threads,
+        "classes": len(class_names),
+        "images": "generated scenes" if images is None else f"{images.root.resolve().name}/{images.split}",
+        "layout": asked.layout,
+        "host_ms": asked.host_ms,
+        "arguments": list(asked.arguments),
+        "versions": {name: version for name, version in versions().items() if name in kept},
+    }
+
+
+def _meter(asked: Asked, class_names: Sequence[str], files: Sequence[Path], work: Path, say: Tell) -> Meter:
+    exporter = Exporter(tuple(class_names), files, asked.layout, work)
+    if asked.target is None:
+        return Here(exporter, [load_image(file) for file in files], asked.threads)
+    return There(exporter, asked.target, asked.host_ms, asked.arguments, asked.time_limit_s, say)
+
+
+def _image_files(images: Dataset | None, work: Path) -> list[Path]:
+    from edgekd.data.scenes import make_scenes
+    from edgekd.export.images import spread
+
+    if images is not None:
+        return spread(images.records, _IMAGES)
+    root = make_scenes(work / "scenes", counts={"val": _IMAGES}, seed=0)
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in (".png", ".jpg"))[:_IMAGES]
+
+
+def _rate(asked: Asked) -> float:
+    """MACs a millisecond to begin with."""
+    if asked.target is not None:
+        return _GUESSED_RATE
+    peak = cpu_roof(asked.threads)["gmacs_per_s"]["fp32"]
+    return _SHARE_OF_PEAK * peak * 1e6 if peak else _GUESSED_RATE
+
+
+def _asked_for(row: Row, candidates: Sequence[Candidate]) -> bool:
+    return any(row["name"] == candidate.name for candidate in candidates)
+
+
+def _notes(asked: Asked, images: Dataset | None, record: _Record, left: int) -> list[str]:
+    said = [HEURISTIC]
+    if images is None:
+        said.append("timed on generated scenes of 320 x 240: give your own images with --data")
+    if asked.target is not None:
+        said.append(
+            f"on the device inference alone was timed; {asked.host_ms:g} ms were added for the rest (--host-ms)"
+        )
+    if any(row.get("precision") == "int8" for row in record.rows.values()):
+        said.append(
+            "int8 of an untrained network is as fast as a trained one's; what int8 loses in accuracy is unknown"
+        )
+    if left:
+        said.append(f"about {left} candidates near the budget were not measured: run again to go on")
+    return said

@@ -1,0 +1,71 @@
+"""A plan for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_HEADINGS = (
+    "",
+    "model",
+    "width",
+    "px",
+    "",
+    "GMACs",
+    "M params",
+    "pre/infer/post",
+    "ms median",
+    "p90",
+    "budget",
+    "roof",
+)
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """The candidates worth distilling, best first, the recipes, and what to know of them."""
+    rows = {row["name"]: row for row in plan["rows"]}
+    shown = [list(_HEADINGS)]
+    for number, name in enumerate(plan["best"], 1):
+        shown.append(_cells(number, rows[name], plan["budget_ms"]))
+    widths = [max(len(row[column]) for row in shown) for column in range(len(_HEADINGS))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in shown
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    if not plan["best"]:
+        lines = [f"nothing that was measured is within {plan['budget_ms']:g} ms: {_nearest(plan)}"]
+    counted = f"{len(rows)} of {plan['candidates']} candidates measured, {len(plan['within'])} within {plan['budget_ms']:g} ms"
+    lines += [
+        "",
+        counted,
+        *(f"recipe: {name}" for name in plan["recipes"]),
+        *(f"note: {note}" for note in plan["notes"]),
+    ]
+    return "\n".join(lines)
+
+
+def _cells(number: int, row: Mapping[str, Any], budget_ms: float) -> list[str]:
+    latency, stages, share = row["latency_ms"], row["stages_ms"], row["roof"]["share"]
+    return [
+        f"{number}.",
+        row["model"],
+        f"{row['width']:g}",
+        str(row["input_size"]),
+        row["precision"],
+        f"{row['macs'] / 1e9:.3f}",
+        f"{row['parameters'] / 1e6:.2f}",
+        "/".join("-" if stages[key] is None else f"{stages[key]:.2f}" for key in ("pre", "infer", "post")),
+        f"{latency['median']:.2f}",
+        f"{latency['p90']:.2f}",
+        f"{latency['median'] / budget_ms:.0%}",
+        "-" if share is None else f"{share:.0%}",
+    ]
+
+
+def _nearest(plan: Mapping[str, Any]) -> str:
+    timed = [row for row in plan["rows"] if "failed" not in row]
+    if not timed:
+        return "nothing could be measured"
+    fastest = min(timed, key=lambda row: float(row["latency_ms"]["median"]))
+    return f"the fastest was {fastest['name']} with {fastest['latency_ms']['median']:.2f} ms"
