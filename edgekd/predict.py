@@ -123,13 +123,18 @@ def _entry(
         "picture": target.name,
         "width": picture.shape[1],
         "height": picture.shape[0],
-        "detections": [
-            {
-                "class": class_names[int(label)],
-                "label": int(label),
-                "score": round(float(score), 6),
-                "box_xyxy": [round(float(value), 2) for value in box],
-            }
-            for box, score, label in zip(detections.boxes_xyxy, detections.scores, detections.labels, strict=True)
-        ],
+        "detections": detections_as_dicts(detections, class_names),
     }
+
+
+def detections_as_dicts(detections: Detections, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Detections as plain JSON types, best first: class, label, score, box_xyxy (pixels)."""
+    return [
+        {
+            "class": class_names[int(label)],
+            "label": int(label),
+            "score": round(float(score), 6),
+            "box_xyxy": [round(float(value), 2) for value in box],
+        }
+        for box, score, label in zip(detections.boxes_xyxy, detections.scores, detections.labels, strict=True)
+    ]

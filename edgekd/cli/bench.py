@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from edgekd.cli.bench_options import (
+    AcrossOption,
+    BaselineFilesOption,
+    BaselineOption,
+    BatchOption,
+    EnergyOption,
+    Execution,
+    ExecutionOption,
+    GateSummaryOption,
+    MaxMapDropOption,
+    MaxSlowdownOption,
+    MlperfOption,
+    MlperfSecondsOption,
+    Mode,
+    ModeOption,
+    PinOption,
+    PublishOption,
+    QuickOption,
+    SamplesOption,
+    SecondsOption,
+    StreamsOption,
+    TableOption,
+    WarmupOption,
+    check_out,
+    effort,
+    judged,
+    limits_of,
+    on_cpus,
+    write_tables,
+)
 from edgekd.cli.bundle import (
     PrecisionsOption,
-    SecondsOption,
     SshConfigOption,
     TargetOption,
     TargetPythonOption,
@@ -22,11 +51,13 @@ from edgekd.cli.deploy import (
     FormatOption,
     InputSizeOption,
     OutputOption,
+    RuntimeName,
     ThreadsOption,
     export_data,
     foreign_options,
     provider_of,
 )
+from edgekd.cli.predict import VIDEO, MaxFramesOption, RealtimeOption, measure_video
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, session_of
 
 Given = TypeVar("Given")
@@ -58,30 +89,47 @@ def bench(
         bool | None,
         typer.Option("--ensemble/--no-ensemble", help="Measure all teachers as one; if there are two or more."),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", min=20, help="Timed inferences of each; 200, or 1000 on a --target.")
-    ] = None,
-    warmup: Annotated[float, typer.Option("--warmup", min=0, help="Seconds of warm-up.")] = 1.0,
-    energy_seconds: Annotated[
-        float | None,
-        typer.Option(
-            "--energy-seconds",
-            min=0,
-            help="Each runs alone for so long where power can be read; 10, or 30 on a --target; 0: no energy.",
-        ),
-    ] = None,
+    execution: ExecutionOption = Execution.both,
+    table: TableOption = None,
+    quick: QuickOption = False,
+    publish: PublishOption = False,
+    samples: SamplesOption = None,
+    seconds: SecondsOption = None,
+    warmup: WarmupOption = None,
+    energy_seconds: EnergyOption = None,
+    pin: PinOption = None,
+    mode: ModeOption = Mode.single,
+    streams: StreamsOption = None,
+    batch: BatchOption = 1,
+    mlperf: MlperfOption = None,
+    mlperf_seconds: MlperfSecondsOption = 600.0,
+    baseline: BaselineOption = None,
+    baseline_files: BaselineFilesOption = None,
+    max_slowdown: MaxSlowdownOption = None,
+    max_map_drop: MaxMapDropOption = None,
+    across_conditions: AcrossOption = False,
+    summary: GateSummaryOption = None,
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score that counts for mAP.")] = 0.001,
     iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
     max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
     threads: ThreadsOption = None,
+    runtime: Annotated[
+        list[RuntimeName] | None,
+        typer.Option("--runtime", help="What runs ONNX files; given twice, each runs on both."),
+    ] = None,
     cuda_graph: Annotated[
         bool, typer.Option("--cuda-graph", help="Measure each engine a second time, as one CUDA graph.")
     ] = False,
+    video: Annotated[
+        str | None,
+        typer.Option("--video", help="Instead of --data: a video, a camera (0) or a stream.", rich_help_panel=VIDEO),
+    ] = None,
+    max_frames: MaxFramesOption = None,
+    realtime: RealtimeOption = False,
     target: TargetOption = None,
     target_python: TargetPythonOption = "python3",
     ssh_config: SshConfigOption = None,
     time_limit: TimeLimitOption = 1800.0,
-    seconds: SecondsOption = 30.0,
     precision: PrecisionsOption = None,
     classes: ClassesOption = None,
     output: OutputOption = None,
@@ -95,49 +143,94 @@ def bench(
 
     ROLE is teacher, student (if not given) or distilled: `edgekd bench teacher:a.onnx teacher:b.onnx distilled:s.onnx`.
     With --target, latency and energy are measured on that device, after every model gave its golden outputs there.
+    With --baseline, the new figures are held against an earlier result, and a regression beyond its interval exits 3.
     """
     session = session_of(context)
     session.merge(json=json, seed=seed, device=device, quiet=quiet)
     from edgekd.bench.entries import parse_artifact_argument
+    from edgekd.bench.gate import EXIT_REGRESSED, open_gate
     from edgekd.bench.runner import bench_artifacts
     from edgekd.console import Terminal
     from edgekd.data import read_dataset
+    from edgekd.errors import UserError
     from edgekd.summary import summary_text
     from edgekd.workspace import is_synthetic
 
     entries = [_declared(parse_artifact_argument(text), classes, output, input_size) for text in artifacts]
+    limits = limits_of(baseline, max_slowdown, max_map_drop)
+    if limits is not None and (target is not None or video is not None):
+        raise UserError("--baseline is for data sets", got="--target or --video", fix="leave one of them out")
     if target is not None:
         from edgekd.device.target import parse_target
 
         given_target = parse_target(target, python=target_python, ssh_config=ssh_config)
         images = None if data is None else export_data(data, split, format)
-        wanted = {
+        on_device = {
             "--threads": threads,
             "--samples": samples,
-            "--seconds": seconds,
-            "--warmup": warmup,
+            "--seconds": 30.0 if seconds is None else seconds,
+            "--warmup": 1.0 if warmup is None else warmup,
             "--energy-seconds": energy_seconds,
         }
-        measure_on_target(session, entries, given_target, out, images, precisions_of(precision), wanted, time_limit)
+        measure_on_target(session, entries, given_target, out, images, precisions_of(precision), on_device, time_limit)
         return
-    data, split = _given("--data", data), _given("--split", split)
     if cuda_graph:
         entries = _with_graphs(entries)
-    given = {"score_threshold": score, "nms_iou": iou, "max_detections": max_detections, "threads": threads}
-    config = _config(samples=samples or 200, warmup_seconds=warmup, **given)
-    result = bench_artifacts(
-        entries,
-        read_dataset(data, split, format=format, limit=limit),
-        config=config,
-        out=out,
-        ensemble=_ensemble(entries, ensemble),
-        provider=_one_provider(entries, session.device),
-        seed=session.seed or 0,
-        synthetic=is_synthetic(data),
-        energy_seconds=10.0 if energy_seconds is None else energy_seconds,
-        progress=Terminal(session.quiet).staged(),
-    )
-    session.finish(result, lambda: typer.echo(f"{summary_text(result)}\n\nresult: {out}"))
+    if runtime:
+        entries = _on_runtimes(entries, [chosen.value for chosen in runtime])
+    if video is not None:
+        given = {"score_threshold": score, "nms_iou": iou, "max_detections": max_detections, "threads": threads}
+        on_video = {"realtime": realtime, "max_frames": max_frames, "provider": _one_provider(entries, session.device)}
+        measure_video(session, entries, video, out, _config(**given), on_video)
+        return
+    data, split = _given("--data", data), _given("--split", split)
+    wanted = effort(quick, publish, samples=samples, seconds=seconds, warmup=warmup, energy=energy_seconds, limit=limit)
+    check_out(out, baseline)
+    with on_cpus(pin):
+        config = _config(
+            samples=wanted.samples,
+            seconds=wanted.seconds,
+            warmup_seconds=wanted.warmup,
+            threads=threads,
+            ensemble=execution.value,
+            mode=mode.value,
+            streams=streams,
+            batch=batch,
+            mlperf=None if mlperf is None else mlperf.value,
+            mlperf_seconds=mlperf_seconds,
+            score_threshold=score,
+            nms_iou=iou,
+            max_detections=max_detections,
+        )
+        dataset = read_dataset(data, split, format=format, limit=wanted.limit)
+        gate = None
+        if baseline is not None and limits is not None:
+            gate = open_gate(
+                baseline, limits, entries, dataset, config, folders=baseline_files or (), across=across_conditions
+            )
+        result = bench_artifacts(
+            [*entries, *(() if gate is None else gate.again)],
+            dataset,
+            config=config,
+            out=out,
+            ensemble=_ensemble(entries, ensemble),
+            provider=_one_provider(entries, session.device),
+            seed=session.seed or 0,
+            synthetic=is_synthetic(data),
+            energy_seconds=wanted.energy,
+            memory=not quick,
+            progress=Terminal(session.quiet).staged(),
+        )
+    write_tables(result, table)
+    if gate is None:
+        unfit = result["unfit_to_publish"] if publish else ()
+        said = "\n".join(("", *(f"not fit to publish: {reason}" for reason in unfit)))
+        session.finish(result, lambda: typer.echo(f"{summary_text(result)}{said}\n\nresult: {out}"))
+        return
+    verdict = judged(gate, result, dataset, out, summary, session.seed or 0)
+    session.finish(result, lambda: typer.echo(f"{verdict}\nresult: {out}"))
+    if not result["gate"]["passed"]:
+        raise typer.Exit(EXIT_REGRESSED)
 
 
 def _given(name: str, value: Given | None) -> Given:
@@ -149,7 +242,7 @@ def _given(name: str, value: Given | None) -> Given:
     from edgekd.errors import UserError
 
     if value is None:
-        raise UserError(f"{name} is missing", expected="a data set and its split, or a device with --target")
+        raise UserError(f"{name} is missing", expected="a data set and its split, a --video, or a device with --target")
     return value
 
 
@@ -181,6 +274,31 @@ def _with_graphs(artifacts: list[BenchArtifact]) -> list[BenchArtifact]:
             found.append(replace(artifact, name=f"{artifact.name}+graph", cuda_graph=True))
     if len(found) == len(artifacts):
         raise UserError("--cuda-graph is for engines", got="none", fix="export one with --format engine")
+    return found
+
+
+def _on_runtimes(
+    artifacts: list[BenchArtifact], runtimes: list[Literal["onnxruntime", "openvino"]]
+) -> list[BenchArtifact]:
+    """Each ONNX file on each of the runtimes; the first keeps its name.
+
+    Raises:
+        UserError: there is no ONNX file.
+    """
+    from dataclasses import replace
+
+    from edgekd.errors import UserError
+
+    found = []
+    for artifact in artifacts:
+        if artifact.path.suffix != ".onnx":
+            found.append(artifact)
+            continue
+        for position, runtime in enumerate(dict.fromkeys(runtimes)):
+            name = f"{artifact.name}+{runtime}" if position else artifact.name
+            found.append(replace(artifact, name=name, runtime=runtime))
+    if all(artifact.runtime == "auto" for artifact in found):
+        raise UserError("--runtime is for ONNX files", got="none", fix="write one with `edgekd export`")
     return found
 
 

@@ -1,15 +1,14 @@
-"""`edgekd doctor`, `export`, `predict`, `report`: what comes before and after training."""
+"""`edgekd doctor`, `export`, `report`: what comes before and after training."""
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
+from edgekd.cli.session import JsonOption, QuietOption, session_of
 
 if TYPE_CHECKING:
     from edgekd.export import ExportData
@@ -40,6 +39,13 @@ class Hardware(str, Enum):
     ampere = "ampere+"
 
 
+class RuntimeName(str, Enum):
+    """What can run an ONNX file."""
+
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+
+
 class Target(str, Enum):
     """What int8 is laid out for: unsigned activations (x86) or signed and symmetric ones (tensorrt)."""
 
@@ -52,6 +58,8 @@ FormatOption = Annotated[str, typer.Option("--format", help="Of the data set: au
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of one inference; all if not given.")
 ]
+
+RuntimeOption = Annotated[RuntimeName | None, typer.Option("--runtime", help="What runs an ONNX file.")]
 
 ENGINES = "Engines (--format engine)"
 FOREIGN = "ONNX files not made by edgekd (normally found out)"
@@ -215,54 +223,6 @@ def export_data(root: Path, split: str | None, format: str) -> ExportData:
     return ExportData(train, val)
 
 
-def predict(
-    context: typer.Context,
-    artifact: Annotated[Path, typer.Argument(help="An ONNX file, a checkpoint or a run folder.", metavar="ARTIFACT")],
-    images: Annotated[list[Path], typer.Argument(help="Images, and folders of them.", metavar="IMAGES...")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for annotated pictures and JSON.", metavar="DIR")],
-    score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score shown.")] = 0.3,
-    iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
-    max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
-    threads: ThreadsOption = None,
-    classes: ClassesOption = None,
-    output: OutputOption = None,
-    input_size: InputSizeOption = None,
-    json: JsonOption = False,
-    device: DeviceOption = None,
-    quiet: QuietOption = False,
-) -> None:
-    """Find objects in images: annotated pictures, and predictions.json with everything found.
-
-    Images that cannot be read are reported and the rest go on; the exit code is 2 then.
-    """
-    session = session_of(context)
-    session.merge(json=json, device=device, quiet=quiet)
-    from edgekd.console import Terminal
-    from edgekd.predict import predict_images
-    from edgekd.predictor import load_predictor
-
-    predictor = load_predictor(
-        artifact,
-        provider=provider_of(artifact, session.device),
-        threads=threads,
-        score_threshold=score,
-        nms_iou=iou,
-        max_detections=max_detections,
-        options=foreign_options(artifact, classes, output, input_size),
-    )
-    with predictor, Terminal(session.quiet).counting("images") as progress:
-        found = predict_images(predictor, images, out, progress)
-    for path, reason in found.failures.items():
-        print(f"error: {reason if path in reason else f'{path}: {reason}'}", file=sys.stderr)
-    count = sum(len(image["detections"]) for image in found.images)
-    line = f"{found.file}: {count} objects in {len(found.images)} images"
-    session.finish(found.to_dict(), lambda: typer.echo(line))
-    if found.failures:
-        total = len(found.failures) + len(found.images)
-        print(f"{len(found.failures)} of {total} images could not be read", file=sys.stderr)
-        raise typer.Exit(2)
-
-
 def provider_of(artifact: Path, device: str | None) -> str | None:
     """What a runtime is told for `--device`: torch takes an index, ONNX Runtime's short names do not."""
     if device in (None, "auto"):
@@ -300,17 +260,25 @@ def foreign_options(
 
 def report(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A folder of `edgekd run`, or with a result.json.", metavar="DIR")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders of `edgekd run` or `compare`, or result files; the first leads.", metavar="DIR..."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write; DIR/report.html if not given.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="The comparison as well.", metavar="FILE.md|.csv|.tex")
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write one self-contained HTML page of all results in a folder."""
+    """Write one self-contained HTML page of results: benchmarks, comparisons of methods, devices, videos."""
     session = session_of(context)
     session.merge(json=json, quiet=quiet)
     from edgekd.report.page import write_report
 
-    page = write_report(folder, out or folder / "report.html")
-    session.finish({"report": str(page)}, lambda: typer.echo(str(page)))
+    page = write_report(results, out, table)
+    session.finish({"report": str(page), "table": table and str(table)}, lambda: typer.echo(str(page)))

@@ -30,7 +30,7 @@ SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Random se
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=PANEL, metavar="NAME")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=PANEL)]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.", rich_help_panel=PANEL)]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an internal error.", hidden=True)]
 SetOption = Annotated[
     list[str] | None,
@@ -81,10 +81,10 @@ class Session:
         return [*self.sets, *([] if self.seed is None else [f"seed={self.seed}"])]
 
     def finish(self, result: Mapping[str, Any], show: Callable[[], None]) -> None:
-        """End a command: its result as JSON when asked for, and else for a person."""
+        """End a command: its result as JSON when asked for, and else for a person, unless that one wants quiet."""
         if self.json:
             self._write(result)
-        else:
+        elif not self.quiet:
             show()
 
     def close(self) -> None:
