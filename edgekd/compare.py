@@ -85,7 +85,7 @@ def compare_recipes(
                 data = _summary(base, recipes, runs)
                 write_json(out / "comparison.json", data)
                 write_text(out / "comparison.md", table_markdown(data))
-        from edgekd.report.comparison import draw_comparison
+        from edgekd.report.gains import draw_comparison
 
         draw_comparison(data, out / "comparison.svg")
         return Comparison(out, data, table_markdown(data))

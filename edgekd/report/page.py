@@ -1,213 +1,157 @@
-"""`report.html`: one page without outside references or scripts, for a browser, a phone, dark mode and paper."""
+"""`report.html`: one page that asks nothing of a network, for a browser, a phone, dark mode and paper."""
 
 from __future__ import annotations
 
-import shlex
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import write_text
-from edgekd.bench.matching import Float64Array
-from edgekd.bench.result import read_result
-from edgekd.bench.saved import Saved, read_saved
+from edgekd.artifact import versions, write_text
 from edgekd.errors import ArtifactError
-from edgekd.report import plots, words
+from edgekd.report import bars, dots, marks, words
+from edgekd.report.commands import commands_of
+from edgekd.report.figures import absent, compared, draw_all
 from edgekd.report.pictures import Example, examples_of
-from edgekd.report.table import write_table_markdown
-from edgekd.report.training import TrainingRun, accuracy_plot, loss_plot, run_facts, training_runs
+from edgekd.report.sources import Sources, collect
+from edgekd.report.table import write_table
+from edgekd.report.training import run_facts
 
-__all__ = ["write_report", "write_table_markdown"]
-
-WIDE, NARROW = 880.0, 326.0
-_HERE = Path(__file__).resolve().parent
-_MAX_RECIPE_CHARACTERS = 20_000
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-@dataclass
-class _Found:
-    """Everything that a report can be made of; all but the result may be missing."""
-
-    result: Mapping[str, Any]
-    saved: Saved | None = None
-    examples: list[Example] = field(default_factory=list)
-    runs: list[TrainingRun] = field(default_factory=list)
-    recipe: str | None = None
-    missing: list[str] = field(default_factory=list)
-
-
-def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Collect a folder's results into one HTML page, written atomically.
+def write_report(paths: Path | Sequence[Path], out: Path | None = None, table: Path | None = None) -> Path:
+    """Collect results into one HTML page, written atomically.
 
     Args:
-        run_dir: what `edgekd run` made (with bench/result.json), a folder with a result.json, or that file itself.
-        out: the page; report.html in the folder if left out.
+        paths: what `edgekd run`, `bench` or `compare` wrote: folders, or result files. The first is what the page is about.
+        out: the page; report.html in the first folder if left out.
+        table: the comparison as .md, .csv or .tex as well.
 
     Returns:
         The page's path.
 
     Raises:
-        ArtifactError: there is no result, or it cannot be read.
+        ArtifactError: there is no result, or one that was named cannot be read. UserError: a table of another format.
     """
-    run_dir = Path(run_dir)
-    file = _result_file(run_dir)
-    folder = run_dir if run_dir.is_dir() else run_dir.parent
-    out = folder / "report.html" if out is None else Path(out)
-    write_text(out, render(_collect(folder, file)))
+    sources = collect([paths] if isinstance(paths, Path) else paths)
+    out = sources.folder / "report.html" if out is None else Path(out)
+    if table is not None:
+        if sources.result is None:
+            raise ArtifactError("there is no benchmark to make a table of", expected="a result.json of `edgekd bench`")
+        write_text(table, write_table(sources.result, table.suffix))
+    write_text(out, render(sources))
     return out
 
 
-def _result_file(run_dir: Path) -> Path:
-    candidates = [run_dir] if run_dir.is_file() else [run_dir / "bench" / "result.json", run_dir / "result.json"]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise ArtifactError(
-        f"{run_dir}: nothing to report",
-        got="a folder without bench/result.json or result.json" if run_dir.is_dir() else "no such folder",
-        expected="what `edgekd run` or `edgekd bench` wrote",
-        fix="run `edgekd run RECIPE --out DIR` or `edgekd bench ... --out DIR/result.json` first",
-    )
-
-
-def _collect(folder: Path, file: Path) -> _Found:
-    found = _Found(read_result(file))
-    names = found.result.get("files") or {}
-    # Names in a result are joined bare, so that a stranger's file cannot point anywhere else.
-    detections = file.parent / Path(str(names.get("detections", "detections.npz"))).name
-    try:
-        found.saved = read_saved(detections)
-        found.examples = examples_of(file.parent / "examples", found.saved, _panels(found.result))
-    except ArtifactError as error:
-        found.missing.append(error.what)
-    found.runs = training_runs(folder)
-    recipe = folder / "recipe.yaml"
-    if recipe.is_file():
-        found.recipe = recipe.read_text(encoding="utf-8", errors="replace")[:_MAX_RECIPE_CHARACTERS]
-    return found
-
-
-def _panels(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The models whose detections are shown: the reference, or the other end of the table, and the student."""
-    rows = result["rows"]
-    student, reference = words.headline_student(rows), words.find(rows, result.get("reference"))
-    shown = [row for row in (reference, student) if row is not None] or list(rows[:1])
-    return [(row["name"], f"{words.subject(row, rows)[4:].capitalize()}") for row in shown]
-
-
-def render(found: _Found) -> str:
+def render(sources: Sources) -> str:
     """The page's HTML."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters.update(
-        number=words.number, points=words.points, ms=words.milliseconds, times=words.times, role=_role_name
-    )
-    environment.globals["role_class"] = plots.role_class
-    environment.globals["mark_class"] = plots.mark_class
-    environment.globals["dash_class"] = plots.dash_class
-    result = found.result
-    rows = result["rows"]
-    student, reference = words.headline_student(rows), words.find(rows, result.get("reference"))
-    compared = [row for row in rows if row["role"] != "teacher"] or rows
-    figures = {name: tuple(Markup(picture) for picture in pair) for name, pair in _figures(found, compared).items()}
-    examples = [(example, [(panel, Markup(panel.picture)) for panel in example.panels]) for example in found.examples]
-    template = environment.from_string((_HERE / "page.html").read_text(encoding="utf-8"))
-    return template.render(
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        result=result,
-        data=result["data"],
-        device=result["device"],
-        settings=result["settings"],
-        rows=rows,
-        compared=compared,
-        student=student,
-        reference=reference,
-        title=_title(found),
-        answer=words.answer(result),
-        gain=words.gain(result),
-        comparisons=[(c, words.difference_points(c)) for c in result["comparisons"]],
-        images=words.images(result),
+        number=words.number, points=words.points, ms=words.milliseconds, times=words.times, signed=words.signed,
+        role=lambda role: words.ROLE_NAMES.get(role, role),
+    )  # fmt: skip
+    environment.globals.update(
+        role_class=marks.role_class, mark_class=marks.mark_class, dash_class=marks.dash_class,
+        stage_classes=bars.STAGE_CLASSES, sizes=dots.SIZES, nothing=words.NOTHING,
+    )  # fmt: skip
+    figures = {name: tuple(map(Markup, pair)) for name, pair in draw_all(sources).items()}
+    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("page.html").render(
+        style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+        title=_title(sources),
+        made_by=versions().get("edgekd"),
         figures=figures,
-        class_rest=_class_rest(compared),
-        run_facts=run_facts(found.runs),
-        runs=found.runs,
-        examples=examples,
-        recipe=found.recipe,
-        missing=found.missing,
-        commands=_commands(found),
+        runs=sources.runs,
+        run_facts=run_facts(sources.runs),
+        devices=[(name, device, words.device_answer(device)) for name, device in sources.devices],
+        comparisons=[(name, found, words.comparison_answer(found)) for name, found in sources.comparisons],
+        method_gain=words.method_gain,
+        interval=words.interval,
+        videos=sources.videos,
+        recipe=sources.recipe,
+        problems=sources.problems,
+        absent=absent(sources, figures),
+        commands=commands_of(sources),
+        **_of_result(sources, Markup),
     )
 
 
-def _role_name(role: str) -> str:
-    return words.ROLE_NAMES.get(role, role)
+def _of_result(sources: Sources, markup: Any) -> dict[str, Any]:
+    """What the page says of a benchmark; all None or empty without one."""
+    result = sources.result
+    if result is None:
+        first = [words.comparison_answer(c) for _, c in sources.comparisons]
+        first += [words.device_answer(d) for _, d in sources.devices]
+        synthetic = any(c["data"]["synthetic"] for _, c in sources.comparisons)
+        return {"result": None, "answer": (first or [_video_answer(sources)])[0], "gain": None, "synthetic": synthetic,
+                "examples": [], "agreement": None, "student": None, "reference": None}  # fmt: skip
+    rows = result["rows"]
+    student, reference = words.headline_student(rows), words.find(rows, result["reference"])
+    agreement = sources.examples[1]["agreement"] if sources.examples else None
+    some = compared(rows)
+    return {
+        "result": result,
+        "answer": words.answer(result),
+        "gain": words.gain(result),
+        "synthetic": result["data"]["synthetic"],
+        "images": words.images(result),
+        "compared": some,
+        "class_names": dots.groups_of(rows, "per_class"),
+        "class_rest": max(0, len(dots.groups_of(some, "per_class")) - dots.MOST_GROUPS),
+        "student": student,
+        "reference": reference,
+        "differences": [(c, words.difference_points(c)) for c in result["comparisons"]],
+        "examples": [(e, [(panel, markup(panel.picture)) for panel in e.panels]) for e in _examples(sources)],
+        "agreement": agreement
+        if agreement and sum(agreement["objects"][k] or 0 for k in agreement["objects"])
+        else None,
+    }
 
 
-def _title(found: _Found) -> str:
-    """The recipe's name, or the data's."""
+def _video_answer(sources: Sources) -> str:
+    _, video = sources.videos[0]
+    best = max(video["rows"], key=lambda row: row["fps"] or 0.0, default=None)
+    if best is None:
+        return "Nothing was measured."
+    return f"{best['name']} sustains {words.number(best['fps'], 1)} frames a second on {video['source']['name']}."
+
+
+def _examples(sources: Sources) -> list[Example]:
+    """Pictures of the reference, or the other end of the table, and the student."""
+    if sources.result is None or sources.saved is None or sources.examples is None:
+        return []
+    rows = sources.result["rows"]
+    student, reference = words.headline_student(rows), words.find(rows, sources.result["reference"])
+    shown = [row for row in (reference, student) if row is not None] or list(rows[:1])
+    wanted = [(row["name"], words.subject(row, rows)[4:].capitalize()) for row in shown]
+    folder, read = sources.examples
+    return examples_of(folder, read["images"], sources.saved, wanted)
+
+
+def _title(sources: Sources) -> str:
+    """The recipe's name, or the data's, or the file's."""
     import yaml
 
-    if found.recipe is not None:
+    if sources.recipe is not None:
         try:
-            recipe = yaml.safe_load(found.recipe)
+            recipe = yaml.safe_load(sources.recipe)
         except yaml.YAMLError:
             recipe = None
         if isinstance(recipe, dict) and isinstance(recipe.get("name"), str):
             return str(recipe["name"])
-    return f"{found.result['data']['name']} {found.result['data']['split']}"
-
-
-def _figures(found: _Found, compared: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Plots by name, each for a wide and a narrow page; a plot without data is left out."""
-    rows = found.result["rows"]
-    sizes = (WIDE, NARROW)
-    figures: dict[str, tuple[str, ...]] = {}
-    if any(row["map"]["ap50"] is not None for row in rows):
-        figures["tradeoff"] = tuple(plots.tradeoff_plot(rows, size) for size in sizes)
-    if rows:
-        figures["stages"] = tuple(plots.stage_plot(rows, size) for size in sizes)
-    samples: dict[str, Float64Array] = {}
-    if found.saved is not None:
-        samples = {row.name: row.stages_ms.sum(-1) for row in found.saved.rows if row.stages_ms.size}
-    if any(row["name"] in samples for row in rows):
-        figures["spread"] = tuple(plots.spread_plot(rows, samples, size) for size in sizes)
-    if any(row.get("precision_at_recall") for row in rows):
-        figures["recall"] = tuple(plots.recall_plot(rows, size) for size in sizes)
-    if any(figure["ap50"] is not None for row in compared[:1] for figure in row["map"]["per_class"].values()):
-        figures["classes"] = tuple(plots.class_plot(compared, size)[0] for size in sizes)
-    if any(run.accuracy for run in found.runs):
-        figures["accuracy"] = tuple(accuracy_plot(found.runs, size) for size in sizes)
-    for index, run in enumerate(found.runs):
-        if run.losses:
-            figures[f"loss{index}"] = (loss_plot(run, 430.0), loss_plot(run, NARROW))
-    return {name: (pair[0], pair[1]) for name, pair in figures.items()}
-
-
-def _class_rest(compared: Sequence[Mapping[str, Any]]) -> int:
-    figures = compared[0]["map"]["per_class"].values() if compared else ()
-    return max(0, sum(figure["ap50"] is not None for figure in figures) - plots.MOST_CLASSES)
-
-
-def _commands(found: _Found) -> list[str]:
-    """What to type to get these figures again."""
-    result = found.result
-    settings, data = result["settings"], result["data"]
-    commands = ["edgekd run recipe.yaml --out RUN"] if found.recipe is not None else []
-    ensemble = result.get("ensemble")
-    files = [
-        shlex.quote(f"{row['role']}:{row['name']}={row['artifact']}")
-        for row in result["rows"]
-        if row["role"] != "ensemble"
-    ]
-    tail = [
-        f"--data {shlex.quote(str(data['name']))} --split {shlex.quote(str(data['split']))}",
-        f"--samples {settings['samples']} --warmup {settings['warmup_seconds']:g} --threads {settings['threads']} "
-        f"--score {settings['score_threshold']:g} --iou {settings['nms_iou']:g} "
-        f"--max-detections {settings['max_detections']} --seed {settings['seed']}"
-        + (" --ensemble" if ensemble else ""),
-        "--out result.json",
-    ]
-    commands.append(" \\\n    ".join(["edgekd bench", *files, *tail]))
-    return commands
+    described: Sequence[Mapping[str, Any]] = [c for _, c in sources.comparisons]
+    for found in ([sources.result] if sources.result else []) + list(described):
+        if found["data"]["name"]:
+            return " ".join(filter(None, (found["data"]["name"], found["data"].get("split"))))
+    return sources.folder.resolve().name or "results"

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.bench.examples import read_examples, shown
+from edgekd.bench.examples import shown
 from edgekd.bench.matching import assign
 from edgekd.bench.saved import Saved
 from edgekd.report import svg
 from edgekd.types import Detections, ImageRecord
 
-_MAX_JPEG_BYTES = 200_000
+_MOST_BYTES = 2_500_000
 
 
 @dataclass(frozen=True)
@@ -41,55 +41,53 @@ class Example:
     panels: Sequence[Panel]
 
 
-def examples_of(folder: Path, saved: Saved, wanted: Sequence[tuple[str, str]]) -> list[Example]:
-    """Examples out of a benchmark's `examples` folder.
+def examples_of(
+    folder: Path, entries: Sequence[Mapping[str, Any]], saved: Saved, wanted: Sequence[tuple[str, str]]
+) -> list[Example]:
+    """Examples out of a benchmark's `examples` folder; those that cannot be drawn, and those beyond 2.5 MB, are left out.
 
     Args:
-        wanted: (row name, panel title) of the models to show.
-
-    Raises:
-        ArtifactError: examples.json cannot be read.
+        entries: of examples.json, fitted. wanted: (row name, panel title) of the models to show.
     """
     rows = {row.name: row for row in saved.rows}
-    found = []
-    for position, entry in enumerate(read_examples(folder / "examples.json")["images"]):
-        file = folder / Path(str(entry["file"])).name
-        if not file.is_file() or file.stat().st_size > _MAX_JPEG_BYTES:
-            continue
+    found: list[Example] = []
+    room = _MOST_BYTES
+    for position, entry in enumerate(entries):
+        file = folder / Path(entry["file"] or "none").name
         record = _record(entry)
-        panels = [_truth_panel(f"ex{position}", record, saved.class_names)]
+        index = entry["index"]
+        if record is None or index is None or not file.is_file() or file.stat().st_size > room:
+            continue
+        room -= file.stat().st_size
+        key = f"ex{position}"
+        panels = [_truth_panel(key, record, saved.class_names)]
         panels += [
-            _model_panel(f"ex{position}", title, record, rows[name].detections[int(entry["index"])], saved.class_names)
+            _model_panel(key, title, record, rows[name].detections[index], saved.class_names)
             for name, title in wanted
-            if name in rows and int(entry["index"]) < len(rows[name].detections)
+            if name in rows and index < len(rows[name].detections)
         ]
         height, width = record.image_hw
         data = base64.b64encode(file.read_bytes()).decode("ascii")
-        found.append(
-            Example(
-                f"ex{position}",
-                record.image_id,
-                str(entry["why"]),
-                width,
-                height,
-                f"data:image/jpeg;base64,{data}",
-                panels,
-            )
-        )
+        jpeg = f"data:image/jpeg;base64,{data}"
+        found.append(Example(key, record.image_id, entry["why"] or "", width, height, jpeg, panels))
     return found
 
 
-def _record(entry: Mapping[str, Any]) -> ImageRecord:
-    objects = entry["objects"]
-    ignored = np.array(objects["ignored"], np.bool_)
+def _record(entry: Mapping[str, Any]) -> ImageRecord | None:
+    """An entry's image with its objects; None if its parts do not belong together."""
+    objects, size = entry["objects"], entry["image_hw"]
+    boxes, labels, ignored = objects["boxes_xyxy"], objects["labels"], objects["ignored"]
+    whole = len(boxes) == len(labels) == len(ignored) and all(len(box) == 4 and None not in box for box in boxes)
+    if not whole or None in labels or len(size) != 2 or not all(size):
+        return None
     return ImageRecord(
-        str(entry["image_id"]),
-        Path(str(entry["file"])),
-        (int(entry["image_hw"][0]), int(entry["image_hw"][1])),
-        np.array(objects["boxes_xyxy"], np.float32).reshape(-1, 4),
-        np.array(objects["labels"], np.int64),
-        ignored,
-        np.zeros_like(ignored),
+        entry["image_id"] or "",
+        Path(entry["file"]),
+        (size[0], size[1]),
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+        np.array([bool(value) for value in ignored], np.bool_),
+        np.zeros(len(labels), np.bool_),
     )
 
 
@@ -105,7 +103,7 @@ def _truth_panel(key: str, record: ImageRecord, names: Sequence[str]) -> Panel:
 
 def _model_panel(key: str, title: str, record: ImageRecord, found: Detections, names: Sequence[str]) -> Panel:
     """Detections that are right, wrong, on ignored objects; and the objects that were missed."""
-    kept = shown(found)
+    kept = shown(found.take(np.isfinite(found.boxes_xyxy).all(1)))
     verdicts, owners = assign(record, kept)
     kinds = {1: "correct", 0: "wrong", -1: "ignored"}
     boxes = [

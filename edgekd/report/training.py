@@ -10,12 +10,19 @@ from typing import Any
 import numpy as np
 
 from edgekd.report import svg
+from edgekd.report.shape import AMOUNT, NUMBER, SHARE, Each, fit, text
 from edgekd.report.words import MINUS
 from edgekd.runlog import read_log
 
 Curve = list[tuple[float, float]]
 
 _BINS = 120
+_RECORD = {
+    "event": text,
+    **dict.fromkeys(("step", "steps", "epoch", "epochs"), AMOUNT),
+    "losses": Each(NUMBER),
+    "map": {"ap50": SHARE},
+}
 
 
 @dataclass(frozen=True)
@@ -48,22 +55,23 @@ def training_runs(folder: Path) -> list[TrainingRun]:
 
 
 def _read(folder: Path, role: str) -> TrainingRun:
-    records = [record for record in read_log(folder) if isinstance(record, dict)]
-    steps = [r for r in records if r.get("event") == "step" and isinstance(r.get("losses"), dict)]
+    records = [fit(record, _RECORD) for record in read_log(folder)]
+    records = [record for record in records if record["step"] is not None]
+    steps = [record for record in records if record["event"] == "step"]
     an_epoch = 1.0
     if steps:
         last = steps[-1]
-        total, epochs = last.get("steps") or last["step"] + 1, last.get("epochs") or last.get("epoch", 0) + 1
+        total, epochs = last["steps"] or last["step"] + 1, last["epochs"] or (last["epoch"] or 0) + 1
         an_epoch = max(1.0, total / epochs)
     terms: dict[str, Curve] = {}
     for record in steps:
         for term, value in record["losses"].items():
-            if isinstance(value, (int, float)):
-                terms.setdefault(str(term), []).append((record["step"] / an_epoch, float(value)))
+            if value is not None:
+                terms.setdefault(term, []).append((record["step"] / an_epoch, float(value)))
     accuracy = [
         (record["step"] / an_epoch, 100 * float(record["map"]["ap50"]))
         for record in records
-        if record.get("event") == "eval" and (record.get("map") or {}).get("ap50") is not None
+        if record["event"] == "eval" and record["map"]["ap50"] is not None
     ]
     return TrainingRun(folder.name, role, {term: _thinned(curve) for term, curve in terms.items()}, accuracy)
 

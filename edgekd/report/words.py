@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ Row = Mapping[str, Any]
 
 def number(value: float | None, decimals: int = 1, unit: float = 1.0) -> str:
     """A figure with thousands separated, a dash where there is none."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return NOTHING
     return f"{value / unit:,.{decimals}f}".replace("-", MINUS)
 
@@ -55,9 +56,10 @@ def interval(low: float, high: float, decimals: int = 1) -> str:
 
 def images(result: Mapping[str, Any]) -> str:
     """ "1,700 images", and synthetic where they are."""
-    count = int(result["data"]["images"])
-    kind = "synthetic " if result["data"].get("synthetic") else ""
-    return f"{count:,}{_SPACE}{kind}image{'s' if count != 1 else ''}"
+    count, kind = result["data"]["images"], "synthetic " if result["data"].get("synthetic") else ""
+    if count is None:
+        return f"an unknown number of {kind}images"
+    return f"{int(count):,}{_SPACE}{kind}image{'s' if count != 1 else ''}"
 
 
 def difference_points(comparison: Mapping[str, Any]) -> str:
@@ -97,7 +99,7 @@ def answer(result: Mapping[str, Any]) -> str:
         return "Nothing was measured."
     student, reference = headline_student(rows), find(rows, result.get("reference"))
     if student is None:
-        best = max(rows, key=lambda row: row["map"]["ap50"] or 0.0)
+        best = max(rows, key=lambda row: (row["map"] or {}).get("ap50") or 0.0)
         return f"{_capital(subject(best, rows))} reaches {_plain(best)} over {images(result)}."
     name = _capital(subject(student, rows))
     if reference is None:
@@ -107,7 +109,7 @@ def answer(result: Mapping[str, Any]) -> str:
         (c for c in result["comparisons"] if c["a"] == student["name"] and c["b"] == reference["name"]), None
     )
     if against is None:
-        accuracy = "; the images hold no objects to compare accuracy on"
+        accuracy = "; their accuracy could not be compared"
     elif against["difference_shown"]:
         accuracy = f", {difference_points(against)}"
     else:
@@ -116,7 +118,10 @@ def answer(result: Mapping[str, Any]) -> str:
 
 
 def _speed(student: Row, owner: str) -> str:
-    factor, (low, high) = student["speedup_vs_ensemble"], student["speedup_interval"]
+    factor, interval = student["speedup_vs_ensemble"], student["speedup_interval"]
+    if factor is None or interval is None:
+        return f"was not timed against {owner}"
+    low, high = interval
     if low <= 1.0 <= high:
         return f"is not shown to be faster or slower than {owner}"
     if factor < 1:
@@ -143,8 +148,56 @@ def gain(result: Mapping[str, Any]) -> str | None:
     return None
 
 
+def method_gain(row: Row) -> str:
+    """What a method of `edgekd compare` brought: +1.0 AP50 points [−4.1, +6.1] over 3 seeds."""
+    gain, seeds = row["gain"], len(row["seeds"])
+    found = gain["interval_seeds"] or gain["interval_images"]
+    over = f"over {seeds} seed{'s' if seeds != 1 else ''}" if gain["interval_seeds"] else "of one seed, over images"
+    bounds = f" {interval(100 * found[0], 100 * found[1])}" if found else ""
+    return f"{signed(100 * gain['ap50'])}{_SPACE}AP50{_SPACE}points{bounds} {over}"
+
+
+def comparison_answer(comparison: Mapping[str, Any]) -> str:
+    """What came of `edgekd compare`, in one sentence about its best method."""
+    methods = [row for row in comparison["rows"] if row["gain"]["ap50"] is not None]
+    if not methods:
+        return "No method was compared."
+    best = max(methods, key=lambda row: float(row["gain"]["ap50"]))
+    verdicts = {
+        "gain": f"{best['method']} brings {method_gain(best)}",
+        "loss": f"No method gains: the best, {best['method']}, changes accuracy by {method_gain(best)}",
+    }
+    unsure = f"No gain is shown for {best['method']}: {method_gain(best)}"
+    return (
+        f"{verdicts.get(best['gain']['verdict'] or '', unsure)}, against the same student alone, {images(comparison)}."
+    )
+
+
+def device_answer(result: Mapping[str, Any]) -> str:
+    """What was found on a device, in one sentence."""
+    rows: Sequence[Row] = [row for row in result["rows"] if row["latency_ms"]["median"] is not None]
+    if not rows:
+        return "Nothing was measured."
+    student, reference = headline_student(rows) or rows[0], find(rows, result.get("reference"))
+    where = machine_name(result["device"])
+    name = _capital(subject(student, rows))
+    if reference is None or reference is student or student["speedup_vs_ensemble"] is None:
+        took = milliseconds(student["latency_ms"]["median"])
+        return f"{name} takes {took}{_SPACE}ms an inference on {where}."
+    owner = "its ensemble" if reference["role"] == "ensemble" else "its teacher"
+    return f"{name} {_speed(student, owner)} on {where}."
+
+
+def machine_name(device: Mapping[str, Any]) -> str:
+    """The most telling name there is: the board's, the GPU's, or the processor's."""
+    gpus = [gpu["name"] for gpu in device.get("nvml") or () if gpu["name"]]
+    names = [(device.get("jetson") or {}).get("model"), device.get("board"), *gpus, device["cpu"], device["machine"]]
+    return next((str(name) for name in names if name), "an unnamed machine")
+
+
 def _plain(row: Row) -> str:
-    return f"{points(row['map']['ap50'])} AP50 at {milliseconds(row['latency_ms']['median'])} ms an image"
+    accuracy = points((row["map"] or {}).get("ap50"))
+    return f"{accuracy} AP50 at {milliseconds(row['latency_ms']['median'])} ms an image"
 
 
 def _capital(text: str) -> str:

@@ -1,0 +1,105 @@
+"""Every plot of a page, by name, for a wide and a narrow screen; a plot without data is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edgekd.report import bars, dots, gains, spread, tradeoff, training
+from edgekd.report.marks import Rows
+from edgekd.report.sources import Sources
+
+WIDE, NARROW = 880.0, 326.0
+HALF = 430.0
+
+Draw = Callable[[float], str]
+
+
+def compared(rows: Rows) -> Rows:
+    """The rows that detailed plots have room for: the ensemble and the students, or all where there are none."""
+    return [row for row in rows if row["role"] != "teacher"] or rows
+
+
+def draw_all(sources: Sources) -> dict[str, tuple[str, str]]:
+    """Name to (wide, narrow) picture."""
+    found: dict[str, tuple[Draw, float]] = {}
+    if sources.result is not None:
+        found |= {name: (draw, WIDE) for name, draw in _of_result(sources.result["rows"]).items()}
+    for index, (_, comparison) in enumerate(sources.comparisons):
+        if rows := gains.gain_rows(comparison):
+            found[f"gains{index}"] = (_bound(gains.gain_plot, rows), WIDE)
+    for index, (_, device) in enumerate(sources.devices):
+        found |= {f"{name}{index}": (draw, WIDE) for name, draw in _of_device(device["rows"]).items()}
+    if any(run.accuracy for run in sources.runs):
+        found["accuracy"] = (_bound(training.accuracy_plot, sources.runs), WIDE)
+    for index, run in enumerate(sources.runs):
+        if any(value > 0 for curve in run.losses.values() for _, value in curve):
+            found[f"loss{index}"] = (_bound(training.loss_plot, run), HALF)
+    return {name: (draw(width), draw(NARROW)) for name, (draw, width) in found.items()}
+
+
+def _of_result(rows: Rows) -> dict[str, Draw]:
+    some = compared(rows)
+    found: dict[str, Draw] = {}
+    if tradeoff.placed(rows):
+        found["tradeoff"] = _bound(tradeoff.tradeoff_plot, rows)
+    if stages := bars.stage_bars(rows):
+        found["stages"] = lambda width: bars.bar_plot(stages, width, "Stage times", "ms an image, medians")
+    if spread.spread_rows(rows):
+        found["spread"] = _bound(spread.spread_plot, rows)
+    if memory := bars.memory_bars(rows):
+        found["memory"] = lambda width: bars.bar_plot(memory, width, "Peak memory", "MB of a fresh process")
+    if energy := bars.energy_bars(rows):
+        found["energy"] = lambda width: bars.bar_plot(energy, width, "Energy", "mJ an image")
+    if any(row["precision_at_recall"] for row in rows):
+        found["recall"] = _bound(dots.recall_plot, rows)
+    for name, kind in (("classes", "per_class"), ("sizes", "by_size")):
+        if dots.groups_of(some, kind):
+            found[name] = _bound(dots.group_plot, some, kind)
+    return found
+
+
+def _of_device(rows: Rows) -> dict[str, Draw]:
+    found: dict[str, Draw] = {}
+    if latency := bars.latency_bars(rows):
+        found["device-latency"] = lambda width: bars.bar_plot(
+            latency, width, "Latency on the device", "ms an inference"
+        )
+    if energy := bars.energy_bars(rows):
+        found["device-energy"] = lambda width: bars.bar_plot(energy, width, "Energy on the device", "mJ an inference")
+    return found
+
+
+def _bound(draw: Callable[..., str], *first: Any) -> Draw:
+    return lambda width: draw(*first, width)
+
+
+def absent(sources: Sources, figures: Mapping[str, object]) -> list[tuple[str, str]]:
+    """(what this page does not show, why or how to get it)."""
+    result = sources.result
+    said = []
+    if result is None:
+        said.append(("Accuracy and latency side by side", "no result of edgekd bench here: bench the same files"))
+    else:
+        rows = result["rows"]
+        reasons = {
+            "tradeoff": "no row has both an AP50 and a latency",
+            "stages": "the file has no stage times",
+            "spread": "the file has no latency percentiles: measured by an older edgekd, or by something else",
+            "memory": "peak memory was not measured",
+            "energy": "no sensor that a user may read gave this machine's power, or energy was switched off",
+            "classes": "the file has no AP50 by class",
+            "sizes": "the file has no AP50 by size of object",
+            "recall": "the file has no precision-recall curves",
+        }
+        names = {"tradeoff": "Accuracy against latency", "stages": "Stage times", "spread": "Latency distributions",
+                 "memory": "Memory", "energy": "Energy", "classes": "Accuracy by class", "sizes": "Accuracy by size",
+                 "recall": "Precision and recall"}  # fmt: skip
+        said += [(names[name], reason) for name, reason in reasons.items() if name not in figures and rows]
+        if sources.saved is None or sources.examples is None:
+            said.append(("Pictures of agreement and disagreement", "no detections and examples beside the result"))
+    if not sources.comparisons:
+        said.append(("Method gains over seeds", "point edgekd report at a folder of edgekd compare too"))
+    if not sources.devices:
+        said.append(("Another device", "put a result of edgekd bench --target into the folder, or name it too"))
+    return said
