@@ -126,6 +126,9 @@ def bench(
     ] = None,
     max_frames: MaxFramesOption = None,
     realtime: RealtimeOption = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also say which layers are slowest; ONNX files and engines.")
+    ] = False,
     target: TargetOption = None,
     target_python: TargetPythonOption = "python3",
     ssh_config: SshConfigOption = None,
@@ -160,6 +163,8 @@ def bench(
     limits = limits_of(baseline, max_slowdown, max_map_drop)
     if limits is not None and (target is not None or video is not None):
         raise UserError("--baseline is for data sets", got="--target or --video", fix="leave one of them out")
+    if profile and (target is not None or video is not None):
+        raise UserError("--profile is for data sets here", got="--target or --video", fix="leave one of them out")
     if target is not None:
         from edgekd.device.target import parse_target
 
@@ -221,14 +226,20 @@ def bench(
             memory=not quick,
             progress=Terminal(session.quiet).staged(),
         )
+    layers = ""
+    if profile:
+        from edgekd.bench.profile import add_profiles, profile_text
+
+        add_profiles(result, entries, dataset, out, provider=_one_provider(entries, session.device))
+        layers = f"\n\n{profile_text(result)}"
     write_tables(result, table)
     if gate is None:
         unfit = result["unfit_to_publish"] if publish else ()
         said = "\n".join(("", *(f"not fit to publish: {reason}" for reason in unfit)))
-        session.finish(result, lambda: typer.echo(f"{summary_text(result)}{said}\n\nresult: {out}"))
+        session.finish(result, lambda: typer.echo(f"{summary_text(result)}{said}{layers}\n\nresult: {out}"))
         return
     verdict = judged(gate, result, dataset, out, summary, session.seed or 0)
-    session.finish(result, lambda: typer.echo(f"{verdict}\nresult: {out}"))
+    session.finish(result, lambda: typer.echo(f"{verdict}{layers}\nresult: {out}"))
     if not result["gate"]["passed"]:
         raise typer.Exit(EXIT_REGRESSED)
 

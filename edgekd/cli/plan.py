@@ -14,7 +14,7 @@ from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
 if TYPE_CHECKING:
     from edgekd.device.target import Target as Device
     from edgekd.plan.job import Asked
-    from edgekd.recipe import DataConfig, Recipe
+    from edgekd.recipe import DataConfig
     from edgekd.types import Dataset
 
 CANDIDATES = "Candidates"

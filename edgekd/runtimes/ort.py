@@ -30,6 +30,7 @@ class OrtRuntime(OnnxRuntime):
         provider: ONNX Runtime's name or a short one ("cpu", "cuda").
         threads: threads of one inference; ONNX Runtime's own choice (all cores) if left out.
         input_hw: the size to run at where the graph leaves it open.
+        profile: time every node, and write a trace to a file whose name begins so; see `end_profile`.
 
     Raises:
         ArtifactError: the file is missing, damaged, or does not take one image tensor.
@@ -47,9 +48,10 @@ class OrtRuntime(OnnxRuntime):
         threads: int | None = None,
         *,
         input_hw: tuple[int, int] | None = None,
+        profile: Path | None = None,
     ) -> None:
         source = source_name(model)
-        session = _open_session(model, PROVIDERS.get(provider.lower(), provider), threads, source)
+        session = _open_session(model, PROVIDERS.get(provider.lower(), provider), threads, source, profile)
         self._session: Any = session
         inputs, outputs = ([_info(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
         metadata = session.get_modelmeta().custom_metadata_map
@@ -59,11 +61,17 @@ class OrtRuntime(OnnxRuntime):
         values: Sequence[NDArray[np.generic]] = self._session.run(None, feed)
         return values
 
+    def end_profile(self) -> Path:
+        """End profiling; the trace, a JSON list of events."""
+        return Path(self._session.end_profiling())
+
     def _free(self) -> None:
         self._session = None
 
 
-def _open_session(model: Path | bytes, provider: str, threads: int | None, source: str) -> Any:
+def _open_session(
+    model: Path | bytes, provider: str, threads: int | None, source: str, profile: Path | None = None
+) -> Any:
     try:
         import onnxruntime
     except Exception as error:  # a broken installation raises whatever its libraries raise
@@ -88,6 +96,8 @@ def _open_session(model: Path | bytes, provider: str, threads: int | None, sourc
     # By default a session's threads go on spinning after its run, and take cores from whatever runs next: an ensemble's
     # second member, say, which then looks slower than it is.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model), options, providers=[provider]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgekd.errors import ArtifactError, RuntimeFailure
 from edgekd.runtimes.buffers import Array, Buffers, Graph, open_buffers
 from edgekd.runtimes.engine_file import EngineManifest, check_fits, read_engine_manifest
-from edgekd.runtimes.trt_api import logger_of, numpy_type, open_engine, said, tensorrt
+from edgekd.runtimes.trt_api import logger_of, numpy_type, open_engine, profiler_of, said, tensorrt
 from edgekd.types import FloatArray
 
 
@@ -64,6 +64,7 @@ class TensorRTRuntime:
         self._owned = buffers is None
         self._buffers: Buffers = buffers or open_buffers()
         self._graph: Graph | None = None
+        self._profiler: Any = None
         self._closed = False
         self._batch = 0
         try:
@@ -193,6 +194,17 @@ class TensorRTRuntime:
         with self._buffers.active():
             start, copied, computed, done = self._events
             return GpuTimes(copied.elapsed_ms(start), computed.elapsed_ms(copied), done.elapsed_ms(computed))
+
+    def layer_times(self, images: FloatArray) -> dict[str, float]:
+        """Milliseconds of each layer in one inference, by TensorRT's own profiler, as the builder named and fused them.
+
+        The profiler stays on from then on and slows every run: use a runtime of its own, without a CUDA graph.
+        """
+        if self._profiler is None:
+            self._profiler = self._context.profiler = profiler_of(self._trt)
+        self._profiler.times.clear()
+        self.run(images)
+        return dict(self._profiler.times)
 
     def _check(self, succeeded: bool, step: str) -> None:
         if not succeeded:

@@ -90,6 +90,20 @@ def logger_of(trt: Any) -> Any:
     return _Logger()
 
 
+def profiler_of(trt: Any) -> Any:
+    """TensorRT's profiler, which adds up milliseconds by layer in its `times`."""
+
+    class _Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times[layer_name] = self.times.get(layer_name, 0.0) + ms
+
+    return _Profiler()
+
+
 def said(logger: Any, otherwise: str = "TensorRT did not say why") -> str:
     """TensorRT's latest errors as one line."""
     return "; ".join(dict.fromkeys(logger.messages)) or otherwise
