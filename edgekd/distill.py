@@ -1,8 +1,9 @@
 """One Distiller: it gathers what the teachers say about a batch and turns it into weighted terms.
 
 Answers (boxes with class probabilities) come from the image store, mapped through the view by the loader, or from
-teachers run online on the very view; features and raw outputs always come from teachers run online. Online teachers see
-the student's window stretched to their own input size, so every map covers the same part of the image.
+teachers run online on the very view; features and raw outputs always come from teachers that saw the view: online, or
+earlier, where a cache keeps what they said (`teachers.cache`). Such teachers see the student's window stretched to their
+own input size, so every map covers the same part of the image.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekd.data.loader import Batch
+from edgekd.data.loader import Batch, Stored
+from edgekd.data.view_plan import ViewPlan
+from edgekd.data.view_store import ViewStore
 from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, Targets
 from edgekd.errors import DistillationSetupError
 from edgekd.losses import DistillBatch, Pair, TeacherView, Term, build_term
 from edgekd.recipe import DistillConfig
 from edgekd.teachers.base import Teacher, TeacherOutput
+from edgekd.teachers.cache import DENSE, Wanted
 from edgekd.types import SoftDetections
 
 Answers = Mapping[str, SoftDetections]
@@ -77,6 +81,9 @@ class Distiller(nn.Module):
         self.register_buffer("ratio_weights", torch.zeros(len(self.terms)))
         self.online = config.answers == "online" or any(entry.term.needs_online_teachers for entry in self.terms)
         self.answers_from_images = config.answers != "online"
+        # A run with a teacher cache: which views it shows, and what the teachers said about them.
+        self.plan: ViewPlan | None = None
+        self.stores: tuple[ViewStore, ...] = ()
         if self.answers_from_images and not teacher_set.answers:
             raise DistillationSetupError("answers to the training images were not collected")
 
@@ -95,9 +102,21 @@ class Distiller(nn.Module):
     @property
     def loader_hw(self) -> tuple[tuple[int, int], ...]:
         """Sizes at which the loader must render each view for online teachers."""
-        if not self.online:
+        if not self.online or self.stores:
             return ()
         return tuple(dict.fromkeys(teacher.preprocess.input_hw for teacher in self.set.teachers))
+
+    @property
+    def wanted(self) -> tuple[Wanted, ...]:
+        """For each teacher, what is asked of it about each view."""
+        dense = any(entry.term.needs_dense for entry in self.terms)
+        count = len(self.set.teachers)
+        return tuple(Wanted(not self.answers_from_images, dense, self._taps_of(index)) for index in range(count))
+
+    def _taps_of(self, index: int) -> tuple[str, ...]:
+        """The taps of one teacher that any term reads."""
+        terms = [entry.term for entry in self.terms if entry.term.teacher_taps]
+        return tuple(dict.fromkeys(name for term in terms for name in term.teacher_taps[index]))
 
     def weight_of(self, index: int) -> float:
         """The present multiplier of a term."""
@@ -125,7 +144,7 @@ class Distiller(nn.Module):
     ) -> DistillBatch:
         """Everything the terms are given for one batch."""
         device = images.device
-        outputs = self._ask_online(batch, device)
+        outputs = self._recorded(batch, device) if self.stores else self._ask_online(batch, device)
         views = []
         for index, teacher in enumerate(self.set.teachers):
             answer = outputs[index] if outputs else None
@@ -143,9 +162,12 @@ class Distiller(nn.Module):
                     {} if answer is None else answer.taps,
                 )
             )
-        fused = (
-            batch.soft[-1].to(device) if self.answers_from_images else self._fuse_batch([v.soft for v in views], device)
-        )
+        if self.answers_from_images:
+            fused = batch.soft[-1].to(device)
+        elif len(self.stores) > len(views) and (kept := batch.stored[-1].soft) is not None:
+            fused = kept.to(device)
+        else:
+            fused = self._fuse_batch([view.soft for view in views], device)
         return DistillBatch(images, output, targets, views, fused, clock.epoch, clock.epochs, clock.step)
 
     def forward(self, batch: DistillBatch) -> list[Tensor | None]:
@@ -172,13 +194,14 @@ class Distiller(nn.Module):
             return []
         answers = []
         for index, teacher in enumerate(self.set.teachers):
-            names = dict.fromkeys(
-                name for entry in self.terms if entry.term.teacher_taps for name in entry.term.teacher_taps[index]
-            )
             images = batch.teacher_images_u8[teacher.preprocess.input_hw].to(device, non_blocking=True)
             with torch.no_grad():
-                answers.append(teacher.respond(images, tuple(names)))
+                answers.append(teacher.respond(images, self._taps_of(index)))
         return answers
+
+    def _recorded(self, batch: Batch, device: torch.device) -> list[TeacherOutput]:
+        """What the stores hold of the batch's views, as the teachers would have said it."""
+        return [_as_said(stored.to(device)) for stored in batch.stored[: len(self.set.teachers)]]
 
     def _fuse_batch(self, softs: Sequence[SoftTargets], device: torch.device) -> SoftTargets:
         if len(softs) == 1:
@@ -221,6 +244,14 @@ def _weighted_terms(config: DistillConfig, pair: Pair) -> list[WeightedTerm]:
         weight = default if term_config.weight is None else term_config.weight
         entries.append(WeightedTerm(label, term, weight, term_config.gradient_ratio))
     return entries
+
+
+def _as_said(stored: Stored) -> TeacherOutput:
+    arrays = {name: array.float() for name, array in stored.arrays.items()}
+    dense = {name: arrays[f"dense.{name}"] for name in DENSE if f"dense.{name}" in arrays}
+    taps = {name.removeprefix("tap."): array for name, array in arrays.items() if name.startswith("tap.")}
+    soft = stored.soft if stored.soft is not None else SoftTargets([], [])
+    return TeacherOutput(soft, DetectorOutput(**dense) if dense else None, taps)
 
 
 def _scaled(soft: SoftTargets, from_hw: tuple[int, int], to_hw: tuple[int, int]) -> SoftTargets:

@@ -16,9 +16,9 @@ from edgekd.artifact import read_manifest, sha256_file, sha256_json, write_text
 from edgekd.checkpoint import LAST_FILE, STATE_SCHEMA, read_payload
 from edgekd.detectors.base import Detector
 from edgekd.distill import Distiller
-from edgekd.recipe import CheckpointTeacher, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
+from edgekd.recipe import CheckpointTeacher, DistillConfig, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
 from edgekd.recipe_file import dump_recipe
-from edgekd.teaching import gather_teachers, teacher_identity
+from edgekd.teaching import gather_teachers, record_views, teacher_identity
 from edgekd.train import RunResult, TrainJob, train_detector
 from edgekd.workspace import Workspace
 
@@ -56,14 +56,17 @@ def distill_student(work: Workspace, teachers: Sequence[TeacherConfig], out: Pat
     recipe = work.recipe
     identities = [teacher_identity(config) for config in teachers]
     distillation = {
-        "distill": recipe.distill.model_dump(mode="json"),
+        "distill": _distillation_identity(recipe.distill),
         "ensemble": recipe.ensemble.model_dump(mode="json"),
         "teachers": [{**one, "weight": config.weight} for one, config in zip(identities, teachers, strict=True)],
     }
     job = _job(work, recipe.student, recipe.train, out, recipe.seed, distillation)
 
     def make_distiller(student: Detector) -> Distiller:
-        return Distiller(student, gather_teachers(work, teachers, identities, answers), recipe.distill)
+        distiller = Distiller(student, gather_teachers(work, teachers, identities, answers), recipe.distill)
+        if recipe.distill.cache is not None:
+            record_views(work, distiller, identities, answers.parent / "views")
+        return distiller
 
     job = replace(job, make_distiller=make_distiller, detection_weight=recipe.distill.detection_weight)
     return _train(work, job, f"{recipe.student.model}, distilled")
@@ -98,6 +101,14 @@ def _job(
         inputs=inputs,
         device=work.device,
     )
+
+
+def _distillation_identity(config: DistillConfig) -> dict[str, Any]:
+    """What decides the result: of a cache only which views there are, not where and whether they are kept."""
+    identity: dict[str, Any] = config.model_dump(mode="json", exclude={"cache"})
+    if config.cache is not None:
+        identity["cache"] = {"views": config.cache.views, "seed": config.cache.seed}
+    return identity
 
 
 def _weights_identity(weights: str | None) -> str | None:

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edgekd.artifact import is_current, sha256_file, write_json, write_manifest
 from edgekd.checkpoint import detector_file
+from edgekd.data.view_plan import ViewPlan
 from edgekd.detectors import build_detector, spec_for
 from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.errors import ArtifactError, DistillationSetupError
-from edgekd.recipe import CheckpointTeacher, OnnxTeacher, TeacherConfig, TrainedTeacher
+from edgekd.recipe import CacheConfig, CheckpointTeacher, OnnxTeacher, TeacherConfig, TrainedTeacher
 from edgekd.teachers import build_teacher
 from edgekd.teachers.answers import collect_answers
+from edgekd.teachers.cache import GIB, Recording, estimate, fill_fused, make_room
 from edgekd.teachers.ensemble import Ensemble, learn_weights
 from edgekd.teachers.native import NativeTeacher
 from edgekd.teachers.predicted import PredictorTeacher
@@ -67,6 +71,74 @@ def gather_teachers(
     else:
         fused = fuse_answers(collected, ensemble.fuse)
     return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, tuple(collected), fused)
+
+
+def record_views(work: Workspace, distiller: Distiller, identities: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Have the teachers look once at the views that the run will show, so that training need not run them.
+
+    Args:
+        work: the recipe has a `distill.cache`. distiller: learns from the cache afterwards.
+        identities: the teachers' content. folder: of the cache, unless the recipe names one.
+
+    Raises:
+        DistillationSetupError: it may not be kept, and the recipe has no fallback. TeacherError: a teacher fails.
+    """
+    recipe, config = work.recipe, work.recipe.distill.cache
+    assert config is not None
+    student = spec_for(recipe.student, work.train.class_names).preprocess
+    seed = recipe.seed if config.seed is None else config.seed
+    plan = ViewPlan(work.train, recipe.augment, student, seed, recipe.train.epochs, config.views)
+    distiller.plan = plan
+    if not distiller.online:
+        work.terminal.note("teacher cache: not needed, the answers to whole images serve every view")
+        return
+    root = Path(config.folder).expanduser() if config.folder is not None else folder
+    members = zip(distiller.set.teachers, distiller.wanted, identities, strict=True)
+    data = {"images": work.data_identity["train"], "classes": list(work.train.class_names)}
+    recordings = [
+        Recording(one, wanted, plan, root, {"teacher": known, "data": data}) for one, wanted, known in members
+    ]
+    try:
+        _check_room(work, config, recordings)
+    except DistillationSetupError as error:
+        if config.fallback == "error":
+            raise
+        work.terminal.warn(f"{error.what}: teachers run at every step")
+        return
+    _together()  # no process writes before all have looked at the room
+    stores = []
+    for recording in recordings:
+        with work.terminal.counting(f"views for {recording.teacher.name}") as progress:
+            stores.append(recording.fill(progress))
+    if distiller.wanted[0].soft and len(stores) > 1:
+        fusion = {"ensemble": recipe.ensemble.model_dump(mode="json"), "weights": list(distiller.set.weights)}
+        stores.append(fill_fused(recordings, stores, distiller.set.fuse, student.input_hw, fusion))
+    _together()
+    distiller.stores = tuple(stores)
+
+
+def _check_room(work: Workspace, config: CacheConfig, recordings: Sequence[Recording]) -> None:
+    """Show what the cache will take before anything is written.
+
+    Raises:
+        DistillationSetupError: it may not be kept.
+    """
+    if not config.features and any(one.wanted.taps or one.wanted.dense for one in recordings):
+        raise DistillationSetupError(
+            "the terms read feature maps or raw outputs, which `distill.cache.features: false` does not keep",
+            fix="`features: true`, or `distill.cache.fallback: online`",
+        )
+    needed = estimate(recordings)
+    slots = len(recordings[0].plan.slots)
+    what = f"teacher cache: {len(recordings)} teachers x {slots} views x {len(work.train)} images"
+    work.terminal.note(f"{what}: {needed} (budget {config.disk_budget_gib:g} GiB)")
+    make_room(recordings[0].root, [one.folder for one in recordings], needed, int(config.disk_budget_gib * GIB))
+
+
+def _together() -> None:
+    """Wait for the other ranks, if there are any."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _check_heard(work: Workspace, teachers: Sequence[PredictorTeacher], collected: Sequence[Answers]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.data import loader as loader_module
+from edgekd.data.image_cache import ImageCache
 from edgekd.data.loader import Batch, TrainLoader
 from edgekd.data.views import boxes_in_view, render_view
 from edgekd.errors import DataError, RecipeError
@@ -256,7 +256,7 @@ def test_cache_stays_within_its_budget(
     list(loader.epoch(1))
     assert sorted(files.reads) == sorted(str(k) for k in range(12))
     budget = 5 * 60 * 50 * 3  # about five of the twelve images
-    cache = loader_module._ImageCache(make_dataset(12).records, budget)
+    cache = ImageCache(make_dataset(12).records, budget)
     for _ in range(2):
         for k in range(12):
             assert not cache.load(k).flags.writeable

@@ -10,7 +10,6 @@ lock, and threads share one cache of decoded images where processes would each f
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,14 +20,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgekd.data.views import View, boxes_in_view, render_view, sample_view, view_rng
+from edgekd.data.image_cache import ImageCache
+from edgekd.data.view_plan import ViewPlan, view_digest
+from edgekd.data.view_store import StoredRows, ViewStore
+from edgekd.data.views import View, boxes_in_view, render_view
 from edgekd.detectors.base import SoftTargets, Targets
-from edgekd.errors import DataError, EdgeKDError, RecipeError
+from edgekd.errors import ArtifactError, DataError, RecipeError
 from edgekd.recipe import AugmentConfig
-from edgekd.types import Dataset, FloatArray, ImageArray, ImageRecord, IntArray, PreprocessSpec, SoftDetections
+from edgekd.types import Dataset, FloatArray, ImageArray, IntArray, PreprocessSpec, SoftDetections
 
 _MAX_AUTO_WORKERS = 8
 _PREFETCH_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is kept of one teacher's look at a batch's views.
+
+    Attributes:
+        arrays: name to (B, ...) tensor, half precision.
+        soft: its boxes, in the frame they were kept in; None where none are kept.
+    """
+
+    arrays: Mapping[str, Tensor]
+    soft: SoftTargets | None
+
+    def to(self, device: torch.device) -> Stored:
+        """The same on another device."""
+        arrays = {name: array.to(device, non_blocking=True) for name, array in self.arrays.items()}
+        return Stored(arrays, None if self.soft is None else self.soft.to(device))
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,7 @@ class Batch:
         soft: for each mapping of answers, the teacher's boxes in input pixels.
         image_ids: the images, in order; of a mosaic, its first.
         views: what was drawn, to replay or to map more boxes.
+        stored: what each view store holds of these views.
     """
 
     images_u8: Tensor
@@ -50,6 +71,7 @@ class Batch:
     soft: tuple[SoftTargets, ...]
     image_ids: tuple[str, ...]
     views: tuple[View, ...]
+    stored: tuple[Stored, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same with its tensors on another device."""
@@ -60,6 +82,7 @@ class Batch:
             tuple(soft.to(device) for soft in self.soft),
             self.image_ids,
             self.views,
+            tuple(stored.to(device) for stored in self.stored),
         )
 
 
@@ -71,57 +94,6 @@ class _Sample:
     soft: tuple[tuple[FloatArray, FloatArray], ...]
     image_id: str
     view: View
-
-
-class _ImageCache:
-    """Decoded images, kept from first use until the budget is full, and never evicted.
-
-    An epoch visits every image once, so evicting the least recently used would drop each image just before its next
-    use; keeping whichever came first makes (budget / data set) of all reads free. Pixels are kept as decoded, never
-    downscaled: a crop must see what the file holds.
-    """
-
-    def __init__(self, records: Sequence[ImageRecord], budget_bytes: int) -> None:
-        self._records = records
-        self._free_bytes = budget_bytes
-        self._images: dict[int, ImageArray] = {}
-        self._lock = threading.Lock()
-
-    def load(self, index: int) -> ImageArray:
-        """The image of a record, (H, W, 3) uint8 RGB, read-only.
-
-        Raises:
-            DataError: it cannot be read, or has another size than its record says.
-        """
-        cached = self._images.get(index)
-        if cached is not None:
-            return cached
-        image = _read(self._records[index])
-        with self._lock:
-            if index not in self._images and image.nbytes <= self._free_bytes:
-                self._free_bytes -= image.nbytes
-                self._images[index] = image
-        return image
-
-
-def _read(record: ImageRecord) -> ImageArray:
-    from edgekd.data.images import load_image
-
-    try:
-        image = np.ascontiguousarray(load_image(record.path))
-    except EdgeKDError:
-        raise
-    except Exception as error:
-        raise DataError(f"{record.path}: the image cannot be read", got=f"{type(error).__name__}: {error}") from error
-    if image.shape[:2] != record.image_hw:
-        raise DataError(
-            f"{record.path}: the image has another size than when the data set was read",
-            got=f"{image.shape[1]} x {image.shape[0]} pixels",
-            expected=f"{record.image_hw[1]} x {record.image_hw[0]}",
-            fix="check the data set with `edgekd data check`",
-        )
-    image.setflags(write=False)
-    return image
 
 
 class TrainLoader:
@@ -139,6 +111,8 @@ class TrainLoader:
         difficult: also learn from objects marked difficult (never from crowds).
         extra_hw: further (height, width) at which each view is rendered, for teachers that run online.
         answers: for each teacher, image id to its answer in original pixels, mapped through each view.
+        plan: which view an epoch shows; drawn from `augment`, `seed` and `epochs` if left out.
+        stores: what teachers said about the plan's views.
         drop_last: leave out an epoch's incomplete last batch, unless it is the only one.
         rank: this process's place among `world_size`; each gets every `world_size`-th image of each batch.
         world_size: how many processes share the batches.
@@ -162,6 +136,8 @@ class TrainLoader:
         difficult: bool = False,
         extra_hw: Sequence[tuple[int, int]] = (),
         answers: Sequence[Mapping[str, SoftDetections]] = (),
+        plan: ViewPlan | None = None,
+        stores: Sequence[ViewStore] = (),
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
@@ -169,14 +145,13 @@ class TrainLoader:
         _check(dataset, answers, batch_size, world_size)
         self._dataset = dataset
         self._preprocess = preprocess
-        self._augment = augment
-        self._augment_late = augment.model_copy(update={"mosaic": 0.0})
+        self._plan = plan if plan is not None else ViewPlan(dataset, augment, preprocess, seed, epochs)
+        self._stores = tuple(stores)
         self._batch_size = batch_size
         self._seed = seed
-        self._epochs = epochs
         self._workers = _auto_workers() if workers == "auto" else workers
         self._cache_bytes = cache_mib * 2**20
-        self._cache = _ImageCache(dataset.records, self._cache_bytes)
+        self._cache = ImageCache(dataset.records, self._cache_bytes)
         self._sizes = tuple(dict.fromkeys([preprocess.input_hw, *extra_hw]))
         self._extra_hw = tuple(dict.fromkeys(extra_hw))
         self._answers = tuple(answers)
@@ -200,32 +175,43 @@ class TrainLoader:
             DataError: an image cannot be read; names it. Raised when its batch is due.
         """
         batches = self._batches(epoch)[start_batch:]
+        slot = self._plan.slot(epoch)
         if self._workers == 0:
-            for indices in batches:
-                yield self._collate([self._sample(epoch, index) for index in indices])
+            for number, indices in enumerate(batches):
+                for coming in batches[number + 1 : number + 2]:  # the system reads ahead while this batch is learned
+                    for store in self._stores:
+                        store.prefetch(slot, coming)
+                yield self._collate([self._sample(slot, index) for index in indices], self._rows(slot, indices))
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="edgekd-loader")
         ahead = _PREFETCH_BATCHES + self._workers // self._batch_size
-        due: deque[list[Future[_Sample]]] = deque()
+        due: deque[tuple[list[Future[_Sample]], Future[list[StoredRows]]]] = deque()
         try:
             for indices in batches:
-                due.append([self._pool.submit(self._sample, epoch, index) for index in indices])
+                rows = self._pool.submit(self._rows, slot, indices)
+                due.append(([self._pool.submit(self._sample, slot, index) for index in indices], rows))
                 if len(due) > ahead:
-                    yield self._collate([future.result() for future in due.popleft()])
+                    yield self._finished(*due.popleft())
             while due:
-                yield self._collate([future.result() for future in due.popleft()])
+                yield self._finished(*due.popleft())
         finally:  # also when the caller stops early: nothing may go on rendering for nobody
-            for futures in due:
+            for futures, _ in due:
                 for future in futures:
                     future.cancel()
+
+    def _finished(self, samples: Sequence[Future[_Sample]], rows: Future[list[StoredRows]]) -> Batch:
+        return self._collate([future.result() for future in samples], rows.result())
+
+    def _rows(self, slot: int, indices: Sequence[int]) -> list[StoredRows]:
+        return [store.rows(slot, indices) for store in self._stores]
 
     def close(self) -> None:
         """Stop the workers and free the cache; another `epoch` would start both again."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-        self._cache = _ImageCache(self._dataset.records, self._cache_bytes)
+        self._cache = ImageCache(self._dataset.records, self._cache_bytes)
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """This rank's record indices, one list a batch."""
@@ -238,17 +224,9 @@ class TrainLoader:
             batches.append(batch[self._rank :: self._world_size].tolist())
         return batches
 
-    def _sample(self, epoch: int, index: int) -> _Sample:
+    def _sample(self, slot: int, index: int) -> _Sample:
         record, spec = self._dataset.records[index], self._preprocess
-        h, w = spec.input_hw
-        view = sample_view(
-            index,
-            self._dataset,
-            self._augment if epoch < self._epochs - self._augment.close_mosaic_epochs else self._augment_late,
-            view_rng(self._seed, epoch, record.image_id),
-            aspect=None if spec.resize == "stretch" else w / h,
-            fill=spec.pad_value,
-        )
+        view = self._plan.view(slot, index)
         shown = {part.record_index for part in view.parts}
         boxes, rows = boxes_in_view(view, {i: self._boxes[i] for i in shown}, spec.input_hw)
         labels = np.array([self._labels[i][row] for i, row in rows], np.int64)
@@ -264,7 +242,7 @@ class TrainLoader:
         empty = next(iter(found.values())).class_probs[:0]
         return boxes, np.concatenate([empty, *(found[i].class_probs[None, row] for i, row in rows)])
 
-    def _collate(self, samples: Sequence[_Sample]) -> Batch:
+    def _collate(self, samples: Sequence[_Sample], rows: Sequence[StoredRows]) -> Batch:
         def stack(hw: tuple[int, int]) -> Tensor:
             return torch.from_numpy(np.stack([sample.pictures[hw] for sample in samples])).permute(0, 3, 1, 2)
 
@@ -283,7 +261,27 @@ class TrainLoader:
             soft,
             tuple(sample.image_id for sample in samples),
             tuple(sample.view for sample in samples),
+            _checked(rows, samples),
         )
+
+
+def _checked(stored: Sequence[StoredRows], samples: Sequence[_Sample]) -> tuple[Stored, ...]:
+    """What stores hold, as tensors, once it is sure that it was said about these very views."""
+    digests = [view_digest(sample.view) for sample in samples] if stored else []
+    if any(rows.digests != digests for rows in stored):
+        raise ArtifactError(
+            "the teacher cache was made from other views than this run draws",
+            fix="delete its folder (`distill.cache.folder`, or DIR/views): it is then made again",
+        )
+    return tuple(
+        Stored(
+            {name: torch.from_numpy(array) for name, array in rows.arrays.items()},
+            SoftTargets(*([torch.from_numpy(array) for array in column] for column in rows.soft))
+            if rows.soft
+            else None,
+        )
+        for rows in stored
+    )
 
 
 def _check(dataset: Dataset, answers: Sequence[Mapping[str, SoftDetections]], batch_size: int, world_size: int) -> None:

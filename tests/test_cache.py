@@ -1,0 +1,407 @@
+"""The teacher cache: what a run learns from it is what it would have learned from the teachers themselves."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from edgekd.artifact import sha256_json
+from edgekd.console import Terminal
+from edgekd.data.loader import TrainLoader
+from edgekd.data.view_plan import ViewPlan, view_digest
+from edgekd.data.view_store import SHARD_IMAGES, ViewStore, hold, shard_is_intact, shard_name, write_shard
+from edgekd.detectors.base import Detector
+from edgekd.distill import Distiller, TeacherSet
+from edgekd.errors import ArtifactError, DistillationSetupError, TeacherError
+from edgekd.recipe import AugmentConfig, CacheConfig, DistillConfig, EnsembleConfig, Recipe, TermConfig
+from edgekd.runlog import read_log
+from edgekd.teachers.base import TeacherOutput
+from edgekd.teachers.cache import Estimate, Recording, Wanted, make_room
+from edgekd.teachers.claims import fill_together
+from edgekd.teachers.ensemble import fuse
+from edgekd.teaching import record_views
+from edgekd.train import TrainJob, train_detector
+from edgekd.types import SoftDetections
+from edgekd.workspace import Workspace
+from tests.test_distill import oracle
+from tests.test_train import MODEL, make_job, step_losses
+from tests.toy import ToyTeacher, toy_dataset, toy_detector
+
+TERMS = {
+    "boxes": (TermConfig(loss="response"),),
+    "rows": (TermConfig(loss="response", params={"mode": "priors"}),),
+    "maps": (TermConfig(loss="feature"), TermConfig(loss="response")),
+    "all": (
+        TermConfig(loss="mgd"),
+        TermConfig(loss="response", params={"mode": "priors"}),
+        TermConfig(loss="decoupled"),
+    ),
+}
+
+
+class Counting(ToyTeacher):
+    """Counts the views it was asked about."""
+
+    def __init__(self, detector: Detector, name: str) -> None:
+        super().__init__(detector, name)
+        self.seen = 0
+
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
+        self.seen += len(images_u8)
+        return super().respond(images_u8, taps)
+
+
+def wbf(answers: Sequence[SoftDetections]) -> SoftDetections:
+    return fuse(answers, [0.5] * len(answers), EnsembleConfig())
+
+
+def distilling(
+    folder: Path, out: str, config: DistillConfig, teachers: Sequence[ToyTeacher], epochs: int = 2, cache: str = "views"
+) -> TrainJob:
+    """A distillation as `stages.distill_student` sets it up."""
+    job = make_job(folder, out, epochs=epochs)
+    recipe = Recipe(name="r", seed=job.seed, data=job.data, student=MODEL, train=job.train, distill=config)
+    work = Workspace(recipe, job.dataset, job.dataset, "cpu", Terminal(quiet=True))
+    answers = tuple(oracle(job.dataset, noise=float(i)) for i in range(len(teachers)))
+    fused = {name: wbf([one[name] for one in answers]) for name in answers[0]}
+
+    def make(student: Detector) -> Distiller:
+        weights = (1 / len(teachers),) * len(teachers)
+        distiller = Distiller(student, TeacherSet(tuple(teachers), weights, wbf, answers, fused), config)
+        if config.cache is not None:
+            record_views(work, distiller, [{"run": teacher.name} for teacher in teachers], folder / cache)
+        return distiller
+
+    return replace(job, make_distiller=make, inputs={**job.inputs, "distill": repr(config)})
+
+
+def all_losses(job: TrainJob) -> list[dict[str, float]]:
+    return [record["losses"] for record in read_log(job.out) if record["event"] == "step"]
+
+
+def two_teachers() -> list[Counting]:
+    return [Counting(toy_detector(seed=9), "a"), Counting(toy_detector(seed=10), "b")]
+
+
+@pytest.mark.parametrize("terms", list(TERMS))
+@pytest.mark.parametrize("answers", ["auto", "online"])
+def test_cached_training_gives_the_losses_of_online_teachers(tmp_path: Path, terms: str, answers: Any) -> None:
+    plain = DistillConfig(terms=TERMS[terms], answers=answers)
+    online = distilling(tmp_path, "online", plain, two_teachers())
+    train_detector(online)
+    teachers = two_teachers()
+    cached = distilling(tmp_path, "cached", plain.model_copy(update={"cache": CacheConfig(views=2)}), teachers)
+    train_detector(cached)
+    seen = [teacher.seen for teacher in teachers]
+    needed = answers == "online" or terms != "boxes"
+    assert seen == [12 * 2 + 8 + 1] * 2 if needed else seen == [0, 0]  # two views of 12 images, and the estimate
+    for step, (ours, theirs) in enumerate(zip(all_losses(cached), all_losses(online), strict=True)):
+        assert ours.keys() == theirs.keys()
+        # Half precision moves the first step by next to nothing; from then on two trainings drift apart.
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=0.08 if step else 0.002), step
+
+
+def test_views_come_round_and_no_teacher_runs_again(tmp_path: Path) -> None:
+    config = DistillConfig(terms=TERMS["maps"], cache=CacheConfig(views=2))
+    first, second = two_teachers(), two_teachers()
+    train_detector(distilling(tmp_path, "first", config, first, epochs=5))
+    assert [teacher.seen for teacher in first] == [33, 33]
+    train_detector(distilling(tmp_path, "second", config, second, epochs=5))
+    assert [teacher.seen for teacher in second] == [0, 0]
+    assert step_losses(tmp_path / "first") == step_losses(tmp_path / "second")
+    more = two_teachers()  # a third view is added to the two that are there; a budget changes nothing
+    wider = DistillConfig(terms=TERMS["maps"], cache=CacheConfig(views=3, disk_budget_gib=1))
+    train_detector(distilling(tmp_path, "third", wider, more, epochs=3))
+    assert [teacher.seen for teacher in more] == [12 + 9, 12 + 9]
+
+
+# ------------------------------------------------------------------------------------------------------- invalidation
+
+
+def recording(folder: Path, teacher: ToyTeacher | None = None, **changes: Any) -> Recording:
+    dataset = toy_dataset(folder / "images", count=changes.pop("count", SHARD_IMAGES + 6))
+    teacher = teacher or Counting(toy_detector(seed=9), "a")
+    wanted = changes.pop("wanted", Wanted(True, True, (next(iter(teacher.tap_specs)),)))
+    settings = {"seed": 3, "epochs": 2, "views": 2, **changes}
+    preprocess = settings.pop("preprocess", teacher.preprocess)
+    augment = settings.pop("augment", AugmentConfig())
+    identity = settings.pop("identity", {"teacher": "hash", "data": "hash"})
+    plan = ViewPlan(dataset, augment, preprocess, settings["seed"], settings["epochs"], settings["views"])
+    return Recording(teacher, wanted, plan, folder / "views", identity)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 4},
+        {"augment": AugmentConfig(flip=0.0)},
+        {"identity": {"teacher": "other", "data": "hash"}},
+        {"identity": {"teacher": "hash", "data": "other"}},
+        {"teacher": Counting(toy_detector(seed=9, input_size=128), "a")},
+        {"wanted": Wanted(True, True, ())},
+    ],
+    ids=["seed", "augmentation", "teacher", "data", "size", "what is kept"],
+)
+def test_any_change_asks_the_teacher_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    before, after = recording(tmp_path), recording(tmp_path, **changes)
+    before.fill()
+    assert before.is_filled()
+    assert before.folder != after.folder
+    assert not after.is_filled()
+
+
+def test_a_change_that_changes_no_view_asks_nobody(tmp_path: Path) -> None:
+    before, after = recording(tmp_path), recording(tmp_path, epochs=9, augment=AugmentConfig(close_mosaic_epochs=2))
+    before.fill()
+    after.fill()
+    assert isinstance(after.teacher, Counting)
+    assert after.teacher.seen == 0
+
+
+def test_a_cache_of_other_views_is_refused(tmp_path: Path) -> None:
+    made = recording(tmp_path)
+    store = made.fill()
+    other = replace(made.plan, seed=99)
+    loader = TrainLoader(
+        made.plan.dataset,
+        preprocess=made.teacher.preprocess,
+        augment=AugmentConfig(),
+        batch_size=4,
+        seed=3,
+        epochs=2,
+        workers=0,
+        plan=other,
+        stores=(store,),
+    )
+    with pytest.raises(ArtifactError, match="other views"):
+        next(loader.epoch(0))
+
+
+# ------------------------------------------------------------------------------------------- damage, interruption, rivals
+
+
+@pytest.mark.parametrize("where", [0, 40, -1, -3000, None], ids=["length", "header", "end", "middle", "cut off"])
+def test_a_damaged_shard_is_found_and_made_again(tmp_path: Path, where: int | None) -> None:
+    made = recording(tmp_path)
+    made.fill()
+    path = made.folder / made.names[1]
+    content = path.read_bytes()
+    broken = bytearray(content)
+    if where is None:
+        del broken[len(broken) // 2 :]
+    else:
+        broken[where] ^= 4
+    path.write_bytes(bytes(broken))
+    assert not shard_is_intact(path)
+    again = recording(tmp_path)
+    again.fill()
+    assert isinstance(again.teacher, Counting)
+    assert again.teacher.seen == SHARD_IMAGES
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_are_those_of_their_images(tmp_path: Path, workers: int) -> None:
+    made = recording(tmp_path)
+    tap = made.wanted.taps[0]
+    loader = TrainLoader(
+        made.plan.dataset,
+        preprocess=made.teacher.preprocess,
+        augment=AugmentConfig(),
+        batch_size=7,
+        seed=3,
+        epochs=2,
+        workers=workers,
+        plan=made.plan,
+        stores=(made.fill(),),
+    )
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            (kept,) = batch.stored
+            said = made.teacher.respond(batch.images_u8, (tap,))
+            assert said.dense is not None
+            assert kept.soft is not None
+            assert kept.arrays[f"tap.{tap}"].dtype == torch.float16
+            torch.testing.assert_close(kept.arrays[f"tap.{tap}"].float(), said.taps[tap], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                kept.arrays["dense.cls_logits"].float(), said.dense.cls_logits, rtol=1e-3, atol=1e-3
+            )
+            for ours, theirs in zip(kept.soft.boxes_xyxy, said.soft.boxes_xyxy, strict=True):
+                assert ours.shape == theirs.shape
+    loader.close()
+
+
+class Slow(Counting):
+    """Takes its time, so that it can be interrupted."""
+
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
+        time.sleep(0.02)
+        return super().respond(images_u8, taps)
+
+
+def _fill(folder: Path, seen: Any, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    teacher = Slow(toy_detector(seed=9), "a")
+    recording(folder, teacher, count=4 * SHARD_IMAGES).fill()
+    seen.put(teacher.seen)
+
+
+def _start(folder: Path, seen: Any, environment: dict[str, str] | None = None) -> Any:
+    child = multiprocessing.get_context("spawn").Process(target=_fill, args=(folder, seen, environment or {}))
+    child.start()
+    return child
+
+
+@pytest.mark.parametrize(
+    "environments",
+    [[{}, {}], [{"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}]],
+    ids=["strangers", "ranks"],
+)
+def test_two_processes_share_the_work(tmp_path: Path, environments: list[dict[str, str]]) -> None:
+    toy_dataset(tmp_path / "images", count=4 * SHARD_IMAGES)
+    seen: Any = multiprocessing.get_context("spawn").Queue()
+    children = [_start(tmp_path, seen, environment) for environment in environments]
+    counts = [seen.get(timeout=60) for _ in children]
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    assert sum(counts) == 2 * 4 * SHARD_IMAGES  # every view once, by one of them
+    if environments[0]:
+        assert min(counts) > 0
+    made = recording(tmp_path, count=4 * SHARD_IMAGES)
+    assert all(shard_is_intact(made.folder / name) for name in made.names)
+
+
+def test_a_killed_fill_goes_on_where_it_was(tmp_path: Path) -> None:
+    toy_dataset(tmp_path / "images", count=4 * SHARD_IMAGES)
+    made = recording(tmp_path, count=4 * SHARD_IMAGES)
+    child = _start(tmp_path, multiprocessing.get_context("spawn").Queue())
+    deadline = time.monotonic() + 60
+    while len(list(made.folder.glob("0*.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.kill()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    there = sum((made.folder / name).is_file() for name in made.names)
+    assert 2 <= there < len(made.names)
+    made.fill()
+    assert isinstance(made.teacher, Counting)
+    assert made.teacher.seen == (len(made.names) - there) * SHARD_IMAGES
+    assert all(shard_is_intact(made.folder / name) for name in made.names)
+
+
+# ------------------------------------------------------------------------------------------------------------- budget
+
+
+def test_nothing_is_written_beyond_the_budget(tmp_path: Path) -> None:
+    small = CacheConfig(views=2, disk_budget_gib=1e-6)
+    config = DistillConfig(terms=TERMS["maps"], cache=small)
+    with pytest.raises(DistillationSetupError, match="beyond its disk budget"):
+        train_detector(distilling(tmp_path, "refused", config, two_teachers()))
+    assert not list(tmp_path.glob("views/**/*.safetensors"))
+
+
+@pytest.mark.parametrize("update", [{"disk_budget_gib": 1e-6}, {"features": False}])
+def test_the_fallback_learns_from_the_same_views(tmp_path: Path, update: dict[str, Any]) -> None:
+    cached = DistillConfig(terms=TERMS["maps"], cache=CacheConfig(views=2))
+    train_detector(distilling(tmp_path, "cached", cached, two_teachers(), epochs=3))
+    fallback = CacheConfig(views=2, fallback="online", **update)
+    config = DistillConfig(terms=TERMS["maps"], cache=fallback)
+    teachers = two_teachers()
+    train_detector(distilling(tmp_path, "fallback", config, teachers, epochs=3, cache="elsewhere"))
+    assert [teacher.seen for teacher in teachers] >= [36, 36]
+    ours, theirs = ([loss for _, loss in step_losses(tmp_path / name)] for name in ("cached", "fallback"))
+    assert ours == pytest.approx(theirs, rel=0.08)
+
+
+def test_the_estimate_is_what_is_written(tmp_path: Path) -> None:
+    made = recording(tmp_path)
+    size, _ = made.measure()
+    expected = size * 2 * len(made.plan.dataset)
+    assert not made.root.exists()
+    made.fill()
+    assert made.bytes_there() == pytest.approx(expected, rel=0.05)
+
+
+def test_room_is_made_by_leaving_out_what_nobody_uses(tmp_path: Path) -> None:
+    old, held, new = (recording(tmp_path, count=8, seed=seed) for seed in (1, 2, 3))
+    old.fill()
+    store = held.fill()
+    size = held.bytes_there()
+    make_room(old.root, [new.folder], Estimate(size, size, 1.0), int(2.5 * size))
+    assert not old.folder.exists()
+    assert held.is_filled()
+    with pytest.raises(DistillationSetupError, match="other runs use"):
+        make_room(old.root, [new.folder], Estimate(size, size, 1.0), int(1.5 * size))
+    assert held.is_filled()
+    assert store.folder == held.folder
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(DistillationSetupError, match="no room"):
+        make_room(tmp_path / "views", [], Estimate(2**60, 2**60, 1.0), 2**61)
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_values_beyond_half_precision_are_refused(tmp_path: Path) -> None:
+    class Loud(ToyTeacher):
+        def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
+            answer = super().respond(images_u8, taps)
+            return replace(answer, taps={name: value + 1e6 for name, value in answer.taps.items()})
+
+    with pytest.raises(TeacherError, match="half precision"):
+        recording(tmp_path, Loud(toy_detector(seed=9), "loud")).fill()
+
+
+def test_a_plan_without_views_draws_new_ones_each_epoch(tmp_path: Path) -> None:
+    dataset = toy_dataset(tmp_path, count=3)
+    spec = toy_detector().spec.preprocess
+    augment = AugmentConfig(mosaic=1.0, close_mosaic_epochs=2)
+    endless, few = (ViewPlan(dataset, augment, spec, 0, 6, views) for views in (None, 2))
+    assert len({view_digest(endless.view(endless.slot(epoch), 0)) for epoch in range(6)}) == 6
+    assert few.slots == [0, 1, 2, 3]  # two with mosaic, and for the last two epochs two without
+    assert few.view(few.slot(0), 1) == few.view(few.slot(2), 1)
+    assert [len(few.view(few.slot(epoch), 1).parts) for epoch in range(6)] == [4, 4, 4, 4, 1, 1]
+
+
+def test_a_shard_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / shard_name(0, 0)
+    rows = {
+        "views": np.arange(3, dtype=np.uint64),
+        "tap.x": np.random.default_rng(0).random((3, 5, 7)).astype(np.float16),
+        "soft.ends": np.array([2, 2, 3]),
+        "soft.boxes": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "soft.probs": np.ones((3, 2), np.float16),
+    }
+    write_shard(path, rows)
+    store = ViewStore(tmp_path)
+    store.prefetch(0, [2, 0])
+    found = store.rows(0, [2, 0, 1])
+    assert found.digests == [2, 0, 1]
+    assert np.array_equal(found.arrays["tap.x"], rows["tap.x"][[2, 0, 1]])
+    assert found.soft is not None
+    assert [len(boxes) for boxes in found.soft[0]] == [1, 2, 0]
+    assert found.soft[0][0].tolist() == [[8, 9, 10, 11]]
+    assert hold(tmp_path, alone=True) is None
+
+
+def test_what_another_process_makes_is_waited_for(tmp_path: Path) -> None:
+    made: list[str] = []
+    count = fill_together(tmp_path, ["a", "b"], lambda name, whole: name == "a", made.append)
+    assert made == ["b"]
+    assert count == 1
+    assert sha256_json(made)
