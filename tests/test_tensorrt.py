@@ -273,6 +273,26 @@ def test_gpu_times_are_taken_around_each_step(machine: Machine, detector: Path, 
     assert times.compute > 0
 
 
+def test_layer_times_by_tensorrts_own_profiler(machine: Machine, detector: Path, tmp_path: Path) -> None:
+    from edgekd.bench.profile import profile_predictor
+    from edgekd.predictor import load_predictor
+
+    fake = machine()
+    out = tmp_path / "s.engine"
+    export_engine(detector, out)
+    with TensorRTRuntime(out, buffers=HostBuffers(ORIN)) as runtime:
+        runtime.run(IMAGES[:1])
+        assert fake._contexts[-1].profiler is None
+        first, second = runtime.layer_times(IMAGES[:1]), runtime.layer_times(IMAGES[:1])
+    assert first == second != {}
+    with load_predictor(out) as predictor:
+        found = profile_predictor(predictor, out, [IMAGES[:1]], None, runs=2)
+    assert found is not None
+    assert found["tool"] == "tensorrt"
+    assert {layer["name"]: layer["ms"] for layer in found["layers"]} == first
+    assert found["layers"][0]["ms"] == max(first.values())
+
+
 @pytest.fixture
 def built(machine: Machine, detector: Path, tmp_path: Path) -> tuple[FakeTensorRT, Path, EngineResult]:
     fake = machine()

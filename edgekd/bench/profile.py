@@ -6,6 +6,7 @@ Profiling costs time itself, so the layers add up to more than the benchmark's l
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ RUNS = 30
 SHOWN = 12
 _UNRECORDED = 5
 _IMAGES = 8
+_ANOTHER = re.compile(r"[A-Za-z0-9]|_\d")
+"""What follows a name if it only begins alike: conv2d_13 is not made of conv2d, conv2d_nchwc is."""
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
 _SUFFIX = "_kernel_time"
 
@@ -92,7 +95,7 @@ def macs_of(name: str, op: str | None, counted: Mapping[str, Layer]) -> int | No
     """Of a node of the optimised graph, which goes by the name of the node that it came from, with something added."""
     if op is None or not any(word in op for word in _PRODUCTS):
         return None
-    fitting = [known for known in counted if name.startswith(known) and not name[len(known) :][:1].isalnum()]
+    fitting = [known for known in counted if name.startswith(known) and not _ANOTHER.match(name, len(known))]
     return counted[max(fitting, key=len)].macs if fitting else None
 
 
