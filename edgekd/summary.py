@@ -1,11 +1,24 @@
-"""A benchmark's result for a terminal: one row an artefact in aligned columns, then the findings in words."""
+"""A benchmark's result as text: a table for a terminal, and a gate's verdict in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgekd.report.words import ROLE_NAMES, answer, gain, images, milliseconds, number, points, times
+from edgekd.report.table import write_table
+from edgekd.report.words import (
+    NOTHING,
+    ROLE_NAMES,
+    answer,
+    gain,
+    images,
+    interval,
+    milliseconds,
+    number,
+    points,
+    signed,
+    times,
+)
 
 HEADINGS = (
     "name",
@@ -32,8 +45,32 @@ def summary_text(result: Mapping[str, Any]) -> str:
     data = result["data"]
     lines += ["", f"data: {data['name']}, split {data['split']}, {images(result)}"]
     lines += [sentence for sentence in (answer(result), gain(result)) if sentence]
+    lines += [said for row in result["rows"] for said in _under_load(row)]
     lines += [f"note: {warning}" for warning in result.get("warnings", ())]
     return "\n".join(lines)
+
+
+def _under_load(row: Mapping[str, Any]) -> list[str]:
+    """Throughput and MLPerf scenario of a row in words, where they were measured."""
+    said = []
+    if load := row.get("throughput"):
+        low, high = load["interval"]
+        said.append(
+            f"{row['name']}: {number(load['images_per_s'])} images/s [{number(low)}, {number(high)}] on {load['streams']} "
+            f"stream{'s' if load['streams'] != 1 else ''} x {load['threads_a_stream']} thread"
+            f"{'s' if load['threads_a_stream'] != 1 else ''}, batch {load['batch']}"
+        )
+    if scenario := row.get("mlperf"):
+        said.append(
+            f"{row['name']}: {scenario['scenario']}: {milliseconds(scenario['latency_ms'])} ms, {scenario['metric']}, "
+            f"{number(scenario['queries'], 0)} queries; {scenario['note']}: {'; '.join(scenario['deviations'])}"
+        )
+    if device := row.get("device_ms"):
+        said.append(
+            f"{row['name']}: by the device's clock {milliseconds(device['compute'])} ms compute, "
+            f"{milliseconds(device['copy_in'])} ms copying in, {milliseconds(device['copy_out'])} ms out"
+        )
+    return said
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -59,3 +96,62 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return "  ".join(aligned).rstrip()
+
+
+def gate_markdown(gate: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """A gate's verdict as GitHub-flavoured Markdown: what was compared, how, and what failed."""
+    failed = [pair["name"] for pair in gate["pairs"] if pair["latency"]["regressed"] or pair["map"]["regressed"]]
+    verdict = f"regression in {', '.join(map(_escape, failed))}" if failed else "no regression beyond the limits"
+    lines = [
+        f"### edgekd bench: {verdict}",
+        "",
+        "| | latency, ms | ratio [95 %] | limit | AP50 | difference [95 %] | limit | |",
+        "|:--|--:|--:|--:|--:|--:|--:|:--|",
+        *(_gate_row(pair) for pair in gate["pairs"]),
+        "",
+    ]
+    lines += [
+        f"- **{_escape(pair['name'])}**: latency {pair['latency']['basis']}; AP50 {pair['map']['basis']}"
+        + "".join(f"; {_escape(text)}" for text in pair["conditions"])
+        for pair in gate["pairs"]
+    ]
+    created = gate["baseline_created"]
+    lines.append(f"- Baseline: {_escape(gate['baseline'])}" + (f", {_escape(created)}" if created else ""))
+    lines += [f"- Otherwise than in the baseline: {_escape(text)}" for text in gate["conditions"]]
+    if gate["versions"]:
+        lines.append(f"- Versions: {_escape('; '.join(gate['versions']))}")
+    lines += [f"- {_escape(text)}" for text in (*gate["notes"], *result["warnings"])]
+    table = write_table(result, ".md")
+    return "\n".join([*lines, "", "<details><summary>All figures</summary>", "", table, "</details>", ""])
+
+
+def _gate_row(pair: Mapping[str, Any]) -> str:
+    latency, accuracy = pair["latency"], pair["map"]
+    cells = [
+        _escape(pair["name"]),
+        f"{milliseconds(latency['old'])} → {milliseconds(latency['new'])}",
+        "not compared"
+        if "change" not in latency
+        else f"{latency['change']:.3f} [{latency['low']:.3f}, {latency['high']:.3f}]",
+        NOTHING if latency["limit"] is None else f"{1 + latency['limit']:.3f}",
+        f"{points(accuracy['old'])} → {points(accuracy['new'])}",
+        "not compared"
+        if "change" not in accuracy
+        else f"{signed(100 * accuracy['change'])} {interval(100 * accuracy['low'], 100 * accuracy['high'])}",
+        NOTHING if accuracy["limit"] is None else signed(-100 * accuracy["limit"]),
+        _verdict(latency, accuracy),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _verdict(latency: Mapping[str, Any], accuracy: Mapping[str, Any]) -> str:
+    slower, worse = latency["regressed"], accuracy["regressed"]
+    return "❌ " + " and ".join(["slower"] * slower + ["less accurate"] * worse) if slower or worse else "✅"
+
+
+def _escape(text: object) -> str:
+    """Text that no Markdown table or HTML takes apart."""
+    plain = " ".join(str(text).split())
+    for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
+        plain = plain.replace(character, written)
+    return plain

@@ -13,8 +13,9 @@ from edgekd.errors import UserError
 from edgekd.predictor import RuntimeChoice
 from edgekd.recipe import EnsembleConfig, OnnxTeacher
 
-Role = Literal["teacher", "ensemble", "student", "student_distilled"]
-ArtifactRole = Literal["teacher", "student", "student_distilled"]
+Role = Literal["teacher", "ensemble", "student", "student_distilled", "baseline"]
+ArtifactRole = Literal["teacher", "student", "student_distilled", "baseline"]
+"""A baseline is an earlier artefact, measured again beside what is to replace it."""
 
 _SHORT_ROLES: dict[str, ArtifactRole] = {
     **{role: role for role in get_args(ArtifactRole)},

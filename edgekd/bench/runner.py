@@ -135,6 +135,12 @@ def bench_artifacts(
     return result
 
 
+def files_beside(out: Path) -> tuple[Path, Path]:
+    """(the detections' file, the examples' folder) of a result; they carry its name, so that one folder can hold two."""
+    prefix = "" if out.stem == "result" else f"{out.stem}."
+    return out.parent / f"{prefix}detections.npz", out.parent / f"{prefix}examples"
+
+
 def _write(
     out: Path,
     result: dict[str, Any],
@@ -144,9 +150,7 @@ def _write(
     shown: tuple[int, int],
     seed: int,
 ) -> None:
-    """Files beside `out` carry its name, so that two results in one folder keep both."""
-    prefix = "" if out.stem == "result" else f"{out.stem}."
-    detections, examples = out.parent / f"{prefix}detections.npz", out.parent / f"{prefix}examples"
+    detections, examples = files_beside(out)
     rows = zip(found.subjects, found.answers, found.latencies, accuracies, strict=True)
     saved_rows = tuple(SavedRow(s.name, answers, m.stages_ms, a.curves) for s, answers, m, a in rows)
     save(detections, Saved(tuple(r.image_id for r in dataset.records), dataset.class_names, saved_rows))

@@ -115,3 +115,20 @@ def drift(samples_ms: Float64Array) -> float:
         return 0.0
     first, second = np.median(samples_ms[:half]), np.median(samples_ms[half:])
     return float(second / first - 1.0)
+
+
+def median_ratio_between_runs(
+    numerator_ms: Float64Array, denominator_ms: Float64Array, *, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Like `median_ratio` for two runs of their own: rounds are resampled apart, and may differ in number.
+
+    The interval holds what varied within each run, not what changed in the machine between them.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for samples in (numerator_ms, denominator_ms):
+        rounds = np.asarray(samples, np.float64)
+        picks = rng.integers(0, len(rounds), (resamples, len(rounds)))
+        drawn.append(np.median(rounds[picks].reshape(resamples, -1), axis=1))
+    low, high = np.percentile(drawn[0] / drawn[1], [2.5, 97.5])
+    return Interval(float(np.median(numerator_ms) / np.median(denominator_ms)), float(low), float(high))

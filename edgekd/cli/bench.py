@@ -241,6 +241,7 @@ def bench(
     verdict = judged(gate, result, dataset, out, summary, session.seed or 0)
     session.finish(result, lambda: typer.echo(f"{verdict}{layers}\nresult: {out}"))
     if not result["gate"]["passed"]:
+        typer.echo(f"regression beyond the limits: see gate in {out}", err=True)
         raise typer.Exit(EXIT_REGRESSED)
 
 

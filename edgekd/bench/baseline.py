@@ -1,0 +1,202 @@
+"""An earlier result to hold a new one against: what may be compared with it, and which of its files are still there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from edgekd.artifact import sha256_file
+from edgekd.bench.affinity import affinity
+from edgekd.bench.complexity import deployed_file
+from edgekd.bench.device import device_facts, usable_threads
+from edgekd.bench.entries import BenchArtifact
+from edgekd.bench.result import read_result
+from edgekd.bench.runner import fingerprint
+from edgekd.bench.saved import Saved, read_saved
+from edgekd.errors import ArtifactError, UserError
+from edgekd.predictor import RuntimeChoice
+from edgekd.recipe import BenchConfig
+from edgekd.types import Dataset
+
+_NATURAL = {
+    **dict.fromkeys((".onnx", ".ort"), "onnxruntime"),
+    **dict.fromkeys((".engine", ".plan", ".trt"), "tensorrt"),
+    **dict.fromkeys((".pt", ".pth", ".ckpt"), "torch"),
+}
+_MACHINE = ("cpu", "machine", "cores", "governor", "board", "gpu")
+_BESIDE = {"detections": "detections.npz", "examples": "examples/examples.json"}
+_THRESHOLDS = ("score_threshold", "nms_iou", "max_detections")
+_ROW = ("runtime", "provider", "cuda_graph", "threads")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An earlier benchmark.
+
+    Attributes:
+        result: its result.json. saved: its detections and samples. missing: why there are none, else None.
+    """
+
+    path: Path
+    result: dict[str, Any]
+    saved: Saved | None
+    missing: str | None
+
+    @property
+    def file_names(self) -> tuple[str, str]:
+        """(detections, examples' folder) that lie beside the result."""
+        files = self.result.get("files") or {}
+        detections, examples = (Path(str(files.get(key, usual))) for key, usual in _BESIDE.items())
+        return detections.name, examples.parent.name
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An artefact and what it is held against.
+
+    Attributes:
+        name: the artefact's now. old: the baseline's row.
+        again: the name under which the old file is measured once more, beside the new one; None where it is not.
+        same_file: nothing changed but what runs it.
+    """
+
+    name: str
+    old: Mapping[str, Any]
+    again: str | None
+    same_file: bool
+
+
+def read_baseline(path: Path) -> Baseline:
+    """An earlier result with what lies beside it.
+
+    Raises:
+        ArtifactError: it is missing or cannot be read.
+    """
+    result = read_result(path)
+    files = result.get("files") or {}
+    saved = path.parent / Path(str(files.get("detections", _BESIDE["detections"]))).name
+    if not saved.is_file():
+        return Baseline(path, result, None, f"{saved.name} does not lie beside {path.name}")
+    digest = files.get("detections_sha256")
+    if digest is not None and sha256_file(saved) != digest:
+        return Baseline(path, result, None, f"{saved.name} is not the file that {path.name} was written with")
+    return Baseline(path, result, read_saved(saved), None)
+
+
+def pair_up(
+    baseline: Baseline, artifacts: Sequence[BenchArtifact], folders: Sequence[Path]
+) -> tuple[list[Pair], list[BenchArtifact]]:
+    """Each artefact with the baseline's row of its name, and the old files that are measured once more.
+
+    A single artefact is held against a single row whatever their names are. Old files are known by their hash, and
+    looked for where the baseline has them, beside it, and in `folders`.
+
+    Raises:
+        UserError: nothing has a counterpart.
+    """
+    rows = [row for row in baseline.result["rows"] if row["role"] not in ("ensemble", "baseline")]
+    alone = rows[0] if len(rows) == len(artifacts) == 1 else None
+    pairs, again = [], []
+    for artifact in artifacts:
+        old = next((row for row in rows if row["name"] == artifact.name), alone)
+        if old is None:
+            continue
+        file = _find(old, baseline.path.parent, folders)
+        same = sha256_file(deployed_file(artifact.path)) == old["sha256"] and _runtime_now(artifact) == old["runtime"]
+        name = f"{artifact.name} (baseline)"
+        if file is not None and not same:
+            again.append(_earlier(artifact, name, file, old))
+        pairs.append(Pair(artifact.name, old, name if file is not None and not same else None, same))
+    if not pairs:
+        raise UserError(
+            f"{baseline.path}: no row to compare with",
+            got=", ".join(artifact.name for artifact in artifacts),
+            expected="names among " + ", ".join(str(row["name"]) for row in rows),
+            fix="name what you measure as the baseline does: NAME=PATH",
+        )
+    return pairs, again
+
+
+def _earlier(artifact: BenchArtifact, name: str, file: Path, old: Mapping[str, Any]) -> BenchArtifact:
+    options = artifact.options
+    return replace(
+        artifact,
+        path=file,
+        name=name,
+        role="baseline",
+        options=None if options is None or file.suffix != ".onnx" else options.model_copy(update={"onnx": str(file)}),
+        runtime=_runtime_of(old),
+        cuda_graph=bool(old.get("cuda_graph")),
+    )
+
+
+def _runtime_of(old: Mapping[str, Any]) -> RuntimeChoice:
+    return next((choice for choice in get_args(RuntimeChoice) if choice == old["runtime"]), "auto")
+
+
+def _runtime_now(artifact: BenchArtifact) -> str:
+    return _NATURAL.get(artifact.path.suffix, "torch") if artifact.runtime == "auto" else artifact.runtime
+
+
+def _find(old: Mapping[str, Any], beside: Path, folders: Sequence[Path]) -> Path | None:
+    """The file or run folder with the row's hash."""
+    shown = Path(str(old["artifact"]))
+    candidates = [shown, beside / shown, beside / shown.name]
+    candidates += [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in _NATURAL]
+    for candidate in candidates:
+        try:
+            if sha256_file(deployed_file(candidate)) == old["sha256"]:
+                return candidate
+        except (ArtifactError, OSError):
+            continue
+    return None
+
+
+def differences(baseline: Baseline, dataset: Dataset, config: BenchConfig, latency_images: int) -> list[str]:
+    """What differs between the baseline's measurement and one here and now, such that latencies do not compare."""
+    found = _changes(_MACHINE, baseline.result["device"], device_facts())
+    now = {"threads": config.threads or usable_threads(), "latency_images": latency_images}
+    found += _changes(tuple(now), baseline.result["settings"], now)
+    cpus = baseline.result["settings"].get("affinity"), affinity()
+    if cpus[0] is not None and cpus[1] is not None and len(cpus[0]) != len(cpus[1]):
+        found.append(f"CPUs it may use: {len(cpus[0])}, now {len(cpus[1])}")
+    return found + accuracy_differences(baseline, dataset, config)
+
+
+def accuracy_differences(baseline: Baseline, dataset: Dataset, config: BenchConfig) -> list[str]:
+    """What differs between the baseline's images and thresholds and these, such that accuracy does not compare."""
+    old = baseline.result["data"]
+    now = {"split": dataset.split, "images": len(dataset), "class_names": list(dataset.class_names)}
+    found = _changes(tuple(now), old, now)
+    if not found and old.get("fingerprint", mark := fingerprint(dataset)) != mark:
+        found = [f"images or ground truth of split {dataset.split}"]
+    return found + _changes(_THRESHOLDS, baseline.result["settings"], config.model_dump())
+
+
+def row_differences(old: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    """What differs in how one artefact was run."""
+    return _changes(_ROW, old, row)
+
+
+def _changes(keys: Sequence[str], old: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """ "key: old, now new" for what the baseline says and is otherwise now; a GPU goes by its name."""
+
+    def plain(value: Any) -> Any:
+        return value.get("name") if isinstance(value, Mapping) else value
+
+    pairs = [(key, plain(old[key]), plain(now[key])) for key in keys if key in old]
+    return [f"{key}: {_said(before)}, now {_said(after)}" for key, before, after in pairs if before != after]
+
+
+def software_differences(baseline: Baseline, device: Mapping[str, Any]) -> list[str]:
+    """Versions that changed: worth saying, but a reason to compare and not one against it."""
+    old, now = baseline.result["device"].get("versions", {}), device["versions"]
+    return [f"{name} {old.get(name, 'absent')}, now {now.get(name, 'absent')}" for name in sorted({*old, *now})
+            if old.get(name) != now.get(name)]  # fmt: skip
+
+
+def _said(value: object) -> str:
+    text = "unknown" if value is None else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

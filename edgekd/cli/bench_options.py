@@ -1,0 +1,282 @@
+"""Options of `edgekd bench` that come in groups: how long and how it measures, and the gate for CI."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from edgekd.bench.gate import Gate, Limits
+    from edgekd.types import Dataset
+
+PROTOCOL = "How it is measured"
+GATE = "Gate for CI (exit 3 on a regression)"
+
+
+class Mode(str, Enum):
+    """One image at a time, or under full load as well."""
+
+    single = "single"
+    throughput = "throughput"
+
+
+class MlperfScenario(str, Enum):
+    """Scenarios of MLPerf Inference."""
+
+    single = "SingleStream"
+    multi = "MultiStream"
+
+
+class Execution(str, Enum):
+    """How an ensemble's members run."""
+
+    sequential = "sequential"
+    parallel = "parallel"
+    both = "both"
+
+
+QuickOption = Annotated[
+    bool,
+    typer.Option(
+        "--quick", help="Seconds, not minutes: few samples and 64 images, so wide intervals.", rich_help_panel=PROTOCOL
+    ),
+]
+PublishOption = Annotated[
+    bool,
+    typer.Option(
+        "--publish",
+        help="At least 1,000 samples and 30 s of each; says if it may be published.",
+        rich_help_panel=PROTOCOL,
+    ),
+]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--samples", min=20, help="Timed inferences of each; 200, or 1000 on a --target.", rich_help_panel=PROTOCOL
+    ),
+]
+SecondsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--seconds", min=0, help="Each is timed for so long at least; 0, or 30 on a --target.", rich_help_panel=PROTOCOL
+    ),
+]
+WarmupOption = Annotated[
+    float | None,
+    typer.Option(
+        "--warmup", min=0, help="Seconds of warm-up at least (1), and until stable.", rich_help_panel=PROTOCOL
+    ),
+]
+EnergyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--energy-seconds",
+        min=0,
+        help="Each runs alone for so long where power can be read; 10, or 30 on a --target; 0: no energy.",
+        rich_help_panel=PROTOCOL,
+    ),
+]
+PinOption = Annotated[
+    str | None,
+    typer.Option("--pin", help="Run on these CPUs only, such as 0 or 0-3.", metavar="CPUS", rich_help_panel=PROTOCOL),
+]
+ModeOption = Annotated[
+    Mode,
+    typer.Option("--mode", help="Latency of one image; or images/s under full load too.", rich_help_panel=PROTOCOL),
+]
+StreamsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--streams", min=1, help="Throughput: inferences at once; one a thread if not given.", rich_help_panel=PROTOCOL
+    ),
+]
+BatchOption = Annotated[
+    int,
+    typer.Option(
+        "--batch", min=1, help="Throughput: images of one inference, where a file takes more.", rich_help_panel=PROTOCOL
+    ),
+]
+MlperfOption = Annotated[
+    MlperfScenario | None,
+    typer.Option("--mlperf", help="Also by MLPerf's rules for a scenario.", rich_help_panel=PROTOCOL),
+]
+MlperfSecondsOption = Annotated[
+    float,
+    typer.Option(
+        "--mlperf-seconds", min=0.1, help="Of each; the rules want 600, less is told.", rich_help_panel=PROTOCOL
+    ),
+]
+ExecutionOption = Annotated[
+    Execution,
+    typer.Option("--execution", help="How an ensemble's members run.", rich_help_panel=PROTOCOL),
+]
+TableOption = Annotated[
+    list[Path] | None,
+    typer.Option("--table", help="Also write the table as .md, .csv or .tex; repeatable.", metavar="FILE"),
+]
+BaselineOption = Annotated[
+    Path | None,
+    typer.Option("--baseline", help="An earlier result.json.", metavar="FILE", rich_help_panel=GATE),
+]
+BaselineFilesOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--baseline-files",
+        help="Where the earlier files lie, known by hash: they are measured again, side by side.",
+        metavar="DIR",
+        rich_help_panel=GATE,
+    ),
+]
+MaxSlowdownOption = Annotated[
+    str | None,
+    typer.Option("--max-slowdown", help="Of median latency, such as 5%.", metavar="PERCENT", rich_help_panel=GATE),
+]
+MaxMapDropOption = Annotated[
+    float | None,
+    typer.Option("--max-map-drop", min=0, help="Of AP50, in points of 100.", metavar="POINTS", rich_help_panel=GATE),
+]
+AcrossOption = Annotated[
+    bool,
+    typer.Option(
+        "--across-conditions",
+        help="Compare stored latencies although machine, threads, runtime or images differ.",
+        rich_help_panel=GATE,
+    ),
+]
+GateSummaryOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--summary",
+        help="Write the verdict as Markdown; also appended to $GITHUB_STEP_SUMMARY.",
+        metavar="FILE.md",
+        rich_help_panel=GATE,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: timed inferences and seconds of each at least, warm-up, energy, and images at most."""
+
+    samples: int = 200
+    seconds: float = 0.0
+    warmup: float = 1.0
+    energy: float = 10.0
+    limit: int | None = None
+
+
+QUICK = Effort(samples=40, warmup=0.3, energy=0.0, limit=64)
+PUBLISH = Effort(samples=1000, seconds=30.0, warmup=2.0, energy=30.0)
+
+
+def effort(quick: bool, publish: bool, **given: Any) -> Effort:
+    """What was given, and else what the preset says.
+
+    Raises:
+        UserError: both presets.
+    """
+    from edgekd.errors import UserError
+
+    if quick and publish:
+        raise UserError("--quick and --publish exclude each other", fix="leave one out")
+    preset = QUICK if quick else PUBLISH if publish else Effort()
+    return replace(preset, **{key: value for key, value in given.items() if value is not None})
+
+
+def limits_of(baseline: Path | None, max_slowdown: str | None, max_map_drop: float | None) -> Limits | None:
+    """The gate's limits; None where no gate was asked for.
+
+    Raises:
+        UserError: a limit without a baseline, or one that is not a share.
+    """
+    from edgekd.bench.gate import Limits
+    from edgekd.errors import UserError
+
+    if baseline is None:
+        if max_slowdown is not None or max_map_drop is not None:
+            raise UserError(
+                "a limit needs something to hold against", fix="add --baseline FILE, an earlier result.json"
+            )
+        return None
+    return Limits(
+        None if max_slowdown is None else share_of(max_slowdown), None if max_map_drop is None else max_map_drop / 100
+    )
+
+
+def share_of(text: str) -> float:
+    """ "5%" or "0.05" as 0.05.
+
+    Raises:
+        UserError: neither, or a bare number of 1 or more, which might mean either.
+    """
+    from edgekd.errors import UserError
+
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1 and not (text.endswith("%") and 0 <= value < 100):
+        raise UserError("--max-slowdown is not a share", got=repr(text), expected="such as 5% or 0.05")
+    return value
+
+
+def on_cpus(text: str | None) -> AbstractContextManager[None]:
+    """The process on the CPUs that were asked for."""
+    from edgekd.bench.affinity import parse_cpus, pinned
+
+    return pinned(None if text is None else parse_cpus(text))
+
+
+def check_out(out: Path, baseline: Path | None) -> None:
+    """Refuse to write over the baseline or what lies beside it.
+
+    Raises:
+        UserError: it would be.
+    """
+    from edgekd.bench.baseline import read_baseline
+    from edgekd.bench.runner import files_beside
+    from edgekd.errors import UserError
+
+    if baseline is None:
+        return
+    kept = {baseline.resolve(), *(baseline.parent.resolve() / name for name in read_baseline(baseline).file_names)}
+    if taken := kept & {path.resolve() for path in (out, *files_beside(out))}:
+        raise UserError(
+            "the result would be written over the baseline",
+            got=", ".join(sorted(path.name for path in taken)),
+            fix="give --out another name or folder",
+        )
+
+
+def write_tables(result: dict[str, Any], files: list[Path] | None) -> None:
+    """The comparison table in as many formats as were asked for."""
+    from edgekd.artifact import write_text
+    from edgekd.report.table import write_table
+
+    for file in files or ():
+        write_text(file, write_table(result, file.suffix))
+
+
+def judged(gate: Gate, result: dict[str, Any], dataset: Dataset, out: Path, summary: Path | None, seed: int) -> str:
+    """The verdict in Markdown; it is added to the result in `out`, to `summary` and to the CI's own."""
+    from edgekd.artifact import write_json, write_text
+    from edgekd.bench.gate import judge
+    from edgekd.bench.saved import read_saved
+    from edgekd.summary import gate_markdown
+
+    saved = read_saved(out.parent / result["files"]["detections"])
+    result["gate"] = judge(gate, result, saved, dataset, seed=seed)
+    write_json(out, result)
+    text = gate_markdown(result["gate"], result)
+    if summary is not None:
+        write_text(summary, text)
+    if step := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with open(step, "a", encoding="utf-8") as stream:
+            stream.write(text)
+    return text

@@ -1,0 +1,214 @@
+"""The gate for CI: through the command line, on real ONNX files and a real data set."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from edgekd.bench.gate import EXIT_REGRESSED
+from edgekd.cli import app
+from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, POOR_SCORES, make_dataset, write_detector
+
+
+def edgekd(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a data set in YOLO's layout, a good, a slow and an inaccurate detector, and a baseline of the first."""
+    folder = tmp_path_factory.mktemp("gate")
+    write_yolo(folder / "data", 24)
+    write_detector(folder / "good.onnx", GOOD_BOXES, GOOD_SCORES, width=16)
+    write_detector(folder / "slow.onnx", GOOD_BOXES, GOOD_SCORES, width=2000)
+    write_detector(folder / "poor.onnx", GOOD_BOXES, POOR_SCORES, width=16)
+    (folder / "old").mkdir()
+    shutil.copy(folder / "good.onnx", folder / "old" / "student.onnx")
+    result = bench(folder, f"student={folder / 'old' / 'student.onnx'}", out=folder / "old" / "result.json")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def write_yolo(folder: Path, images: int) -> None:
+    made = make_dataset(folder / "made", images)
+    for kind in ("images", "labels"):
+        (folder / kind / "val").mkdir(parents=True)
+    for record in made.records:
+        height, width = record.image_hw
+        cv2.imwrite(str(folder / "images" / "val" / f"{record.image_id}.png"), cv2.imread(str(record.path)))
+        centre, size = (
+            record.boxes_xyxy[:, :2] + record.boxes_xyxy[:, 2:],
+            np.diff(record.boxes_xyxy.reshape(-1, 2, 2), axis=1)[:, 0],
+        )
+        rows = np.concatenate([centre / 2 / (width, height), size / (width, height)], 1)
+        lines = [f"{label} " + " ".join(map(str, row)) for label, row in zip(record.labels, rows, strict=True)]
+        (folder / "labels" / "val" / f"{record.image_id}.txt").write_text("\n".join(lines))
+    (folder / "data.yaml").write_text(f"val: images/val\nnames: {list(NAMES)}\n")
+    shutil.rmtree(folder / "made")
+
+
+def bench(place: Path, *artifacts: object, out: Path, options: tuple[object, ...] = ()) -> Result:
+    fixed = ("--data", place / "data", "--split", "val", "--samples", 20, "--warmup", 0, "--threads", 1)
+    return edgekd("bench", *artifacts, *fixed, "--energy-seconds", 0, "--out", out, *options)
+
+
+def gated(place: Path, name: str, out: Path, *options: object, baseline: Path | None = None) -> tuple[Result, dict]:
+    baseline = baseline or place / "old" / "result.json"
+    given = ("--baseline", baseline, "--max-slowdown", "50%", "--max-map-drop", 0.5, *options)
+    result = bench(place, f"student={place / name}", out=out, options=given)
+    return result, json.loads(out.read_text()) if out.is_file() else {}
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "slower", "worse"),
+    [("good.onnx", 0, False, False), ("slow.onnx", 3, True, False), ("poor.onnx", 3, False, True)],
+)
+def test_regressions_are_found_side_by_side(
+    place: Path, tmp_path: Path, name: str, code: int, slower: bool, worse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = tmp_path / "steps.md"
+    steps.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(steps))
+    result, data = gated(place, name, tmp_path / "new.json", "--summary", tmp_path / "gate.md")
+    assert result.exit_code == code, result.output
+    gate = data["gate"]
+    (pair,) = gate["pairs"]
+    assert gate["passed"] is (code == 0)
+    assert (pair["latency"]["regressed"], pair["map"]["regressed"]) == (slower, worse)
+    text = (tmp_path / "gate.md").read_text()
+    assert text in result.stdout
+    assert steps.read_text() == "before\n" + text
+    assert ("❌" in text) is (code != 0)
+    if name != "good.onnx":
+        assert pair["how"] == "side by side"
+        assert [row["role"] for row in data["rows"]] == ["student", "baseline"]
+        assert pair["latency"]["low"] <= pair["latency"]["change"] <= pair["latency"]["high"]
+    if worse:
+        assert pair["map"]["basis"] == "paired bootstrap over images"
+        assert pair["map"]["high"] < -0.005
+    assert EXIT_REGRESSED == 3
+
+
+def moved(place: Path, folder: Path, *, detections: bool = True, **changes: object) -> Path:
+    """The baseline without the file that it measured, with changed facts; returns its result.json."""
+    folder.mkdir()
+    data = json.loads((place / "old" / "result.json").read_text())
+    data["rows"][0]["artifact"] = "gone.onnx"
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        data[section][name] = value
+    (folder / "result.json").write_text(json.dumps(data))
+    if detections:
+        shutil.copy(place / "old" / "detections.npz", folder)
+    return folder / "result.json"
+
+
+def test_stored_figures_count_where_nothing_differs(place: Path, tmp_path: Path) -> None:
+    baseline = moved(place, tmp_path / "old")
+    result, data = gated(place, "poor.onnx", tmp_path / "new.json", baseline=baseline)
+    assert result.exit_code == 3, result.output
+    (pair,) = data["gate"]["pairs"]
+    assert pair["how"] == "stored"
+    assert pair["map"]["basis"] == "paired bootstrap over images"
+    assert "does not hold what changed in between" in pair["latency"]["basis"]
+
+
+def test_without_its_answers_the_baseline_is_compared_unpaired_and_that_is_said(place: Path, tmp_path: Path) -> None:
+    baseline = moved(place, tmp_path / "old", detections=False)
+    result, data = gated(place, "poor.onnx", tmp_path / "new.json", baseline=baseline)
+    assert result.exit_code == 3, result.output
+    (pair,) = data["gate"]["pairs"]
+    assert "unpaired" in pair["map"]["basis"]
+    assert pair["map"]["low"] < pair["map"]["change"] < pair["map"]["high"] < 0
+    assert "detections.npz does not lie beside result.json" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device__cpu": "another processor"},
+        {"settings__threads": 7},
+        {"settings__latency_images": 3},
+        {"device__gpu": {"name": "a GPU"}},
+        {"data__fingerprint": "0" * 64},
+        {"settings__score_threshold": 0.2},
+    ],
+)
+def test_other_conditions_are_refused_unless_the_old_file_is_there(place: Path, tmp_path: Path, change: dict) -> None:
+    baseline = moved(place, tmp_path / "old", **change)
+    result, data = gated(place, "poor.onnx", tmp_path / "new.json", baseline=baseline)
+    assert result.exit_code == 2, result.output
+    assert not data, "nothing is measured for a comparison that cannot be made"
+    assert "--baseline-files" in result.output
+    found, data = gated(place, "poor.onnx", tmp_path / "new.json", "--baseline-files", place, baseline=baseline)
+    assert found.exit_code == 3, found.output
+    assert data["gate"]["pairs"][0]["how"] == "side by side"
+    assert data["gate"]["conditions"]
+
+
+def test_across_conditions_compares_and_says_so(place: Path, tmp_path: Path) -> None:
+    baseline = moved(place, tmp_path / "old", device__cpu="another processor")
+    result, data = gated(place, "poor.onnx", tmp_path / "new.json", "--across-conditions", baseline=baseline)
+    assert result.exit_code == 3
+    assert "under other conditions" in data["gate"]["pairs"][0]["latency"]["basis"]
+    assert "another processor" in result.stdout
+
+
+def test_another_runtime_is_refused(place: Path, tmp_path: Path) -> None:
+    baseline = moved(place, tmp_path / "old")
+    data = json.loads(baseline.read_text())
+    data["rows"][0]["provider"] = "CUDAExecutionProvider"
+    baseline.write_text(json.dumps(data))
+    result, _ = gated(place, "poor.onnx", tmp_path / "new.json", baseline=baseline)
+    assert result.exit_code == 2
+    assert "provider: CUDAExecutionProvider, now CPUExecutionProvider" in result.output
+
+
+def test_the_same_file_elsewhere_has_nothing_to_compare(place: Path, tmp_path: Path) -> None:
+    baseline = moved(place, tmp_path / "old", device__cpu="another processor")
+    result, data = gated(place, "good.onnx", tmp_path / "new.json", baseline=baseline)
+    assert result.exit_code == 0, result.output
+    assert "nothing to compare" in data["gate"]["pairs"][0]["latency"]["basis"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--max-slowdown", "5%"), "--baseline"),
+        (("--max-map-drop", 1), "--baseline"),
+        (("--baseline", "old/result.json"), "without a limit"),
+        (("--baseline", "old/result.json", "--max-slowdown", "5"), "not a share"),
+        (("--baseline", "old/result.json", "--max-slowdown", "fast"), "not a share"),
+        (("--baseline", "no.json", "--max-slowdown", "5%"), "no such file"),
+        (("--baseline", "data/data.yaml", "--max-slowdown", "5%"), "not a readable result"),
+        (("--quick", "--publish"), "exclude"),
+        (("--pin", "9999"), "may not use"),
+        (("--pin", "a-b"), "not a list of CPUs"),
+    ],
+)
+def test_mistakes(
+    place: Path, tmp_path: Path, options: tuple[object, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    result = bench(place, "good.onnx", out=tmp_path / "r.json", options=options)
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_nothing_of_the_baseline_is_overwritten(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place / "old")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    options = ("--baseline", "result.json", "--max-slowdown", "5%")
+    assert bench(place, "student.onnx", out=Path("result.json"), options=options).exit_code == 2
+    shutil.copy("result.json", "main.json")  # its answers still lie in detections.npz
+    again = ("--baseline", "main.json", "--max-slowdown", "500%")
+    assert bench(place, "student.onnx", out=Path("result.json"), options=again).exit_code == 2
+    assert bench(place, "student.onnx", out=Path("new.json"), options=again).exit_code == 0
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert Path("new.detections.npz").is_file()
