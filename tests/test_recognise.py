@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgekd.boxes import cxcywh_from_xyxy
-from edgekd.errors import RuntimeFailure, UserError
+from edgekd.errors import ArtifactError, RuntimeFailure, UserError
 from edgekd.labels import COCO_CLASSES
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.outputs import OutputFormat, decode
@@ -145,6 +145,22 @@ def test_labels_that_start_at_one() -> None:
     arrays = {"boxes": FINISHED_BOXES, "labels": LABELS + 1, "scores": FINISHED_SCORES}
     _, _, scores = read(arrays, background="first")
     np.testing.assert_array_equal(scores.argmax(1), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "background", "outside"),
+    [([3, 0, 1], "none", True), ([3, 0, 1], "last", False), ([4, 0, 1], "last", True), ([-1, 0, 1], "none", False)],
+)
+def test_labels_without_a_name_are_refused_and_padding_is_not(
+    labels: list[int], background: str, outside: bool
+) -> None:
+    arrays = {"boxes": FINISHED_BOXES, "labels": np.array(labels), "scores": FINISHED_SCORES}
+    if not outside:
+        assert len(read(arrays, background=background)[1]) == 2
+        return
+    with pytest.raises(ArtifactError, match=f"label {labels[0]}"):
+        read(arrays, background=background)
+    assert len(read(arrays | {"scores": np.array([0, 0.5, 0.3], np.float32)}, background=background)[1]) == 2
 
 
 @pytest.mark.parametrize("columns", [91, 92])

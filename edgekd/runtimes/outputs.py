@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.boxes import xyxy_from_cxcywh
-from edgekd.errors import RuntimeFailure
+from edgekd.errors import ArtifactError, RuntimeFailure
 from edgekd.types import FloatArray, IntArray
 
 OutputKind = Literal["boxes-scores", "yolo", "yolo-objectness", "detections"]
@@ -70,6 +70,7 @@ def decode(
 
     Raises:
         RuntimeFailure: the outputs hold values that are not finite, or are not what `form` says.
+        ArtifactError: finished detections with labels outside the class names.
     """
     try:
         boxes, scores = _READERS[form.kind](outputs, form, item)
@@ -80,8 +81,7 @@ def decode(
             got="; ".join(f"{name} {array.shape}" for name, array in outputs.items()),
             expected=f"{form.kind} in {', '.join(form.names)} over {form.num_classes} classes ({error})",
         ) from error
-    # One sum each is the cheapest test there is for a NaN or infinity anywhere.
-    if not (np.isfinite(boxes.sum(dtype=np.float64)) and np.isfinite(scores.sum(dtype=np.float64))):
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
         raise RuntimeFailure(
             "a detector gave boxes or scores that are not finite",
             got=f"{int((~np.isfinite(boxes)).sum())} box values, {int((~np.isfinite(scores)).sum())} scores",
@@ -153,7 +153,17 @@ def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[ND
             boxes, scores, labels = boxes[:count], scores[:count], labels[:count]
     classes: IntArray = np.rint(labels).astype(np.int64) - (form.background == "first")
     confidence = activate(scores, form.activation)
-    real = (classes >= 0) & (classes < form.num_classes) & (confidence > 0)  # padding has no score or no label
+    real = (classes >= 0) & (confidence > 0)  # padding has no score or no label
+    if form.background == "last":
+        real &= classes != form.num_classes
+    if (outside := classes[real & (classes >= form.num_classes)]).size:
+        raise ArtifactError(
+            "a detector gives labels for which it has no class names",
+            got="label " + ", ".join(str(label) for label in np.unique(outside)[:5].tolist()),
+            expected=f"0 to {form.num_classes - 1}: {form.num_classes} class names",
+            fix="declare all of its classes in label order (`class_names`, --classes), or `background` where labels start "
+            "at 1",
+        )
     probs = np.zeros((int(real.sum()), form.num_classes), np.float32)
     probs[np.arange(len(probs)), classes[real]] = confidence[real]
     return boxes[real], probs
