@@ -1,7 +1,8 @@
 """The student alone against the same student with each method, over seeds: is the gain real?
 
 Everything but the method is held equal: schedule, data order, augmentation, seeds, images, teachers. Each run writes its own
-result when it ends, so nothing is lost when a machine dies, and the same command goes on from there.
+result when it ends, so nothing is lost when a machine dies, and the same command goes on from there. Runs may be shared out
+among processes and machines that see the same folder: each holds its own folder against the others.
 
     DIR/teachers/NAME/  answers/NAME/  alone/seed-N/  RECIPE/seed-N/{model.pt, ..., evaluation/}
         comparison.json  comparison.md  comparison.svg
@@ -10,46 +11,81 @@ result when it ends, so nothing is lost when a machine dies, and the same comman
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from edgekd.artifact import is_current, sha256_file, source_commit, versions, write_json, write_manifest, write_text
+from edgekd.artifact import is_current, sha256_file, write_json, write_manifest, write_text
 from edgekd.bench.accuracy import evaluate
-from edgekd.bench.matching import Matches, match_coco
-from edgekd.bench.precision_recall import mean_ap50
+from edgekd.bench.matching import match_coco
 from edgekd.checkpoint import MODEL_FILE, load_detector
+from edgekd.comparison import ALONE, Evaluated, summary, table_markdown
 from edgekd.errors import RecipeError, UserError
-from edgekd.recipe import Recipe
-from edgekd.stages import distill_student, ready_teachers, train_student
-from edgekd.train import RunResult
+from edgekd.recipe import Recipe, TrainedTeacher
+from edgekd.stages import distill_student, ready_teachers, train_student, train_teacher
 from edgekd.types import Detections
 from edgekd.validate import ResizedImages, detect_dataset
-from edgekd.workspace import Workspace, is_synthetic, open_workspace
-
-ALONE = "alone"
-SCHEMA = "edgekd.comparison/1"
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t, 97.5 %, for 1, 2, ... 15 degrees of freedom; beyond, 2.1 is a little wide, which is the safe side."""
+from edgekd.workspace import Workspace, open_workspace
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """One trained student on the validation split.
-
-    Attributes:
-        method: "alone" or a recipe's name. figures: what `Accuracy.to_dict` gives. matches: for the bootstrap.
-    """
+class Run:
+    """One training of the set: "alone" or a recipe's name, and a seed."""
 
     method: str
     seed: int
-    figures: Mapping[str, Any]
-    matches: Matches
+
+    def __str__(self) -> str:
+        return f"{self.method}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class CompareJob:
+    """A whole comparison, as it can be handed to another process.
+
+    Attributes:
+        recipes: alike but for their method. seeds: each once. out: the comparison's folder.
+
+    Raises:
+        UserError: no recipes, repeated seeds or names.
+        RecipeError: the recipes differ in more than their method.
+    """
+
+    recipes: tuple[Recipe, ...]
+    seeds: tuple[int, ...]
+    out: Path
+    device: str = "auto"
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.recipes, self.seeds)
+
+    @property
+    def runs(self) -> list[Run]:
+        """Seed by seed, so that a table cut off early still compares like with like."""
+        methods = [ALONE, *(recipe.name for recipe in self.recipes)]
+        return [Run(method, seed) for seed in self.seeds for method in methods]
+
+    @property
+    def trained_teachers(self) -> dict[str, tuple[Recipe, TrainedTeacher]]:
+        """The teachers that are to be trained, by name, with the first recipe that names each."""
+        found: dict[str, tuple[Recipe, TrainedTeacher]] = {}
+        for recipe in self.recipes:
+            for config in recipe.teachers:
+                if isinstance(config, TrainedTeacher):
+                    found.setdefault(config.name, (recipe, config))
+        return found
+
+    def folder(self, run: Run) -> Path:
+        """Where a run is."""
+        return self.out / run.method / f"seed-{run.seed}"
+
+    def recipe(self, run: Run) -> Recipe:
+        """A run's recipe, without its seed."""
+        return next((recipe for recipe in self.recipes if recipe.name == run.method), self.recipes[0])
 
 
 @dataclass(frozen=True)
@@ -61,34 +97,62 @@ class Comparison:
     table: str
 
 
-def compare_recipes(
-    recipes: Sequence[Recipe], seeds: Sequence[int], out: Path, *, device: str = "auto", quiet: bool = False
-) -> Comparison:
-    """Train and evaluate every (method, seed) that is not there yet, and compare.
+def compare(job: CompareJob, finished: Iterator[Run] | None = None) -> Comparison:
+    """Train and evaluate every run that is not there yet, and compare.
 
-    Raises:
-        UserError: no recipes, repeated seeds or names.
-        RecipeError: the recipes differ in more than their method.
+    Args:
+        finished: does the runs and tells of each when it is done; left out, they are done here, one after another.
     """
-    _check(recipes, seeds)
-    with open_workspace(recipes[0], out, device=device, quiet=quiet) as base:
-        runs: list[Evaluated] = []
-        teachers = {r.name: ready_teachers(replace(base, recipe=r), out / "teachers") for r in recipes}
-        for seed in seeds:  # seed by seed, so that a table cut off early still compares like with like
-            work = _seeded(base, recipes[0], seed)
-            runs.append(_evaluate(work, train_student(work, out / ALONE / f"seed-{seed}"), ALONE))
-            for recipe in recipes:
-                work = _seeded(base, recipe, seed)
-                folder = out / recipe.name / f"seed-{seed}"
-                run = distill_student(work, teachers[recipe.name], folder, answers=out / "answers")
-                runs.append(_evaluate(work, run, recipe.name))
-                data = _summary(base, recipes, runs)
-                write_json(out / "comparison.json", data)
-                write_text(out / "comparison.md", table_markdown(data))
+    with open_workspace(job.recipes[0], job.out, device=job.device, quiet=job.quiet) as base:
+        found: dict[Run, Evaluated] = {}
+        data: dict[str, Any] = {}
+        for run in finished if finished is not None else one_by_one(job, job.runs):
+            found[run] = _read_evaluation(base, job, run)
+            paired = [found[r] for r in job.runs if r in found and Run(ALONE, r.seed) in found]
+            if any(one.method != ALONE for one in paired):
+                data = summary(base, job.recipes, paired)
+                write_json(job.out / "comparison.json", data)
+                write_text(job.out / "comparison.md", table_markdown(data))
         from edgekd.report.gains import draw_comparison
 
-        draw_comparison(data, out / "comparison.svg")
-        return Comparison(out, data, table_markdown(data))
+        draw_comparison(data, job.out / "comparison.svg")
+        return Comparison(job.out, data, table_markdown(data))
+
+
+def one_by_one(job: CompareJob, runs: Sequence[Run]) -> Iterator[Run]:
+    """Do these runs in this process; tells of each when it is done."""
+    for run in runs:
+        do_run(job, run)
+        yield run
+
+
+def do_run(job: CompareJob, run: Run) -> None:
+    """Train and evaluate one run, or finish what is there of it; teachers that it needs come first.
+
+    Raises:
+        UserError: another process is at this run.
+    """
+    recipe, folder = job.recipe(run), job.folder(run)
+    if run.method != ALONE:
+        for config in recipe.teachers:
+            if isinstance(config, TrainedTeacher):
+                do_teacher(job, config.name)
+    with open_workspace(recipe, folder, device=job.device, quiet=job.quiet) as work:
+        seeded = replace(work, recipe=recipe.model_copy(update={"seed": run.seed}))
+        if run.method == ALONE:
+            train_student(seeded, folder)
+        else:
+            teachers = ready_teachers(work, job.out / "teachers")
+            distill_student(seeded, teachers, folder, answers=job.out / "answers")
+        _evaluate(seeded, folder, run)
+
+
+def do_teacher(job: CompareJob, name: str) -> None:
+    """Train one teacher; waits for another process that is at it."""
+    recipe, config = job.trained_teachers[name]
+    folder = job.out / "teachers" / name
+    with open_workspace(recipe, folder, device=job.device, quiet=job.quiet, wait=True) as work:
+        train_teacher(work, config, folder)
 
 
 def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
@@ -97,8 +161,11 @@ def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
     for what, values in (("recipe names", [r.name for r in recipes]), ("seeds", list(seeds))):
         if len(set(values)) != len(values):
             raise UserError(f"{what} repeat", got=", ".join(map(str, values)), expected="each once")
-    if ALONE in [r.name for r in recipes]:
-        raise UserError(f"a recipe may not be named {ALONE!r}: that is the student without distillation")
+    if {ALONE, "teachers", "answers", "views"} & {r.name for r in recipes}:
+        raise UserError(
+            "a recipe may not be named alone, teachers, answers or views",
+            fix="choose another `name` in the recipe: these are folders of the comparison",
+        )
     first = recipes[0]
     for other in recipes[1:]:
         differing = [
@@ -112,172 +179,45 @@ def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
             )
 
 
-def _seeded(base: Workspace, recipe: Recipe, seed: int) -> Workspace:
-    return replace(base, recipe=recipe.model_copy(update={"seed": seed}))
+# -- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(work: Workspace, run: RunResult, method: str) -> Evaluated:
-    folder = run.folder / "evaluation"
-    seed, val = work.recipe.seed, work.val
-    inputs = {"model": sha256_file(run.folder / MODEL_FILE), "val": work.data_identity["val"]}
-    arrays = folder / "detections.npz"
+def _evaluation_inputs(work: Workspace, folder: Path) -> dict[str, Any]:
+    return {"model": sha256_file(folder / MODEL_FILE), "val": work.data_identity["val"]}
+
+
+def _evaluate(work: Workspace, run_folder: Path, run: Run) -> None:
+    folder, val = run_folder / "evaluation", work.val
+    inputs = _evaluation_inputs(work, run_folder)
     if is_current(folder, "evaluation", inputs):
-        with np.load(arrays, allow_pickle=False) as saved:
-            ends = np.cumsum(saved["counts"])
-            found = [
-                Detections(saved["boxes"][e - c : e], saved["scores"][e - c : e], saved["labels"][e - c : e])
-                for e, c in zip(ends, saved["counts"], strict=True)
-            ]
-        figures = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
-    else:
-        detector = load_detector(run.model)
-        images = ResizedImages(val, detector, cache_mib=0)
-        with work.terminal.counting(f"evaluate {method}, seed {seed}") as progress:
-            found = detect_dataset(detector, images, score_threshold=0.001, progress=progress)
-        figures = evaluate(val.records, found, val.class_names).to_dict()
-        figures.pop("curves")
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(
-            arrays,
-            counts=np.array([len(d) for d in found]),
-            boxes=np.concatenate([d.boxes_xyxy for d in found]),
-            scores=np.concatenate([d.scores for d in found]),
-            labels=np.concatenate([d.labels for d in found]),
-        )
-        write_json(folder / "accuracy.json", figures)
-        write_manifest(folder, "evaluation", inputs, ["detections.npz", "accuracy.json"], {"seed": seed})
-    return Evaluated(method, seed, figures, match_coco(val.records, found, len(val.class_names)))
-
-
-def _summary(base: Workspace, recipes: Sequence[Recipe], runs: Sequence[Evaluated]) -> dict[str, Any]:
-    alone = {run.seed: run for run in runs if run.method == ALONE}
-    methods = [ALONE, *dict.fromkeys(run.method for run in runs if run.method != ALONE)]
-    rows = []
-    for method in methods:
-        own = [run for run in runs if run.method == method]
-        row: dict[str, Any] = {
-            "method": method,
-            "seeds": [run.seed for run in own],
-            **{key: spread([run.figures[key] for run in own]) for key in ("ap50", "ap", "voc07")},
-        }
-        if method != ALONE:
-            row["gain"] = gain(own, [alone[run.seed] for run in own])
-        rows.append(row)
-    return {
-        "schema": SCHEMA,
-        "data": {
-            "name": base.val.root.name,
-            "train": base.train.split,
-            "train_images": len(base.train),
-            "val": base.val.split,
-            "images": len(base.val),
-            "synthetic": is_synthetic(base.val.root),
-        },
-        "student": recipes[0].student.model_dump(mode="json", exclude={"weights"}),
-        "pretrained_backbone": recipes[0].student.weights is not None,
-        "train": recipes[0].train.model_dump(mode="json"),
-        "methods": {
-            recipe.name: {
-                "distill": recipe.distill.model_dump(mode="json"),
-                "teachers": [teacher.name for teacher in recipe.teachers],
-            }
-            for recipe in recipes
-        },
-        "rows": rows,
-        "provenance": {"commit": source_commit(), "versions": versions(), "device": base.device},
-    }
-
-
-def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds (None where a figure does not exist), and each value."""
-    there = [value for value in values if value is not None]
-    if not there:
-        return {"mean": None, "sd": None, "values": list(values)}
-    return {"mean": fmean(there), "sd": stdev(there) if len(there) > 1 else None, "values": list(values)}
-
-
-def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated], resamples: int = 1000) -> dict[str, Any]:
-    """The paired difference in AP50, method minus alone, with two 95 % intervals that answer two questions.
-
-    "seeds" (Student's t over the paired differences): would other seeds show it? "images" (bootstrap over images of the mean
-    over seeds): would other images show it? A gain is shown when both exclude zero.
-    """
-    differences = [m.figures["ap50"] - a.figures["ap50"] for m, a in zip(method, alone, strict=True)]
-    mean, count = fmean(differences), len(differences)
-    by_seed: list[float] | None = None
-    if count > 1:
-        half = T_975[min(count - 1, len(T_975)) - 1] * stdev(differences) / math.sqrt(count)
-        by_seed = [mean - half, mean + half]
-    images = len(method[0].matches.positives)
-    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1.0 / images), size=resamples)
-    drawn = np.mean(
-        [mean_ap50(m.matches, draws) - mean_ap50(a.matches, draws) for m, a in zip(method, alone, strict=True)], axis=0
+        return
+    detector = load_detector(run_folder)
+    images = ResizedImages(val, detector, cache_mib=0)
+    with work.terminal.counting(f"evaluate {run}") as progress:
+        found = detect_dataset(detector, images, score_threshold=0.001, progress=progress)
+    figures = evaluate(val.records, found, val.class_names).to_dict()
+    figures.pop("curves")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        folder / "detections.npz",
+        counts=np.array([len(d) for d in found]),
+        boxes=np.concatenate([d.boxes_xyxy for d in found]),
+        scores=np.concatenate([d.scores for d in found]),
+        labels=np.concatenate([d.labels for d in found]),
     )
-    by_image = [float(v) for v in np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])]
-    intervals = [interval for interval in (by_seed, by_image) if interval is not None]
-    shown = by_seed is not None and (all(i[0] > 0 for i in intervals) or all(i[1] < 0 for i in intervals))
-    return {
-        "ap50": mean,
-        "values": differences,
-        "interval_seeds": by_seed,
-        "interval_images": by_image,
-        "verdict": ("gain" if mean > 0 else "loss") if shown else "no difference shown",
-        "per_class": _paired(method, alone, "per_class"),
-        "by_size": _paired(method, alone, "by_size"),
-    }
+    write_json(folder / "accuracy.json", figures)
+    write_manifest(folder, "evaluation", inputs, ["detections.npz", "accuracy.json"], {"seed": run.seed})
 
 
-def _paired(method: Sequence[Evaluated], alone: Sequence[Evaluated], group: str) -> dict[str, float | None]:
-    """Mean AP50 difference of each class or size."""
-    out: dict[str, float | None] = {}
-    for key in method[0].figures[group]:
-        pairs = [
-            (m.figures[group][key]["ap50"], a.figures[group][key]["ap50"]) for m, a in zip(method, alone, strict=True)
+def _read_evaluation(base: Workspace, job: CompareJob, run: Run) -> Evaluated:
+    folder, val = job.folder(run) / "evaluation", base.val
+    if not is_current(folder, "evaluation", _evaluation_inputs(base, job.folder(run))):
+        raise UserError(f"{folder} is not the evaluation of {run}", fix="run the same command again")
+    with np.load(folder / "detections.npz", allow_pickle=False) as saved:
+        ends = np.cumsum(saved["counts"])
+        found = [
+            Detections(saved["boxes"][e - c : e], saved["scores"][e - c : e], saved["labels"][e - c : e])
+            for e, c in zip(ends, saved["counts"], strict=True)
         ]
-        values = [x - y for x, y in pairs if x is not None and y is not None]
-        out[key] = fmean(values) if values else None
-    return out
-
-
-def table_markdown(data: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table; figures in points of 100."""
-    facts = data["data"]
-    kind = "synthetic " if facts["synthetic"] else ""
-    seeds = max(len(row["seeds"]) for row in data["rows"])
-    lines = [
-        f"{data['student']['model']} (width {data['student']['width']:g}, {data['student']['input_size']} px), "
-        f"{kind}{facts['name']} {facts['train']} ({facts['train_images']} images) -> {facts['val']} "
-        f"({facts['images']} images), {data['train']['epochs']} epochs, {seeds} seed{'s' if seeds != 1 else ''}",
-        "",
-        "| | AP50 | AP | VOC07 | gain in AP50 | 95 % over seeds | 95 % over images | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in data["rows"]:
-        cells = [row["method"], *(_mean_sd(row[key]) for key in ("ap50", "ap", "voc07"))]
-        if "gain" in row:
-            g = row["gain"]
-            cells += [f"{100 * g['ap50']:+.1f}", _interval(g["interval_seeds"]), _interval(g["interval_images"])]
-            cells.append(g["verdict"])
-        else:
-            cells += ["", "", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    sizes = [row for row in data["rows"] if "gain" in row]
-    if sizes:
-        lines += ["", "Gain in AP50 by object size and by class:", ""]
-        names = [*sizes[0]["gain"]["by_size"], *sizes[0]["gain"]["per_class"]]
-        lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        for row in sizes:
-            values = {**row["gain"]["by_size"], **row["gain"]["per_class"]}
-            cells = ["-" if values[n] is None else f"{100 * values[n]:+.1f}" for n in names]
-            lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _mean_sd(value: Mapping[str, Any]) -> str:
-    if value["mean"] is None:
-        return "-"
-    return f"{100 * value['mean']:.1f}" + ("" if value["sd"] is None else f" ± {100 * value['sd']:.1f}")
-
-
-def _interval(values: Sequence[float] | None) -> str:
-    return "one seed" if values is None else f"{100 * values[0]:+.1f} to {100 * values[1]:+.1f}"
+    figures = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
+    return Evaluated(run.method, run.seed, figures, match_coco(val.records, found, len(val.class_names)))

@@ -98,3 +98,7 @@ class NonFiniteLossError(EdgeKDError):
 
 class RuntimeFailure(EdgeKDError):
     """An inference runtime failed while running, or silently fell back to another provider."""
+
+
+class PeerError(EdgeKDError):
+    """Another process of the same distributed run, or the machine it was on, has died."""

@@ -13,6 +13,7 @@ from edgekd.detectors.base import Detector
 from edgekd.distill import Clock, Distiller
 from edgekd.errors import NonFiniteLossError
 from edgekd.preprocess import normalisation
+from edgekd.ranks import gather, mean_over_ranks
 
 
 class StepInput:
@@ -42,8 +43,8 @@ class Pull:
 class LearningStep(nn.Module):
     """The detector, its distiller, and the sum of their losses, as one module whose parameters train together.
 
-    `forward` returns {"loss": total, "det": ..., "<part>": ...}; only "loss" is to be backpropagated, and "adversary",
-    when present, by its own optimiser.
+    `forward` returns {"loss": total, "det": ..., "<part>": ...}; only "loss" is to be backpropagated. What the
+    discriminators are to learn from is left in `adversary`, apart, since it is no part of the student's gradient.
     """
 
     scale: Tensor
@@ -56,6 +57,7 @@ class LearningStep(nn.Module):
         self.register_buffer("scale", torch.from_numpy(scale), persistent=False)
         self.register_buffer("bias", torch.from_numpy(bias), persistent=False)
         self.pull: Pull | None = None
+        self.adversary: Tensor | None = None
         self.channels_last = False
 
     def forward(self, step: StepInput) -> dict[str, Tensor]:
@@ -82,8 +84,9 @@ class LearningStep(nn.Module):
                 losses[entry.label] = loss
                 total = total + self.distiller.weight_of(index) * loss
             adversary = [a for entry in self.distiller.terms if (a := entry.term.adversary_loss(given)) is not None]
-            if adversary:
-                losses["adversary"] = torch.stack(adversary).sum()
+            self.adversary = torch.stack(adversary).sum() if adversary else None
+            if self.adversary is not None:
+                losses["adversary"] = self.adversary.detach()
         losses["loss"] = total
         return losses
 
@@ -106,13 +109,36 @@ class LearningStep(nn.Module):
 def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
     if not loss.requires_grad:
         return 0.0
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    squares = [g.detach().float().pow(2).sum() for g in gradients if g is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return float(mean_over_ranks(torch.cat([g.detach().float().flatten() for g in gradients])).norm())
+
+
+class PullGuard:
+    """Notices a term that moves nothing, or drowns detection, over three measurements in a row."""
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[float]] = {}
+
+    def check(self, pull: Pull) -> list[str]:
+        """Take one measurement in; what is to be told of it, each thing once."""
+        told = []
+        for name, norm in pull.terms.items():
+            if pull.detection <= 0:
+                continue
+            history = self.history.setdefault(name, [])
+            history.append(norm / pull.detection)
+            if len(history) != 3:
+                continue
+            verdict = (
+                "moves next to nothing" if max(history) < 0.01 else "drowns detection" if min(history) > 20 else None
+            )
+            if verdict is not None:
+                told.append(f"term {name} {verdict}: its gradient is {history[-1]:.3g}x the detection loss's")
+        return told
 
 
 def check_finite(losses: Mapping[str, float], step: int, image_ids: tuple[str, ...]) -> None:
-    """Stop on a loss that is NaN or infinite.
+    """Stop on a loss that is NaN or infinite; called by all ranks with the same losses.
 
     Raises:
         NonFiniteLossError: names the parts, the step, and the batch's images.
@@ -120,6 +146,7 @@ def check_finite(losses: Mapping[str, float], step: int, image_ids: tuple[str, .
     bad = [name for name, value in losses.items() if value != value or value in (float("inf"), float("-inf"))]
     if not bad:
         return
+    image_ids = tuple(name for ids in gather(image_ids) for name in ids)
     raise NonFiniteLossError(
         f"non-finite loss at step {step}: {', '.join(n for n in bad if n not in ('loss', 'det')) or ', '.join(bad)}",
         got=f"images {', '.join(image_ids[:16])}{' ...' if len(image_ids) > 16 else ''}",

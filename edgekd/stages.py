@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edgekd import ranks
 from edgekd.artifact import read_manifest, sha256_file, sha256_json, write_text
 from edgekd.checkpoint import LAST_FILE, STATE_SCHEMA, read_payload
 from edgekd.detectors.base import Detector
@@ -124,7 +125,8 @@ def _train(work: Workspace, job: TrainJob, label: str) -> RunResult:
     figures = "" if accuracy is None else f", AP50 {accuracy:.3f}"
     work.terminal.note(f"{label}: {'unchanged' if result.skipped else 'trained'}{figures}")
     # Beside the run, so that its export finds images to calibrate and to compare on without being told.
-    write_text(job.out / RECIPE_FILE, dump_recipe(work.recipe, job.out))
+    if ranks.rank() == 0:
+        write_text(job.out / RECIPE_FILE, dump_recipe(work.recipe, job.out))
     return result
 
 

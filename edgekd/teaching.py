@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from edgekd import ranks
 from edgekd.artifact import is_current, sha256_file, write_json, write_manifest
 from edgekd.checkpoint import detector_file
 from edgekd.data.view_plan import ViewPlan
@@ -171,11 +172,14 @@ def ensemble_weights(work: Workspace, teachers: Sequence[TeacherConfig], answers
     fusion = work.recipe.ensemble.model_dump(mode="json")
     inputs = {"teachers": identities, "ensemble": fusion, "data": work.data_identity["train"]}
     folder = answers / "weights"
-    if not is_current(folder, "weights", inputs):
-        if any("run" in one for one in identities):
-            work.terminal.warn("weights are fitted on images that trained teachers have seen: they favour overfitting")
-        write_json(folder / "weights.json", list(_fitted_weights(work, teachers, identities, answers)))
-        write_manifest(folder, "weights", inputs, ["weights.json"], {})
+    with ranks.first_goes_first():
+        if not is_current(folder, "weights", inputs):
+            if any("run" in one for one in identities):
+                work.terminal.warn(
+                    "weights are fitted on images that trained teachers have seen: they favour overfitting"
+                )
+            write_json(folder / "weights.json", list(_fitted_weights(work, teachers, identities, answers)))
+            write_manifest(folder, "weights", inputs, ["weights.json"], {})
     return tuple(json.loads((folder / "weights.json").read_text(encoding="utf-8")))
 
 

@@ -1,39 +1,35 @@
-"""The training loop: one for students, teachers and distillation.
+"""The training loop: one for students, teachers and distillation, in one process or in several started by torchrun.
 
-Under torchrun every process gets its share of each batch, but this has not been tested yet, and losses are normalised by each
-process's own objects: do not expect the losses of one process.
-
-Built on Lightning Fabric, which owns devices, precision and distribution and leaves the loop to be read here. Chosen over
-Accelerate because it keeps no global state, patches nothing, and needs no model hub.
+Several processes share each batch, and give the losses that one process would give: BatchNorm and every loss are normalised
+over the whole batch (`ranks`). Only the first process writes and evaluates.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
-from edgekd.artifact import MANIFEST_NAME, atomic_path, is_current, read_manifest, sha256_json, write_manifest
-from edgekd.checkpoint import BEST_FILE, LAST_FILE, MODEL_FILE, STATE_SCHEMA, read_payload, save_detector
+from edgekd import ranks
+from edgekd.artifact import atomic_path, is_current, read_manifest, write_manifest
+from edgekd.checkpoint import BEST_FILE, MODEL_FILE, save_detector
 from edgekd.data.loader import Batch, TrainLoader
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector
+from edgekd.detectors.shared_norm import share_batch_norm
 from edgekd.distill import Clock, Distiller, term_parameters
-from edgekd.errors import ArtifactError, UserError
+from edgekd.errors import UserError
 from edgekd.learning import LearningStep, StepInput, check_finite
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
-from edgekd.runlog import METRICS_FILE, Listener, RunLog, read_log
+from edgekd.runlog import METRICS_FILE, Listener, RunLog
+from edgekd.training_setup import StopSignals, lr_factor, make_fabric, make_optimizer, moving_average
+from edgekd.training_state import RunState, refuse_foreign
 from edgekd.types import Dataset
 from edgekd.validate import ResizedImages, detect_dataset
 
@@ -79,15 +75,6 @@ class RunResult:
     skipped: bool = False
 
 
-@dataclass
-class _Progress:
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best: float = -1.0
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-
 def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult:
     """Train a detector, resuming a run of the same inputs that was cut off.
 
@@ -103,32 +90,16 @@ def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult
         manifest = read_manifest(job.out)
         assert manifest is not None
         return RunResult(job.out, job.out / MODEL_FILE, dict(manifest.facts.get("metrics", {})), skipped=True)
-    _refuse_foreign(job)
+    refuse_foreign(job.out, job.inputs)
     trainer = _Trainer(job)
     with RunLog(job.out, start_step=trainer.progress.step, listener=listener, enabled=trainer.is_first) as log:
         return trainer.run(log)
 
 
-def _refuse_foreign(job: TrainJob) -> None:
-    """A folder with another run's state is never overwritten."""
-    state = job.out / LAST_FILE
-    held = None
-    if (job.out / MANIFEST_NAME).is_file():
-        manifest = read_manifest(job.out)
-        held = sha256_json(manifest.inputs) if manifest is not None else None
-    elif state.is_file():
-        held = read_payload(state, STATE_SCHEMA).get("inputs")
-    if held is not None and held != sha256_json(job.inputs):
-        raise ArtifactError(
-            f"{job.out} holds a run that was made with another recipe, data or seed",
-            fix="choose another --out, or move that folder away",
-        )
-
-
 class _Trainer:
     def __init__(self, job: TrainJob) -> None:
         self.job, self.cfg = job, job.train
-        self.fabric = _fabric(job)
+        self.fabric = make_fabric(job.device, job.train)
         self.is_first = self.fabric.is_global_zero
         torch.manual_seed(job.seed)
         if self.cfg.deterministic:
@@ -139,34 +110,35 @@ class _Trainer:
 
             load_backbone_weights(detector, job.model.weights)
         distiller = job.make_distiller(detector) if job.make_distiller is not None else None
-        learner = LearningStep(detector, distiller, job.detection_weight)
-        self.learner = learner
+        self.learner = LearningStep(detector, distiller, job.detection_weight)
         self.loader = self._make_loader(distiller)
         self.total_steps = max(1, self.cfg.epochs * math.ceil(self.loader.steps_per_epoch / self.cfg.accumulate))
-        self.ema = (
-            AveragedModel(detector, multi_avg_fn=_ema_update(self.cfg.ema), use_buffers=True) if self.cfg.ema else None
-        )
+        ema = moving_average(detector, self.cfg.ema)
+        if ranks.world_size() > 1:
+            share_batch_norm(detector, on_gpu=self.fabric.device.type == "cuda")
         if self.cfg.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            learner.channels_last = True
-        optimizer = _make_optimizer(detector, list(term_parameters(distiller)), self.cfg)
+            self.learner.channels_last = True
+        optimizer = make_optimizer(detector, list(term_parameters(distiller)), self.cfg)
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.module, self.optimizer = self.fabric.setup(learner, optimizer)
-        if self.ema is not None:
-            self.ema.to(self.fabric.device)
+        self.module, self.optimizer = self.fabric.setup(self.learner, optimizer)
+        if ema is not None:
+            ema.to(self.fabric.device)
         adversary = distiller.adversary_parameters() if distiller is not None else []
         self.adversary = torch.optim.Adam(adversary, lr=1e-3, betas=(0.5, 0.999)) if adversary else None
-        self.progress = _Progress()
-        self._stop_signal: int | None = None
         self._val_images = None if job.val is None else ResizedImages(job.val, detector, job.data.cache_mib // 2)
-        self._weak: dict[str, list[float]] = {}
-        self._resume()
+        self._signals, self._stop = StopSignals(), False
+        self.state = RunState(self.learner, ema, self.optimizer, self.adversary)
+        self.state.load(job.out)
+        self.progress = self.state.progress
+        # A run may have been cut off between the last step of an epoch and the checkpoint after it.
+        self.progress.batch = min(self.progress.batch, self.loader.steps_per_epoch)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self, log: RunLog) -> RunResult:
         try:
-            with self._signals():
+            with self._signals.caught():
                 for epoch in range(self.progress.epoch, self.cfg.epochs):
                     self._epoch(epoch, log)
                     if self._is_eval_epoch(epoch):
@@ -188,16 +160,16 @@ class _Trainer:
             last_of_epoch = self.progress.batch == self.loader.steps_per_epoch
             update = self.progress.batch % self.cfg.accumulate == 0 or last_of_epoch
             losses = self._step(batch, epoch, update)
-            images_seen += len(batch.image_ids)
+            images_seen += len(batch.image_ids) * ranks.world_size()
             if not update:
                 continue
             elapsed = time.perf_counter() - clock_start
             self._log_step(log, epoch, losses, images_seen / max(elapsed, 1e-9))
             self.progress.step += 1
             every = self.cfg.checkpoint_every
-            if self._stop_signal is not None or (isinstance(every, int) and self.progress.step % every == 0):
+            if self._stop or (isinstance(every, int) and self.progress.step % every == 0):
                 self._save_state()
-            if self._stop_signal is not None:
+            if self._stop:
                 raise KeyboardInterrupt
 
     def _step(self, batch: Batch, epoch: int, update: bool) -> dict[str, float]:
@@ -209,11 +181,11 @@ class _Trainer:
         clock = Clock(epoch, self.cfg.epochs, step)
         with self.fabric.no_backward_sync(self.module, enabled=not update):
             losses: dict[str, Tensor] = self.module(StepInput(batch, clock, measure))
-            values = {name: float(value.detach()) for name, value in losses.items()}
+            values = self._shared(losses)
             check_finite(values, step, batch.image_ids)
             self.fabric.backward(losses["loss"] / self.cfg.accumulate)
-        if self.adversary is not None and "adversary" in losses:
-            self._adversary_step(losses["adversary"])
+        if self.adversary is not None and self.learner.adversary is not None:
+            self._adversary_step(self.learner.adversary)
         if update:
             norm = self.fabric.clip_gradients(
                 self.module, self.optimizer, max_norm=self.cfg.clip_norm or float("inf"), error_if_nonfinite=False
@@ -222,26 +194,32 @@ class _Trainer:
                 check_finite({"gradient": float(norm)}, step, batch.image_ids)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            if self.ema is not None:
-                self.ema.update_parameters(self.learner.detector)
+            if self.state.ema is not None:
+                self.state.ema.update_parameters(self.learner.detector)
         return values
+
+    def _shared(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """The whole batch's losses, and on the same way whether any rank was told to stop: then all do, at one step."""
+        own = [value.detach().float() for value in losses.values()]
+        noted = torch.full_like(own[0], float(self._signals.noted))
+        *values, stop = ranks.mean_over_ranks(torch.stack([*own, noted])).tolist()
+        self._stop = stop > 0
+        return dict(zip(losses, values, strict=True))
 
     def _adversary_step(self, loss: Tensor) -> None:
         assert self.adversary is not None
         assert self.learner.distiller is not None
-        # The student's backward reached the discriminators too: what they learn comes from their own loss alone.
         self.adversary.zero_grad(set_to_none=True)
         parameters = self.learner.distiller.adversary_parameters()
-        gradients = torch.autograd.grad(loss, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = self.fabric.all_reduce(gradient, reduce_op="mean")
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = ranks.mean_over_ranks(gradient)
         self.adversary.step()
         self.adversary.zero_grad(set_to_none=True)
 
     # -- evaluation, logging, finishing --------------------------------------------------------------------------
 
     def _shipping_detector(self) -> Detector:
-        detector = self.learner.detector if self.ema is None else self.ema.module
+        detector = self.learner.detector if self.state.ema is None else self.state.ema.module
         assert isinstance(detector, Detector)
         return detector
 
@@ -280,139 +258,51 @@ class _Trainer:
             "images_per_s": round(images_per_s, 2),
         }
         pull, distiller = self.learner.pull, self.learner.distiller
-        if distiller is not None and pull is not None:
-            record["gradient_ratio"] = pull.ratio
-            record["pull"] = {"det": pull.detection, **pull.terms}
-            record["weights"] = {entry.label: distiller.weight_of(i) for i, entry in enumerate(distiller.terms)}
-            statistics = {f"{e.label}.{k}": v for e in distiller.terms for k, v in e.term.statistics().items()}
-            if statistics:
-                record["statistics"] = statistics
-            self.learner.pull = None
+        self.learner.pull = None
+        if distiller is None or pull is None:
+            log.write(record)
+            return
+        record["gradient_ratio"] = pull.ratio
+        record["pull"] = {"det": pull.detection, **pull.terms}
+        record["weights"] = {entry.label: distiller.weight_of(i) for i, entry in enumerate(distiller.terms)}
+        statistics = {f"{e.label}.{k}": v for e in distiller.terms for k, v in e.term.statistics().items()}
+        if statistics:
+            record["statistics"] = statistics
         log.write(record)
-        if distiller is not None and "pull" in record:
-            self._guard(log, record["pull"])
-            for entry in distiller.terms:
-                if (message := entry.term.warning()) is not None:
-                    log.write(
-                        {"event": "warning", "step": self.progress.step, "message": f"term {entry.label}: {message}"}
-                    )
-
-    def _guard(self, log: RunLog, pull: dict[str, float]) -> None:
-        """Say so when a term moves nothing, or drowns detection, over three measurements in a row."""
-        for name, norm in pull.items():
-            if name == "det" or pull["det"] <= 0:
-                continue
-            history = self._weak.setdefault(name, [])
-            history.append(norm / pull["det"])
-            recent = history[-3:]
-            if len(history) != 3:
-                continue
-            verdict = (
-                "moves next to nothing" if max(recent) < 0.01 else "drowns detection" if min(recent) > 20 else None
-            )
-            if verdict is not None:
-                message = f"term {name} {verdict}: its gradient is {recent[-1]:.3g}x the detection loss's"
-                log.write({"event": "warning", "step": self.progress.step, "message": message})
+        warnings = self.state.guard.check(pull)
+        warnings += [f"term {e.label}: {told}" for e in distiller.terms if (told := e.term.warning()) is not None]
+        for message in warnings:
+            log.write({"event": "warning", "step": self.progress.step, "message": message})
 
     def _finish(self) -> RunResult:
-        out, progress = self.job.out, self.progress
         if self.is_first:
-            facts = {
-                "metrics": progress.metrics,
-                "step": progress.step,
-                "seed": self.job.seed,
-                "inputs": dict(self.job.inputs),
-            }
-            best = out / BEST_FILE
-            if self.cfg.select == "best" and best.is_file():
-                payload = best.read_bytes()
-                with atomic_path(out / MODEL_FILE) as temporary:
-                    temporary.write_bytes(payload)
-            else:
-                save_detector(out / MODEL_FILE, self._shipping_detector(), facts)
-            files = [name for name in (MODEL_FILE, BEST_FILE, METRICS_FILE) if (out / name).is_file()]
-            write_manifest(
-                out,
-                "run",
-                self.job.inputs,
-                files,
-                {
-                    "metrics": progress.metrics,
-                    "seed": self.job.seed,
-                    "steps": progress.step,
-                    "spec": self.learner.detector.spec.to_dict(),
-                    "device": str(self.fabric.device),
-                    "precision": self._precision(),
-                    "world_size": self.fabric.world_size,
-                },
-            )
-        self.fabric.barrier()
-        return RunResult(out, out / MODEL_FILE, dict(progress.metrics))
+            self._write_result()
+        ranks.barrier()
+        return RunResult(self.job.out, self.job.out / MODEL_FILE, dict(self.progress.metrics))
 
-    # -- state ---------------------------------------------------------------------------------------------------
+    def _write_result(self) -> None:
+        out, progress = self.job.out, self.progress
+        facts: dict[str, Any] = {"metrics": progress.metrics, "seed": self.job.seed}
+        best = out / BEST_FILE
+        if self.cfg.select == "best" and best.is_file():
+            payload = best.read_bytes()
+            with atomic_path(out / MODEL_FILE) as temporary:
+                temporary.write_bytes(payload)
+        else:
+            made_from = {"step": progress.step, "inputs": dict(self.job.inputs)}
+            save_detector(out / MODEL_FILE, self._shipping_detector(), facts | made_from)
+        facts |= {
+            "steps": progress.step,
+            "spec": self.learner.detector.spec.to_dict(),
+            "device": str(self.fabric.device),
+            "precision": self._precision(),
+            "world_size": self.fabric.world_size,
+        }
+        files = [name for name in (MODEL_FILE, BEST_FILE, METRICS_FILE) if (out / name).is_file()]
+        write_manifest(out, "run", self.job.inputs, files, facts)
 
     def _save_state(self) -> None:
-        if not self.is_first:
-            return
-        progress = self.progress
-        payload = {
-            "schema": STATE_SCHEMA,
-            "inputs": sha256_json(self.job.inputs),
-            "learner": self.learner.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "adversary": None if self.adversary is None else self.adversary.state_dict(),
-            "rng": torch.get_rng_state(),
-            "weak": self._weak,
-            "progress": {
-                "epoch": progress.epoch,
-                "batch": progress.batch,
-                "step": progress.step,
-                "best": progress.best,
-                "metrics": progress.metrics,
-            },
-        }
-        with atomic_path(self.job.out / LAST_FILE) as temporary:
-            torch.save(payload, temporary)
-
-    def _resume(self) -> None:
-        path = self.job.out / LAST_FILE
-        if not path.is_file():
-            return
-        payload = read_payload(path, STATE_SCHEMA)
-        self.learner.load_state_dict(payload["learner"])
-        if self.ema is not None:
-            self.ema.load_state_dict(payload["ema"])
-        self.optimizer.load_state_dict(payload["optimizer"])
-        if self.adversary is not None:
-            self.adversary.load_state_dict(payload["adversary"])
-        torch.set_rng_state(payload["rng"])
-        self._weak = payload["weak"]
-        self.progress = _Progress(**payload["progress"])
-        steps = self.loader.steps_per_epoch
-        if self.progress.batch >= steps:  # cut off between the last step of an epoch and the checkpoint after it
-            self.progress.batch = steps
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the step under way, with a checkpoint; a second Ctrl-C at once."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-
-        import threading
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+        self.state.save(self.job.out, self.job.inputs)
 
     def _make_loader(self, distiller: Distiller | None) -> TrainLoader:
         return TrainLoader(
@@ -427,98 +317,11 @@ class _Trainer:
             difficult=self.cfg.difficult,
             extra_hw=distiller.loader_hw if distiller is not None else (),
             answers=distiller.loader_answers if distiller is not None else (),
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
+            plan=distiller.plan if distiller is not None else None,
+            stores=distiller.stores if distiller is not None else (),
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
         )
 
     def _precision(self) -> str:
         return str(self.fabric._precision.precision)
-
-
-def _fabric(job: TrainJob) -> Any:
-    """Fabric for this machine; under torchrun, for all the processes it started."""
-    import logging
-    import warnings
-
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    from lightning_fabric import Fabric
-
-    on_gpu = job.device.startswith("cuda") or (job.device == "auto" and torch.cuda.is_available())
-    if job.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            "device cuda was asked for, but torch sees no GPU",
-            got=f"torch {torch.__version__}",
-            fix="run `edgekd doctor`, install a CUDA build of torch, or use --device cpu",
-        )
-    precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}.get(
-        job.train.precision, "bf16-mixed" if on_gpu else "32-true"
-    )
-    if precision == "16-mixed" and not on_gpu:
-        raise UserError("train.precision: fp16 needs a GPU", fix="use fp32 or bf16 on a CPU")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    devices: Any = local
-    if world == 1 and ":" in job.device:
-        devices = [int(job.device.split(":")[1])]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fabric = Fabric(
-            accelerator="cuda" if on_gpu else "cpu",
-            devices=devices,
-            num_nodes=max(1, world // max(1, local)),
-            strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",
-            precision=precision,  # type: ignore[arg-type]
-        )
-        fabric.launch()
-    return fabric
-
-
-def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Learning rate at a step as a share of its peak: linear warm-up, then cosine or constant."""
-    warmup = min(1000, math.ceil(0.05 * total_steps)) if config.warmup_steps == "auto" else config.warmup_steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
-    share = (step - warmup) / max(1, total_steps - warmup)
-    return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def _make_optimizer(detector: Detector, extra: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay on weights alone; the backbone at its own learning rate; the terms' parameters with the head's."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in detector.named_parameters():
-        is_backbone = name.startswith("backbone.")
-        if is_backbone and config.backbone_lr_factor == 0:
-            parameter.requires_grad_(False)
-            continue
-        groups.setdefault((is_backbone, parameter.ndim > 1), []).append(parameter)
-    for parameter in extra:
-        groups.setdefault((False, parameter.ndim > 1), []).append(parameter)
-    settings: list[dict[str, Any]] = [
-        {
-            "params": parameters,
-            "lr": config.lr * (config.backbone_lr_factor if is_backbone else 1.0),
-            "weight_decay": config.weight_decay if decays else 0.0,
-        }
-        for (is_backbone, decays), parameters in groups.items()
-    ]
-    settings.sort(key=lambda group: group["lr"])
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(settings, lr=config.lr)
-
-
-def _ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
-    def update(averaged: Any, current: Any, count: Any) -> None:
-        # Early on a short memory, so that the average is not held back by the first, random weights.
-        now = min(decay, (1 + float(count)) / (10 + float(count)))
-        if averaged[0].is_floating_point():  # torch hands over one kind of tensor at a time
-            torch._foreach_lerp_(averaged, current, 1 - now)
-        else:  # BatchNorm's counters
-            torch._foreach_copy_(averaged, current)
-
-    return update
-
-
-__all__ = ["RunResult", "TrainJob", "lr_factor", "read_log", "train_detector"]

@@ -12,11 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edgekd import ranks
 from edgekd.artifact import read_manifest, sha256_file
 from edgekd.console import Terminal
 from edgekd.data import read_dataset
 from edgekd.errors import ArtifactError, DataError, UserError
 from edgekd.recipe import Recipe
+from edgekd.training_setup import uses_gpu
 from edgekd.types import Dataset
 
 LOCK_FILE = ".edgekd.lock"
@@ -50,20 +52,24 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def open_workspace(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False) -> Iterator[Workspace]:
-    """Read the recipe's data and hold `out` for this process.
+def open_workspace(
+    recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False, wait: bool = False
+) -> Iterator[Workspace]:
+    """Read the recipe's data and hold `out` for this process; with `wait`, after whoever holds it now.
 
     Raises:
         DataError: the data set cannot be read, or has nothing to train on. UserError: another process works in `out`.
     """
-    with locked(out):
+    with locked(out, wait=wait), ranks.joined(on_gpu=uses_gpu(device)):
         section = recipe.data
         train, val = (
             read_dataset(section.root, split, format=section.format, class_names=section.classes, limit=limit)
             for split, limit in ((section.train, section.limit_train), (section.val, section.limit_val))
         )
         _require_objects(train, recipe.train.difficult)
-        yield Workspace(recipe, train, val, device, Terminal(quiet))
+        terminal = Terminal(quiet)
+        terminal.console.quiet = ranks.rank() > 0  # one process speaks for all
+        yield Workspace(recipe, train, val, device, terminal)
 
 
 def _require_objects(train: Dataset, difficult: bool) -> None:
@@ -79,7 +85,7 @@ def _require_objects(train: Dataset, difficult: bool) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder against other edgekd processes; the system frees it when this one ends, however it ends.
 
     Raises:
@@ -99,7 +105,7 @@ def locked(folder: Path) -> Iterator[None]:
             yield
             return
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             stream.seek(0)
             holder = stream.read().strip() or "unknown"

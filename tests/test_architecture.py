@@ -59,6 +59,8 @@ LAYERS = {
     "side_by_side": 7,
     "pipeline": 7,
     "compare": 7,
+    "comparison": 7,
+    "cluster": 7,
     "plan": 7,
     "__main__": 8,
     "cli": 8,

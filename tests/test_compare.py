@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from edgekd.bench.matching import match_coco
-from edgekd.compare import Evaluated, compare_recipes, gain, spread, table_markdown
+from edgekd.compare import CompareJob, compare
+from edgekd.comparison import Evaluated, gain, spread, table_markdown
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import RecipeError, UserError
 from edgekd.recipe import Recipe
@@ -88,26 +89,26 @@ def recipe(root: Path, name: str, **changes: object) -> Recipe:
 def test_recipes_that_differ_in_more_than_the_method_are_refused(tmp_path: Path) -> None:
     a, b = recipe(tmp_path, "a"), recipe(tmp_path, "b", train={"epochs": 2, "batch_size": 4})
     with pytest.raises(RecipeError, match="differ in more than their method"):
-        compare_recipes([a, b], [0], tmp_path / "out")
+        CompareJob((a, b), (0,), tmp_path / "out")
 
 
 @pytest.mark.parametrize(("names", "seeds"), [(("a", "a"), (0,)), (("a",), (0, 0)), (("alone",), (0,)), ((), (0,))])
 def test_repeats_are_refused(tmp_path: Path, names: tuple[str, ...], seeds: tuple[int, ...]) -> None:
     with pytest.raises(UserError):
-        compare_recipes([recipe(tmp_path, name) for name in names], seeds, tmp_path / "out")
+        CompareJob(tuple(recipe(tmp_path, name) for name in names), seeds, tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_a_comparison_runs_and_goes_on(tmp_path: Path) -> None:
     root = make_scenes(tmp_path / "scenes", counts={"train": 8, "val": 4}, image_hw=(96, 128))
-    methods = [
+    methods = (
         recipe(root, "response"),
         recipe(root, "with-feature", distill={"terms": [{"loss": "response"}, {"loss": "feature"}]}),
-    ]
+    )
     out = tmp_path / "out"
-    compare_recipes(methods[:1], [0], out, quiet=True)
+    compare(CompareJob(methods[:1], (0,), out, quiet=True))
     before = (out / "response/seed-0/model.pt").stat().st_mtime_ns
-    result = compare_recipes(methods, [0, 1], out, quiet=True)
+    result = compare(CompareJob(methods, (0, 1), out, quiet=True))
     assert (out / "response/seed-0/model.pt").stat().st_mtime_ns == before, "a finished run was run again"
     data = json.loads((out / "comparison.json").read_text())
     assert [row["method"] for row in data["rows"]] == ["alone", "response", "with-feature"]

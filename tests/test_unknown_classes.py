@@ -11,10 +11,12 @@ import torch
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.assignment import silent_rows
 from edgekd.detectors.base import Detector, SoftTargets, Targets
-from edgekd.losses import DistillBatch, Pair, TeacherView
+from edgekd.losses import DistillBatch, Pair, TeacherView, build_term
+from edgekd.losses.gkd import GKDTerm
+from edgekd.losses.objects import object_maps
 from edgekd.losses.response import ResponseTerm
-from edgekd.recipe import ModelConfig
-from tests.toy import ToyTeacher
+from edgekd.recipe import ModelConfig, TermConfig
+from tests.toy import ToyTeacher, toy_batch, toy_detector
 
 CLASSES = ("red", "green", "blue")
 KNOWN = torch.tensor([[4.0, 4.0, 28.0, 28.0]])
@@ -75,3 +77,37 @@ def test_silent_rows_are_those_centred_in_a_silent_box() -> None:
     assert silent_rows(soft, rows).tolist() == [expected, [False] * 40]
     assert any(expected)
     assert not all(expected)
+
+
+@pytest.mark.parametrize("loss", ["gkd", "information_map"])
+@pytest.mark.parametrize("unknown", [(), ("disc",)])
+def test_cells_in_an_object_that_a_teacher_does_not_know_get_no_feature_gradient(
+    loss: str, unknown: tuple[str, ...]
+) -> None:
+    detector, teacher = toy_detector(), ToyTeacher(toy_detector(seed=1, width=0.35))
+    teacher.unknown_classes = unknown
+    term = build_term(TermConfig(loss=loss), Pair(detector, [teacher]))
+    batch = toy_batch(detector, [teacher], term.student_taps)
+    taps = {name: tap.detach().requires_grad_() for name, tap in batch.output.taps.items()}
+    batch = replace(batch, output=replace(batch.output, taps=taps))
+    pressure = torch.autograd.grad(term(batch), list(taps.values()))
+    for gradient in pressure:
+        owner = object_maps(batch.targets.boxes_xyxy, (gradient.shape[-2], gradient.shape[-1]), (96, 96))
+        disc = torch.stack([(o >= 0) & one[o.clamp(min=0)] for o, one in zip(owner[:2], DISCS, strict=True)])
+        cells = gradient.abs().sum(1)[:2]
+        assert disc.any()
+        assert bool((cells[disc] == 0).all()) == bool(unknown)
+        assert (cells[~disc] > 0).any()
+
+
+def test_gkd_keeps_no_instance_of_a_class_that_a_teacher_does_not_know() -> None:
+    detector, teacher = toy_detector(), ToyTeacher(toy_detector(seed=1))
+    teacher.unknown_classes = ("disc",)
+    term = build_term(TermConfig(loss="gkd", params={"min_side": 8.0}), Pair(detector, [teacher]))
+    term(toy_batch(detector, [teacher], term.student_taps))
+    assert isinstance(term, GKDTerm)
+    assert set(term.banks[0].state()) == {"0"}
+
+
+DISCS = (torch.tensor([False, True]), torch.tensor([True]))
+"""Which objects of `toy_batch`'s first two images are discs."""

@@ -19,6 +19,7 @@ from edgekd.cli.session import (
     SetOption,
     session_of,
 )
+from edgekd.errors import UserError
 
 __all__ = ["app", "main"]
 
@@ -52,6 +53,12 @@ def _common(
     sets: SetOption = None,
 ) -> None:
     session = session_of(context)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in ("train", "distill"):
+        raise UserError(
+            f"edgekd {context.invoked_subcommand} is for one process",
+            got=f"one of {os.environ['WORLD_SIZE']} that torchrun started",
+            expected="edgekd train or edgekd distill under torchrun",
+        )
     session.debug = debug
     session.merge(json=json, seed=seed, device=device, quiet=quiet, sets=sets)
 

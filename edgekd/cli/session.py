@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import IO, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgekd.errors import EdgeKDError, RecipeError, UserError
+from edgekd.errors import EdgeKDError, PeerError, RecipeError, UserError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -80,8 +81,15 @@ class Session:
         """`--set` and `--seed` as recipe overrides."""
         return [*self.sets, *([] if self.seed is None else [f"seed={self.seed}"])]
 
+    @property
+    def rank(self) -> int:
+        """Which of the processes that torchrun started this is; the first one speaks for all."""
+        return int(os.environ.get("RANK", "0"))
+
     def finish(self, result: Mapping[str, Any], show: Callable[[], None]) -> None:
         """End a command: its result as JSON when asked for, and else for a person, unless that one wants quiet."""
+        if self.rank > 0:
+            return
         if self.json:
             self._write(result)
         elif not self.quiet:
@@ -93,7 +101,10 @@ class Session:
         self._stdout = None
 
     def fail(self, error: BaseException) -> int:
-        """Tell what went wrong on stderr (and as JSON on stdout when asked for); returns the exit code."""
+        """Tell what went wrong on stderr (and as JSON on stdout when asked for); returns the exit code.
+
+        Of several processes the first tells at once; another one only what it has met alone.
+        """
         if isinstance(error, KeyboardInterrupt):
             hint = f"; {self.resume_hint}" if self.resume_hint else ""
             message, code = f"interrupted{hint}", INTERRUPTED
@@ -107,6 +118,11 @@ class Session:
                 traceback.print_exception(error)
             else:
                 message += f"\n  traceback: {_keep_traceback(error)}"
+        if self.rank > 0:
+            time.sleep(1.0)  # if the first process has met the same, torchrun has ended this one by now
+            if not isinstance(error, KeyboardInterrupt | PeerError):
+                print(f"process {self.rank}: {message}", file=sys.stderr)
+            return code
         print(message, file=sys.stderr)
         if self.json:
             problems = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else []

@@ -22,6 +22,7 @@ from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, TapSpec
 from edgekd.detectors.ssd_losses import NEGATIVES_A_POSITIVE, confident, multibox_losses, soft_multibox_losses
 from edgekd.detectors.ssd_options import FAMILIES, LEVELS, check_width, read_options, ssd_spec_defaults
 from edgekd.errors import RecipeError
+from edgekd.ranks import world_size
 from edgekd.types import DetectorSpec
 
 __all__ = ["SSD", "build_ssd", "ssd_spec_defaults"]
@@ -203,7 +204,7 @@ class SSD(Detector):
                 raise KeyError(f"unknown tap {name!r}; there are {', '.join(self.tap_specs)}")
         if tuple(images.shape[-2:]) != self.spec.preprocess.input_hw:
             raise ValueError(f"images are {tuple(images.shape)}, the detector takes {self.spec.preprocess.input_hw}")
-        if self.training and self._has_single_cell_norm and images.shape[0] == 1:
+        if self.training and self._has_single_cell_norm and images.shape[0] * world_size() == 1:
             raise RecipeError(
                 f"{self.spec.model} cannot train on one image at a time: its coarsest level has one cell, of which batch "
                 "norm has no variance",

@@ -10,6 +10,7 @@ from edgekd.detectors.anchors import encode_boxes, xyxy_from_cxcywh
 from edgekd.detectors.assignment import PaddedTargets
 from edgekd.detectors.base import SoftTargets
 from edgekd.detectors.matching import PriorMatch, hard_negatives, match_priors
+from edgekd.ranks import normaliser
 
 NEGATIVES_A_POSITIVE = 3
 MIN_CONFIDENCE = 0.05
@@ -41,7 +42,7 @@ def multibox_losses(
     positives = match.positive.sum(1).clamp(min=1)
     learning = match.positive | hard_negatives(loss.detach(), match.positive, NEGATIVES_A_POSITIVE * positives)
     box_loss = _box_loss(offsets, priors_cxcywh, targets, match)
-    scale = 1.0 / positives.sum()
+    scale = 1.0 / normaliser(positives.sum())
     return {"cls": (loss * learning).sum() * scale, "box": (box_loss * match.positive).sum() * scale}
 
 
@@ -79,7 +80,7 @@ def soft_multibox_losses(
     negative = hard_negatives(as_background.detach(), not_background, count)
     cls_loss = torch.where(match.positive, divergence, as_background * negative).sum()
     box_loss = (_box_loss(offsets, priors_cxcywh, targets, match) * confidence).sum()
-    scale = 1.0 / evidence.sum()
+    scale = 1.0 / normaliser(evidence.sum())
     return {"cls": cls_loss * scale, "box": box_loss * scale}
 
 

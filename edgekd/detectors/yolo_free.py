@@ -41,6 +41,7 @@ from edgekd.detectors.pyramid import (
     pyramid_taps,
     select_taps,
 )
+from edgekd.ranks import normaliser, world_size
 from edgekd.types import DetectorSpec
 
 _OBJECT_PRIOR = 0.01
@@ -218,7 +219,7 @@ class YoloFree(Detector):
         )
         rows = assigned.foreground
         weight = for_foreground(targets.confidence, assigned) * assigned.quality[rows]
-        share = 1 / weight.sum().clamp(min=float(len(boxes)))
+        share = 1 / normaliser(weight.sum(), least=len(boxes) * world_size())
 
         probs = for_foreground(targets.class_probs, assigned) * assigned.quality[rows].unsqueeze(-1)
         positive = softened_bce(logits[rows], probs, temperature).sum()

@@ -33,6 +33,7 @@ from edgekd.detectors.pyramid import (
     select_taps,
 )
 from edgekd.errors import RecipeError
+from edgekd.ranks import normaliser, world_size
 from edgekd.types import DetectorSpec
 
 _COCO_ANCHORS = ((10, 13), (16, 30), (33, 23), (30, 61), (62, 45), (59, 119), (116, 90), (156, 198), (373, 326))
@@ -237,7 +238,7 @@ class YoloV3(Detector):
         assigned = anchor_shape(targets, self._anchor_layout(), self.options.anchor_ratio)
         rows = assigned.foreground
         weight = for_foreground(targets.confidence, assigned)
-        share = 1 / weight.sum().clamp(min=float(len(boxes)))
+        share = 1 / normaliser(weight.sum(), least=len(boxes) * world_size())
 
         confidence = torch.zeros_like(assigned.quality).masked_scatter(rows, weight)
         objectness = softened_bce(output.objectness.float(), confidence)

@@ -23,6 +23,7 @@ from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair
 from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise, at, standardise
 from edgekd.losses.levels import TapChoice
+from edgekd.ranks import gather
 
 COLLAPSE_ACCURACY = 0.98
 """Above this the discriminator has won: its gradient no longer tells the student where to go."""
@@ -131,10 +132,11 @@ class AdversarialTerm(LevelTerm):
 
     def statistics(self) -> dict[str, float]:
         """The discriminators' accuracy since the last call; 0.5 is a draw."""
-        if not self._asked:
-            return {}
-        accuracy = self._right / self._asked
+        right, asked = (sum(column) for column in zip(*gather((self._right, self._asked)), strict=True))
         self._right = self._asked = 0
+        if not asked:
+            return {}
+        accuracy = right / asked
         self._wins = self._wins + 1 if accuracy > COLLAPSE_ACCURACY else 0
         return {"discriminator_accuracy": accuracy}
 

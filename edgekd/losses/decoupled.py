@@ -21,6 +21,7 @@ from edgekd.losses.base import DistillBatch, Pair
 from edgekd.losses.feature import LevelTerm, Normalise
 from edgekd.losses.levels import TapChoice
 from edgekd.losses.objects import object_maps, object_quality, pairwise_iou
+from edgekd.ranks import gather, normaliser
 
 _EPS = 1e-4
 
@@ -73,11 +74,9 @@ class DecoupledTerm(LevelTerm):
 
     def statistics(self) -> dict[str, float]:
         """The share of objects from whose teacher the student learned."""
-        if not self._objects:
-            return {}
-        share = 1 - self._gated / self._objects
+        objects, gated = (sum(column) for column in zip(*gather((self._objects, self._gated)), strict=True))
         self._objects = self._gated = 0
-        return {"gate_open": share}
+        return {"gate_open": 1 - gated / objects} if objects else {}
 
     def _choices(self, batch: DistillBatch, boxes: Tensor, scores: Tensor) -> list[Tensor]:
         """For each image (N_i,): which teacher teaches each object, -1 for none."""
@@ -103,9 +102,8 @@ class DecoupledTerm(LevelTerm):
             gate = torch.stack([_gate_map(o, c == maps.teacher_index) for o, c in zip(owner, choices, strict=True)])
             distance = 1 - functional.cosine_similarity(maps.student.float(), maps.teacher.float(), dim=1)
             # Averaged over all foreground cells, gated or not, so that a closed gate weakens the pull.
-            total = total + (gate * distance).sum() / (owner >= 0).sum().clamp(min=1) / len(
-                self.levels[maps.teacher_index]
-            )
+            cells = normaliser((owner >= 0).sum(), least=1.0)
+            total = total + (gate * distance).sum() / cells / len(self.levels[maps.teacher_index])
         return total
 
     def _background(self, batch: DistillBatch, boxes: Tensor, scores: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,15 +19,16 @@ from edgekd.detectors.base import TapKind
 from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair, TeacherView, Term
 from edgekd.losses.levels import LevelPair, TapChoice, match_levels
+from edgekd.ranks import mean_over_ranks
 
 Normalise = Literal["channel", "none"]
 
 
 def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
-    """(B, C, H, W) to zero mean and unit variance per channel over batch and positions."""
-    mean = features.mean((0, 2, 3), keepdim=True)
-    variance = features.var((0, 2, 3), keepdim=True, unbiased=False)
-    return (features - mean) / (variance + eps).sqrt()
+    """(B, C, H, W) to zero mean and unit variance per channel over the whole batch and its positions."""
+    centred = features - mean_over_ranks(features.mean((0, 2, 3), keepdim=True))
+    variance = mean_over_ranks(centred.square().mean((0, 2, 3), keepdim=True))
+    return centred / (variance + eps).sqrt()
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class LevelTerm(Term):
         if normalise not in ("channel", "none"):
             raise DistillationSetupError(f"{self.name}: unknown normalise", got=normalise, expected="channel or none")
         self.normalise, self.input_hw = normalise, pair.input_hw
+        names = pair.student.spec.class_names
+        self.unknown = [[i for i, name in enumerate(names) if name in t.unknown_classes] for t in pair.teachers]
         self.levels: list[list[LevelPair]] = [
             match_levels(
                 pair.student.tap_specs,
@@ -109,6 +113,16 @@ class LevelTerm(Term):
                 if self.normalise == "channel":
                     teacher_map = standardise(teacher_map)
                 yield LevelMaps(view, t, i, view.weight / len(levels), student_map, raw, teacher_map)
+
+    def silent_cells(self, owner: Tensor, batch: DistillBatch, teacher_index: int) -> Tensor:
+        """Of (B, H, W) `objects.object_maps`, the cells of objects whose class the teacher does not know, as bool."""
+        silent = torch.zeros_like(owner, dtype=torch.bool)
+        classes = self.unknown[teacher_index]
+        for image, labels in enumerate(batch.targets.labels):
+            if classes and len(labels):
+                unknown = torch.isin(labels, labels.new_tensor(classes))
+                silent[image] = unknown[owner[image].clamp(min=0)] & (owner[image] >= 0)
+        return silent
 
     def forward(self, batch: DistillBatch) -> Tensor:
         """Levels averaged, teachers weighted."""

@@ -7,7 +7,8 @@ r cos(t, P_t), factor 5; all scaled by 1 - epoch / epochs. The public configurat
 Reading and deviations (ours): instances are gathered from the steps of the epoch before instead of a pass of their own, so the
 refresh costs only the search, and the first epoch goes without weights; objects are pooled on the finest matched level; the
 KL compares the class distributions of the rows that see each object best, so that detectors of unlike priors, and black boxes
-with taps, can be compared; one teacher's prototypes each with several teachers.
+with taps, can be compared; one teacher's prototypes each with several teachers; objects of classes that a teacher does not
+know, which look like background to it, are left out of all parts.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgekd.losses.base import DistillBatch, Pair, TeacherView
+from edgekd.losses.base import DistillBatch, Pair
 from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise
 from edgekd.losses.levels import TapChoice
 from edgekd.losses.objects import object_maps, object_quality, pool_boxes
 from edgekd.losses.prototypes import InstanceBank, Prototypes, search_prototypes
+from edgekd.ranks import normaliser, rank, world_size
 
 _EPS = 1e-6
 
@@ -85,21 +87,23 @@ class GKDTerm(LevelTerm):
         self.global_weight, self.decay = global_weight, decay
         classes = len(pair.student.spec.class_names)
         self.banks = [InstanceBank(classes, instances) for _ in pair.teachers]
+        self.images = 0
         self.prototypes: list[dict[int, Prototypes]] = [{} for _ in pair.teachers]
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Search prototypes among the instances of the epoch before, and begin to gather anew."""
+        device = next(self.adapters.parameters()).device
         for index, bank in enumerate(self.banks):
-            if not len(bank):
-                continue  # the first epoch
-            self.prototypes[index] = {}
-            for label in range(len(self.student[0].spec.class_names)):
-                features = bank.features(label)
-                if features is not None:
-                    self.prototypes[index][label] = search_prototypes(
-                        *features, count=self.count, percentile=self.percentile
-                    )
+            instances = bank.state()
             bank.clear()
+            if instances:  # else it is the first epoch
+                self.prototypes[index] = {
+                    int(label): search_prototypes(
+                        student.to(device), teacher.to(device), count=self.count, percentile=self.percentile
+                    )
+                    for label, (_, student, teacher) in instances.items()
+                }
+        self.images = 0
 
     def forward(self, batch: DistillBatch) -> Tensor:
         """Feature, response and global parts, scaled by what is left of training."""
@@ -114,14 +118,16 @@ class GKDTerm(LevelTerm):
         for maps in self.level_maps(batch):
             if maps.level_index == 0:
                 weights, relation = self._relate(maps, batch)
-                response = self._response(maps.view, batch, scores, rows, weights)
+                response = self._response(maps, batch, scores, rows, weights)
                 total = total + maps.view.weight * (self.global_weight * relation + self.response_weight * response)
             total = total + maps.share * self._weighted_feature(maps, batch, weights)
+        self.images += len(batch.images) * world_size()
         return scale * total
 
     def _relate(self, maps: LevelMaps, batch: DistillBatch) -> tuple[list[list[Tensor]], Tensor]:
         """Per image the objects' weights r, and the global term; feeds the bank on the way."""
         prototypes, bank = self.prototypes[maps.teacher_index], self.banks[maps.teacher_index]
+        unknown = self.unknown[maps.teacher_index]
         weights: list[list[Tensor]] = []
         relation, count = maps.student.new_zeros(()), 0
         for i, (gt, labels) in enumerate(zip(batch.targets.boxes_xyxy, batch.targets.labels, strict=True)):
@@ -131,8 +137,8 @@ class GKDTerm(LevelTerm):
             large = ((gt[:, 2:] - gt[:, :2]).amin(1) >= self.min_side) if len(gt) else gt.new_zeros(0)
             own = []
             for j, label in enumerate(labels.tolist()):
-                if bool(large[j]):
-                    bank.add(label, s[j], t[j])
+                if bool(large[j]) and label not in unknown:
+                    bank.add(label, s[j], t[j], self.images + i * world_size() + rank())
                 known = prototypes.get(label)
                 if known is None:
                     own.append(s.new_ones(()))
@@ -144,28 +150,30 @@ class GKDTerm(LevelTerm):
                 )
                 count += 1
             weights.append(own)
-        return weights, relation / max(1, count)
+        return weights, relation / normaliser(relation.new_tensor(count), least=1.0)
 
     def _weighted_feature(self, maps: LevelMaps, batch: DistillBatch, weights: list[list[Tensor]]) -> Tensor:
         grid_hw = (maps.student.shape[-2], maps.student.shape[-1])
         owner = object_maps(list(batch.targets.boxes_xyxy), grid_hw, self.input_hw)
+        silent = self.silent_cells(owner, batch, maps.teacher_index)
         weight = torch.full(owner.shape, 0.0, device=maps.student.device)
         for i, own in enumerate(weights):
-            inside = owner[i] >= 0
+            inside, outside = (owner[i] >= 0) & ~silent[i], owner[i] < 0
             if own:
                 per_object = torch.stack(own)
                 weight[i][inside] = self.inside * per_object[owner[i][inside]] / inside.sum()
-            weight[i][~inside] = self.outside / (~inside).sum().clamp(min=1)
+            weight[i][outside] = self.outside / outside.sum().clamp(min=1)
         distance = (maps.student - maps.teacher).float().pow(2).mean(1)
         return (weight * distance).sum() / len(owner) / (self.inside + self.outside)
 
     def _response(
-        self, view: TeacherView, batch: DistillBatch, scores: Tensor, rows: list[Tensor], weights: list[list[Tensor]]
+        self, maps: LevelMaps, batch: DistillBatch, scores: Tensor, rows: list[Tensor], weights: list[list[Tensor]]
     ) -> Tensor:
+        view, unknown = maps.view, self.unknown[maps.teacher_index]
         total, count = scores.new_zeros(()), 0
         for i, (gt, labels) in enumerate(zip(batch.targets.boxes_xyxy, batch.targets.labels, strict=True)):
             quality, theirs = object_quality(view.soft.boxes_xyxy[i], view.soft.class_probs[i], gt, labels)
-            seen = (quality > 0) & (rows[i] >= 0)
+            seen = (quality > 0) & (rows[i] >= 0) & ~torch.isin(labels, labels.new_tensor(unknown))
             if not bool(seen.any()):
                 continue
             student = soften(scores[i][rows[i][seen]].float(), self.temperature)
@@ -173,11 +181,12 @@ class GKDTerm(LevelTerm):
             kl = (teacher * (teacher.log() - student.log())).sum(1) * self.temperature**2
             total = total + (torch.stack(weights[i])[seen] * kl).sum()
             count += int(seen.sum())
-        return total / max(1, count)
+        return total / normaliser(total.new_tensor(count), least=1.0)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Banks and prototypes, so that a resumed run goes on exactly."""
+        """Banks and prototypes, so that a resumed run goes on exactly; called by all ranks."""
         return {
+            "images": self.images,
             "banks": [bank.state() for bank in self.banks],
             "prototypes": [
                 {str(label): [p.student, p.teacher, p.index] for label, p in found.items()} for found in self.prototypes
@@ -186,8 +195,11 @@ class GKDTerm(LevelTerm):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Inverse of `get_extra_state`."""
+        device = next(self.adapters.parameters()).device
+        self.images = state["images"]
         for bank, saved in zip(self.banks, state["banks"], strict=True):
-            bank.load(saved)
+            bank.load(saved, device)
         self.prototypes = [
-            {int(label): Prototypes(*tensors) for label, tensors in found.items()} for found in state["prototypes"]
+            {int(label): Prototypes(*(t.to(device) for t in tensors)) for label, tensors in found.items()}
+            for found in state["prototypes"]
         ]

@@ -5,7 +5,8 @@ position is weights the supervision; backbone outputs and neck outputs are both 
 Reading (ours): L = sum_l lambda_l * sum_ij I_ij |phi S - T|^2_ij / sum_ij I_ij, where I is the normalised channel mean of
 |T| in the backbone, and objectness x best class in the neck (the best over all rows whose prior is centred in the cell).
 Deviation: |.|^2 is the mean over channels, so that the weight does not depend on their number; a teacher without raw
-outputs (a black box) has its neck weighted by its boxes' confidence.
+outputs (a black box) has its neck weighted by its boxes' confidence; objects of classes that a teacher does not know weigh
+nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair, Term
 from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise
 from edgekd.losses.levels import describe_taps
-from edgekd.losses.objects import cell_overlaps
+from edgekd.losses.objects import cell_overlaps, object_maps
+from edgekd.ranks import normaliser
 from edgekd.teachers.base import Teacher
 
 
@@ -78,8 +80,12 @@ class _WeightedLevels(LevelTerm):
     def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> Tensor:
         """Squared distance, averaged over positions with the information as weight."""
         information = self.information(maps, batch)
+        if self.unknown[maps.teacher_index]:
+            grid_hw = (information.shape[-2], information.shape[-1])
+            owner = object_maps(list(batch.targets.boxes_xyxy), grid_hw, self.input_hw)
+            information = information.masked_fill(self.silent_cells(owner, batch, maps.teacher_index), 0.0)
         distance = (maps.student - maps.teacher).float().pow(2).mean(1)
-        return (information * distance).sum() / information.sum().clamp(min=1e-6)
+        return (information * distance).sum() / normaliser(information.sum(), least=1e-6)
 
 
 class InformationMapTerm(Term):

@@ -17,6 +17,7 @@ from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair
 from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise, at
 from edgekd.losses.levels import TapChoice
+from edgekd.ranks import rank, world_size
 
 
 class GenerationBlock(nn.Module):
@@ -66,7 +67,8 @@ def attention_mask(features: Tensor, share: float, temperature: float) -> Tensor
 def random_mask(features: Tensor, share: float) -> Tensor:
     """(B, 1, H, W) of 0 and 1: each cell is 0 with probability `share`."""
     b, _, h, w = features.shape
-    kept: Tensor = torch.rand(b, 1, h, w, device=features.device) >= share
+    # Drawn for the whole batch on every rank, which keeps its own images' rows: the masks of one process.
+    kept = torch.rand(b * world_size(), 1, h, w, device=features.device)[rank() :: world_size()] >= share
     return kept.to(features.dtype)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgekd.ranks import gather, rank, world_size
+
 
 @dataclass(frozen=True)
 class Prototypes:
@@ -84,40 +86,46 @@ class InstanceBank:
     """Up to `capacity` instances a class of features pooled in both spaces, gathered during an epoch's steps.
 
     The first `capacity` instances that come along are kept: the data order is shuffled by the seed, so they are a random
-    sample. Memory is bounded by classes x capacity x (C_s + C_t) floats.
+    sample. Memory is bounded by classes x capacity x (C_s + C_t) floats. Each of several ranks keeps those of its own images,
+    with the image's place in the epoch, so that together they have what one process would have kept (`state`).
     """
 
     def __init__(self, num_classes: int, capacity: int) -> None:
         self.capacity = capacity
-        self._rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_classes)]
+        self._rows: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(num_classes)]
 
-    def add(self, label: int, student: Tensor, teacher: Tensor) -> None:
-        """Keep one instance, (C_s,) and (C_t,) L2-normalised, unless the class is full."""
+    def add(self, label: int, student: Tensor, teacher: Tensor, place: int) -> None:
+        """Keep one instance, (C_s,) and (C_t,) L2-normalised, unless the class is full; `place` never falls."""
         rows = self._rows[label]
         if len(rows) < self.capacity:
-            rows.append((student.detach(), teacher.detach()))
-
-    def features(self, label: int) -> tuple[Tensor, Tensor] | None:
-        """(N, C_s) and (N, C_t) of a class; None without instances."""
-        rows = self._rows[label]
-        if not rows:
-            return None
-        return torch.stack([s for s, _ in rows]), torch.stack([t for _, t in rows])
+            rows.append((place, student.detach(), teacher.detach()))
 
     def clear(self) -> None:
         """Forget everything: a new epoch begins."""
         for rows in self._rows:
             rows.clear()
 
-    def __len__(self) -> int:
-        return sum(len(rows) for rows in self._rows)
-
     def state(self) -> dict[str, list[Tensor]]:
-        """Tensors for a checkpoint: class -> [(N, C_s), (N, C_t)]."""
-        return {str(c): list(f) for c in range(len(self._rows)) if (f := self.features(c)) is not None}
+        """All ranks' instances, class -> [places (N,), (N, C_s), (N, C_t)] on the CPU; called by all ranks."""
+        own = {str(label): _stacked(rows) for label, rows in enumerate(self._rows) if rows}
+        shares = gather(own)
+        together = {}
+        for label in map(str, range(len(self._rows))):
+            parts = [share[label] for share in shares if label in share]
+            if parts:
+                columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+                order = columns[0].argsort(stable=True)[: self.capacity]
+                together[label] = [column[order] for column in columns]
+        return together
 
-    def load(self, state: dict[str, list[Tensor]]) -> None:
-        """Inverse of `state`."""
+    def load(self, state: dict[str, list[Tensor]], device: torch.device) -> None:
+        """Inverse of `state`: each rank takes its own images' instances."""
         self.clear()
-        for label, (student, teacher) in state.items():
-            self._rows[int(label)] = list(zip(student, teacher, strict=True))
+        for label, (places, student, teacher) in state.items():
+            rows = zip(places.tolist(), student.to(device), teacher.to(device), strict=True)
+            self._rows[int(label)] = [row for row in rows if row[0] % world_size() == rank()]
+
+
+def _stacked(rows: list[tuple[int, Tensor, Tensor]]) -> list[Tensor]:
+    places, students, teachers = zip(*rows, strict=True)
+    return [torch.tensor(places), torch.stack(students).cpu(), torch.stack(teachers).cpu()]

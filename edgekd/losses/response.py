@@ -19,6 +19,7 @@ from torch.nn import functional
 from edgekd.detectors.base import DetectorOutput, ScoreActivation, SoftTargets
 from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair, Term
+from edgekd.ranks import normaliser
 
 
 class ResponseTerm(Term):
@@ -116,11 +117,11 @@ def dense_response_losses(
         kl = kl * t_obj + obj - functional.binary_cross_entropy(t_obj, t_obj, reduction="none")
         confidence = confidence * t_obj
     weight = confidence + background
-    cls_loss = (weight * kl).sum() / weight.sum().clamp(min=1.0) * temperature**2
+    cls_loss = (weight * kl).sum() / normaliser(weight.sum(), least=1.0) * temperature**2
     difference = functional.smooth_l1_loss(
         student.bbox_regression.float(), teacher.bbox_regression.float().detach(), reduction="none"
     ).mean(-1)
-    box_loss = (confidence * difference).sum() / confidence.sum().clamp(min=1.0)
+    box_loss = (confidence * difference).sum() / normaliser(confidence.sum(), least=1.0)
     return cls_loss, box_loss
 
 

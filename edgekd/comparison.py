@@ -1,0 +1,171 @@
+"""What a comparison over seeds says: each method's figures, its gain over the student alone, and whether to believe it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from edgekd.artifact import source_commit, versions
+from edgekd.bench.matching import Matches
+from edgekd.bench.precision_recall import mean_ap50
+from edgekd.recipe import Recipe
+from edgekd.workspace import Workspace, is_synthetic
+
+ALONE = "alone"
+SCHEMA = "edgekd.comparison/1"
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t, 97.5 %, for 1, 2, ... 15 degrees of freedom; beyond, 2.1 is a little wide, which is the safe side."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One trained student on the validation split.
+
+    Attributes:
+        method: "alone" or a recipe's name. figures: what `Accuracy.to_dict` gives. matches: for the bootstrap.
+    """
+
+    method: str
+    seed: int
+    figures: Mapping[str, Any]
+    matches: Matches
+
+
+def summary(base: Workspace, recipes: Sequence[Recipe], runs: Sequence[Evaluated]) -> dict[str, Any]:
+    """What `comparison.json` holds; every run's seed must have been run alone too."""
+    alone = {run.seed: run for run in runs if run.method == ALONE}
+    methods = [ALONE, *dict.fromkeys(run.method for run in runs if run.method != ALONE)]
+    rows = []
+    for method in methods:
+        own = [run for run in runs if run.method == method]
+        row: dict[str, Any] = {
+            "method": method,
+            "seeds": [run.seed for run in own],
+            **{key: spread([run.figures[key] for run in own]) for key in ("ap50", "ap", "voc07")},
+        }
+        if method != ALONE:
+            row["gain"] = gain(own, [alone[run.seed] for run in own])
+        rows.append(row)
+    return {
+        "schema": SCHEMA,
+        "data": {
+            "name": base.val.root.name,
+            "train": base.train.split,
+            "train_images": len(base.train),
+            "val": base.val.split,
+            "images": len(base.val),
+            "synthetic": is_synthetic(base.val.root),
+        },
+        "student": recipes[0].student.model_dump(mode="json", exclude={"weights"}),
+        "pretrained_backbone": recipes[0].student.weights is not None,
+        "train": recipes[0].train.model_dump(mode="json"),
+        "methods": {
+            recipe.name: {
+                "distill": recipe.distill.model_dump(mode="json"),
+                "teachers": [teacher.name for teacher in recipe.teachers],
+            }
+            for recipe in recipes
+        },
+        "rows": rows,
+        "provenance": {"commit": source_commit(), "versions": versions(), "device": base.device},
+    }
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds (None where a figure does not exist), and each value."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return {"mean": None, "sd": None, "values": list(values)}
+    return {"mean": fmean(there), "sd": stdev(there) if len(there) > 1 else None, "values": list(values)}
+
+
+def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated], resamples: int = 1000) -> dict[str, Any]:
+    """The paired difference in AP50, method minus alone, with two 95 % intervals that answer two questions.
+
+    "seeds" (Student's t over the paired differences): would other seeds show it? "images" (bootstrap over images of the mean
+    over seeds): would other images show it? A gain is shown when both exclude zero.
+    """
+    differences = [m.figures["ap50"] - a.figures["ap50"] for m, a in zip(method, alone, strict=True)]
+    mean, count = fmean(differences), len(differences)
+    by_seed: list[float] | None = None
+    if count > 1:
+        half = T_975[min(count - 1, len(T_975)) - 1] * stdev(differences) / math.sqrt(count)
+        by_seed = [mean - half, mean + half]
+    images = len(method[0].matches.positives)
+    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1.0 / images), size=resamples)
+    drawn = np.mean(
+        [mean_ap50(m.matches, draws) - mean_ap50(a.matches, draws) for m, a in zip(method, alone, strict=True)], axis=0
+    )
+    by_image = [float(v) for v in np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])]
+    intervals = [interval for interval in (by_seed, by_image) if interval is not None]
+    shown = by_seed is not None and (all(i[0] > 0 for i in intervals) or all(i[1] < 0 for i in intervals))
+    return {
+        "ap50": mean,
+        "values": differences,
+        "interval_seeds": by_seed,
+        "interval_images": by_image,
+        "verdict": ("gain" if mean > 0 else "loss") if shown else "no difference shown",
+        "per_class": _paired(method, alone, "per_class"),
+        "by_size": _paired(method, alone, "by_size"),
+    }
+
+
+def _paired(method: Sequence[Evaluated], alone: Sequence[Evaluated], group: str) -> dict[str, float | None]:
+    """Mean AP50 difference of each class or size."""
+    out: dict[str, float | None] = {}
+    for key in method[0].figures[group]:
+        pairs = [
+            (m.figures[group][key]["ap50"], a.figures[group][key]["ap50"]) for m, a in zip(method, alone, strict=True)
+        ]
+        values = [x - y for x, y in pairs if x is not None and y is not None]
+        out[key] = fmean(values) if values else None
+    return out
+
+
+def table_markdown(data: Mapping[str, Any]) -> str:
+    """The comparison as a Markdown table; figures in points of 100."""
+    facts = data["data"]
+    kind = "synthetic " if facts["synthetic"] else ""
+    seeds = max(len(row["seeds"]) for row in data["rows"])
+    lines = [
+        f"{data['student']['model']} (width {data['student']['width']:g}, {data['student']['input_size']} px), "
+        f"{kind}{facts['name']} {facts['train']} ({facts['train_images']} images) -> {facts['val']} "
+        f"({facts['images']} images), {data['train']['epochs']} epochs, {seeds} seed{'s' if seeds != 1 else ''}",
+        "",
+        "| | AP50 | AP | VOC07 | gain in AP50 | 95 % over seeds | 95 % over images | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        cells = [row["method"], *(_mean_sd(row[key]) for key in ("ap50", "ap", "voc07"))]
+        if "gain" in row:
+            g = row["gain"]
+            cells += [f"{100 * g['ap50']:+.1f}", _interval(g["interval_seeds"]), _interval(g["interval_images"])]
+            cells.append(g["verdict"])
+        else:
+            cells += ["", "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    sizes = [row for row in data["rows"] if "gain" in row]
+    if sizes:
+        lines += ["", "Gain in AP50 by object size and by class:", ""]
+        names = [*sizes[0]["gain"]["by_size"], *sizes[0]["gain"]["per_class"]]
+        lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for row in sizes:
+            values = {**row["gain"]["by_size"], **row["gain"]["per_class"]}
+            cells = ["-" if values[n] is None else f"{100 * values[n]:+.1f}" for n in names]
+            lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_sd(value: Mapping[str, Any]) -> str:
+    if value["mean"] is None:
+        return "-"
+    return f"{100 * value['mean']:.1f}" + ("" if value["sd"] is None else f" ± {100 * value['sd']:.1f}")
+
+
+def _interval(values: Sequence[float] | None) -> str:
+    return "one seed" if values is None else f"{100 * values[0]:+.1f} to {100 * values[1]:+.1f}"

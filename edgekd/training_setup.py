@@ -1,0 +1,157 @@
+"""What a training loop stands on: devices and processes, the optimiser, the learning rate, the moving average, signals.
+
+Lightning Fabric owns devices, precision and distribution. Chosen over Accelerate because it keeps no global state, patches
+nothing, and needs no model hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from edgekd import ranks
+from edgekd.detectors.base import Detector
+from edgekd.errors import UserError
+from edgekd.recipe import TrainConfig
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether "auto", "cpu", "cuda" or "cuda:1" means a GPU here.
+
+    Raises:
+        UserError: a GPU was asked for, but there is none.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "device cuda was asked for, but torch sees no GPU",
+            got=f"torch {torch.__version__}",
+            fix="run `edgekd doctor`, install a CUDA build of torch, or use --device cpu",
+        )
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def make_fabric(device: str, config: TrainConfig) -> Any:
+    """Fabric for this machine; under torchrun, for all the processes it started.
+
+    Raises:
+        UserError: a device or a precision that is not to be had here.
+    """
+    import logging
+    import warnings
+
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+    on_gpu = uses_gpu(device)
+    precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}.get(
+        config.precision, "bf16-mixed" if on_gpu else "32-true"
+    )
+    if precision == "16-mixed" and not on_gpu:
+        raise UserError("train.precision: fp16 needs a GPU", fix="use fp32 or bf16 on a CPU")
+    ranks.join(on_gpu)
+    world, local = ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.launched() else 1
+    devices: Any = [int(device.split(":")[1])] if world == 1 and ":" in device else local
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fabric = Fabric(
+            accelerator="cuda" if on_gpu else "cpu",
+            devices=devices,
+            num_nodes=max(1, world // local),
+            strategy="ddp_find_unused_parameters_true" if world > 1 else "auto",
+            precision=precision,  # type: ignore[arg-type]
+            # Named, or Fabric would take a Slurm job's number of tasks for ours.
+            plugins=[TorchElasticEnvironment() if world > 1 else LightningEnvironment()],
+        )
+        fabric.launch()
+    return fabric
+
+
+def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Learning rate at a step as a share of its peak: linear warm-up, then cosine or constant."""
+    warmup = min(1000, math.ceil(0.05 * total_steps)) if config.warmup_steps == "auto" else config.warmup_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    share = (step - warmup) / max(1, total_steps - warmup)
+    return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def make_optimizer(detector: Detector, extra: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Weight decay on weights alone; the backbone at its own learning rate; the terms' parameters with the head's."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in detector.named_parameters():
+        is_backbone = name.startswith("backbone.")
+        if is_backbone and config.backbone_lr_factor == 0:
+            parameter.requires_grad_(False)
+            continue
+        groups.setdefault((is_backbone, parameter.ndim > 1), []).append(parameter)
+    for parameter in extra:
+        groups.setdefault((False, parameter.ndim > 1), []).append(parameter)
+    settings: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "lr": config.lr * (config.backbone_lr_factor if is_backbone else 1.0),
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (is_backbone, decays), parameters in groups.items()
+    ]
+    settings.sort(key=lambda group: group["lr"])
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(settings, lr=config.lr)
+
+
+def moving_average(detector: Detector, decay: float) -> AveragedModel | None:
+    """A copy of the detector that will follow its weights; None for a decay of 0."""
+    return AveragedModel(detector, multi_avg_fn=_ema_update(decay), use_buffers=True) if decay else None
+
+
+def _ema_update(decay: float) -> Callable[[Any, Any, Any], None]:
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        # Early on a short memory, so that the average is not held back by the first, random weights.
+        now = min(decay, (1 + float(count)) / (10 + float(count)))
+        if averaged[0].is_floating_point():  # torch hands over one kind of tensor at a time
+            torch._foreach_lerp_(averaged, current, 1 - now)
+        else:  # BatchNorm's counters
+            torch._foreach_copy_(averaged, current)
+
+    return update
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM are noted, for the loop to end the run with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch them in the body; elsewhere than in the main thread this is not possible, and nothing is done."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            # torchrun passes on the signal that its processes have had from the terminal already.
+            if self.noted and not ranks.launched():
+                raise KeyboardInterrupt
+            self.noted = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)

@@ -1,0 +1,101 @@
+"""The whole state of a run, in one file: a run that was cut off goes on from it, step for step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from edgekd import ranks
+from edgekd.artifact import MANIFEST_NAME, atomic_path, read_manifest, sha256_json
+from edgekd.checkpoint import LAST_FILE, STATE_SCHEMA, read_payload
+from edgekd.errors import ArtifactError
+from edgekd.learning import LearningStep, PullGuard
+
+
+@dataclass
+class Progress:
+    """How far a run is: epochs finished, batches of the present one, optimiser steps, and what was measured."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best: float = -1.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RunState:
+    """Everything that changes while a run goes on.
+
+    Attributes:
+        learner: detector, terms and what they have gathered. ema: the moving average. optimizer, adversary: the
+            student's and the discriminators'. guard: what it remembers of each term's pull.
+    """
+
+    learner: LearningStep
+    ema: AveragedModel | None
+    optimizer: Any
+    adversary: torch.optim.Optimizer | None
+    guard: PullGuard = field(default_factory=PullGuard)
+    progress: Progress = field(default_factory=Progress)
+
+    def save(self, folder: Path, inputs: Mapping[str, Any]) -> None:
+        """Write the state; called by all ranks, since terms put together what each of them has gathered."""
+        payload = {
+            "schema": STATE_SCHEMA,
+            "inputs": sha256_json(inputs),
+            "learner": self.learner.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "adversary": None if self.adversary is None else self.adversary.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_gpu": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            "weak": self.guard.history,
+            "progress": asdict(self.progress),
+        }
+        if ranks.rank() == 0:
+            with atomic_path(folder / LAST_FILE) as temporary:
+                torch.save(payload, temporary)
+
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote, if it is there."""
+        path = folder / LAST_FILE
+        if not path.is_file():
+            return
+        payload = read_payload(path, STATE_SCHEMA)
+        self.learner.load_state_dict(payload["learner"])
+        if self.ema is not None:
+            self.ema.load_state_dict(payload["ema"])
+        self.optimizer.load_state_dict(payload["optimizer"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(payload["adversary"])
+        torch.set_rng_state(payload["rng"])
+        if torch.cuda.is_initialized() and payload.get("rng_gpu") is not None:
+            torch.cuda.set_rng_state(payload["rng_gpu"])
+        self.guard.history = payload["weak"]
+        self.progress = Progress(**payload["progress"])
+
+
+def refuse_foreign(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """A folder with another run's state is never overwritten.
+
+    Raises:
+        ArtifactError: it holds one, finished or not.
+    """
+    state = folder / LAST_FILE
+    held = None
+    if (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(folder)
+        held = sha256_json(manifest.inputs) if manifest is not None else None
+    elif state.is_file():
+        held = read_payload(state, STATE_SCHEMA).get("inputs")
+    if held is not None and held != sha256_json(inputs):
+        raise ArtifactError(
+            f"{folder} holds a run that was made with another recipe, data or seed",
+            fix="choose another --out, or move that folder away",
+        )

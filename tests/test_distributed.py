@@ -1,0 +1,110 @@
+"""Two processes started by torchrun: the losses of one process, and no hang when one of them fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from edgekd.cli import app
+from edgekd.data.scenes import SCENE_CLASSES, make_scenes
+from edgekd.runlog import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+EPOCHS, STEPS = 2, 6
+
+# Every kind of normaliser: counts of positives, of confidence, of cells, of objects; statistics over the batch; banks; a game.
+TERMS = [
+    {"loss": "response"},
+    {"loss": "pkd", "gradient_ratio": 0.3},
+    {"loss": "gkd", "params": {"min_side": 6.0}},
+    {"loss": "decoupled"},
+    {"loss": "information_map"},
+    {"loss": "adversarial"},
+    {"loss": "mgd"},
+]
+
+
+def recipe(folder: Path) -> Path:
+    make_scenes(folder / "scenes", counts={"train": 12, "val": 2}, image_hw=(96, 128))
+    from edgekd.checkpoint import save_detector
+    from edgekd.detectors import build_detector, spec_for
+    from edgekd.recipe import ModelConfig
+
+    torch.manual_seed(5)
+    teacher = build_detector(
+        spec_for(ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.35), SCENE_CLASSES)
+    )
+    save_detector(folder / "teacher.pt", teacher, {})
+    body = {
+        "name": "distributed",
+        "data": {"root": str(folder / "scenes"), "workers": 0},
+        "student": {"model": "mobilenetv2-ssd-lite", "input_size": 96, "width": 0.25},
+        "teachers": [{"name": "t", "checkpoint": str(folder / "teacher.pt")}],
+        "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_every": 1, "optimizer": "sgd", "lr": 0.001},
+        "distill": {"terms": TERMS},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(body), encoding="utf-8")
+    return path
+
+
+def torchrun(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    script = str(ROOT / "tests" / "distributed_child.py")
+    return subprocess.run(
+        [*command, script, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=1200
+    )
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in read_log(folder) if record["event"] == "step"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    """In one go, since processes are slow to start: equal losses, one process failing, and going on after it."""
+    path, one, two = recipe(tmp_path), tmp_path / "one", tmp_path / "two"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        app(["distill", str(path), "--out", str(one), "--device", "cpu", "-q"], standalone_mode=False)
+    finally:
+        torch.set_num_threads(threads)
+    command = ("distill", str(path), "--out", str(two), "--device", "cpu")
+
+    broken = torchrun(*command, FAIL_AT="2")
+    assert broken.returncode != 0
+    assert "process 1: error: the disk of the second process is gone" in broken.stderr
+    assert "exitcode  : 2" in broken.stderr
+    assert len(steps(two)) == 2
+
+    whole = torchrun(*command)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert whole.stdout.count("model.pt") == 1, "more than one process told the result"
+
+    ours, theirs = steps(two), steps(one)
+    assert [record["step"] for record in ours] == list(range(STEPS))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["losses"] == pytest.approx(b["losses"], rel=2e-3), f"step {b['step']}"
+    for key in ("pull", "weights", "statistics"):
+        assert ours[0][key] == pytest.approx(theirs[0][key], rel=2e-3), key
+    weights = [torch.load(folder / "model.pt", weights_only=True)["weights"] for folder in (one, two)]
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(weights[1][name].float(), value.float(), rtol=2e-2, atol=2e-3, err_msg=name)
+
+
+@pytest.mark.slow
+def test_commands_for_one_process_say_so(tmp_path: Path) -> None:
+    told = torchrun("run", "recipe.yaml", "--out", str(tmp_path / "out"))
+    assert told.returncode != 0
+    assert "edgekd run is for one process" in told.stderr
+    assert "exitcode  : 2" in told.stderr
