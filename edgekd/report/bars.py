@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgekd.report import svg
-from edgekd.report.marks import NARROW, name_column, shortened
+from edgekd.report.marks import NARROW, name_column, role_class, shortened
 from edgekd.report.words import milliseconds, number
 
 Rows = Sequence[Mapping[str, Any]]
@@ -46,11 +46,11 @@ def bar_plot(bars: Sequence[Bar], width: float, title: str, axis: str, *, most: 
     for i, (bar, longest) in enumerate(zip(bars, ends, strict=True)):
         y = top + i * step + (21 if narrow else 6)
         if narrow:
-            body.append(svg.text(0, y - 6, f"{shortened(bar.name, 26)}  {bar.total}", "label"))
+            body.append(svg.text(0, y - 6, f"{shortened(bar.name, 26)} · {bar.total}", "label"))
         else:
             body.append(svg.text(left - 10, y + 15, shortened(bar.name, 26), "label", "end"))
             body.append(svg.text(x(longest) + 8, y + 15, bar.total, "label"))
-            body.append(svg.text(x(longest) + 16 + 7 * len(bar.total), y + 15, bar.note, "tick"))
+            body.append(svg.text(x(longest) + 18 + 7.2 * len(bar.total), y + 15, bar.note, "tick"))
         start = left
         for what, value, style in bar.parts:
             end = start + x(value) - left
@@ -109,12 +109,47 @@ def energy_bars(rows: Rows) -> list[Bar]:
     return found
 
 
+def roof_bars(rows: Rows) -> list[Bar]:
+    """The share of what the machine's measured peak allows, in percent, and what sets the limit."""
+    found = []
+    for row in rows:
+        share, limit = row["roof"]["share"], row["roof"]["limit_ms"]
+        if share is not None:
+            note = " ".join(filter(None, (row["roof"]["bound"], f"{milliseconds(limit)} ms" if limit else None)))
+            parts = [("share", 100 * share, f"fill {role_class(row)}")]
+            found.append(Bar(_named(row, rows), parts, f"{number(share, 0, 0.01)} %", note and f"limit: {note}"))
+    return found
+
+
+SLOWEST = 12
+
+
+def slowest_layers(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The layers of a profile that take longest."""
+    layers = [layer for layer in row["profile"]["layers"] if layer["ms"]]
+    return sorted(layers, key=lambda layer: -float(layer["ms"]))[:SLOWEST]
+
+
+def layer_bars(row: Mapping[str, Any]) -> list[Bar]:
+    """The slowest layers of a row's profile, by the ends of their names, which tell them apart."""
+    found = []
+    for layer in slowest_layers(row):
+        name = str(layer["name"] or "unnamed")
+        share = f"{number(layer['share'], 1, 0.01)} %"
+        rate = "" if layer["gflops"] is None else f"{number(layer['gflops'], 1)} GFLOP/s"
+        parts = [("ms", layer["ms"], "part")]
+        found.append(
+            Bar(name if len(name) < 27 else "…" + name[-25:], parts, share, f"{layer['op'] or ''} {rate}".strip())
+        )
+    return found
+
+
 def latency_bars(rows: Rows) -> list[Bar]:
     """Median latency of each, with a line to the 90th percentile."""
     return [
         Bar(
             _named(row, rows),
-            [("median", row["latency_ms"]["median"], f"fill r-{row['role']}")],
+            [("median", row["latency_ms"]["median"], f"fill {role_class(row)}")],
             f"{milliseconds(row['latency_ms']['median'])} ms",
             "" if row["latency_ms"]["p90"] is None else f"p90 {milliseconds(row['latency_ms']['p90'])}",
             row["latency_ms"]["p90"],

@@ -30,7 +30,7 @@ def group_plot(rows: Rows, kind: str, width: float) -> str:
         shown = [name for name in names if name in shown]
     narrow = width <= NARROW
     limit = 15 if narrow else 22
-    left = min(150.0, max(len(shortened(name, limit)) for name in shown) * 7.3 + 12)
+    left = min(150.0, max(len(shortened(name, limit)) for name in shown) * 7.8 + 12)
     right, top, step = width - 14, 8.0, 24.0
     bottom = top + step * len(shown) + 4
     x = svg.Scale(0, 100, left, right)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edgekd.report import bars, dots, gains, spread, tradeoff, training
-from edgekd.report.marks import Rows
+from edgekd.report import bars, dots, gains, spread, tradeoff, training, words
+from edgekd.report.marks import Row, Rows
 from edgekd.report.sources import Sources
 
 WIDE, NARROW = 880.0, 326.0
@@ -18,6 +18,13 @@ Draw = Callable[[float], str]
 def compared(rows: Rows) -> Rows:
     """The rows that detailed plots have room for: the ensemble and the students, or all where there are none."""
     return [row for row in rows if row["role"] != "teacher"] or rows
+
+
+def profiled(rows: Rows) -> Row | None:
+    """The row whose layers are drawn: the student that the answer is about, or the first that has a profile."""
+    there = [row for row in rows if bars.slowest_layers(row)]
+    student = words.headline_student(rows)
+    return next((row for row in there if row is student), there[0] if there else None)
 
 
 def draw_all(sources: Sources) -> dict[str, tuple[str, str]]:
@@ -51,6 +58,12 @@ def _of_result(rows: Rows) -> dict[str, Draw]:
         found["memory"] = lambda width: bars.bar_plot(memory, width, "Peak memory", "MB of a fresh process")
     if energy := bars.energy_bars(rows):
         found["energy"] = lambda width: bars.bar_plot(energy, width, "Energy", "mJ an image")
+    if roof := bars.roof_bars(rows):
+        most = max(100.0, *(sum(value for _, value, _ in bar.parts) for bar in roof))
+        found["roof"] = lambda width: bars.bar_plot(roof, width, "Share of the roof", "% of the roof", most=most)
+    if (row := profiled(rows)) is not None:
+        layers = bars.layer_bars(row)
+        found["layers"] = lambda width: bars.bar_plot(layers, width, "Slowest layers", "ms")
     if any(row["precision_at_recall"] for row in rows):
         found["recall"] = _bound(dots.recall_plot, rows)
     for name, kind in (("classes", "per_class"), ("sizes", "by_size")):
@@ -74,32 +87,33 @@ def _bound(draw: Callable[..., str], *first: Any) -> Draw:
     return lambda width: draw(*first, width)
 
 
+_ABSENT = {
+    "tradeoff": ("Accuracy against latency", "no row has both an AP50 and a latency"),
+    "stages": ("Stage times", "not in the file"),
+    "spread": (
+        "Latency distributions",
+        "no percentiles in the file: measured by an older edgekd, or by something else",
+    ),
+    "roof": ("Distance to the limit", "this machine's peak was not measured, or the files' work could not be counted"),
+    "layers": ("Slowest layers", "measure with edgekd bench --profile"),
+    "memory": ("Memory", "not measured"),
+    "energy": ("Energy", "no sensor that a user may read gives this machine's power, or energy was switched off"),
+    "sizes": ("Accuracy by size of object", "not in the file"),
+    "classes": ("Accuracy by class", "not in the file"),
+    "recall": ("Precision and recall", "not in the file"),
+}
+
+
 def absent(sources: Sources, figures: Mapping[str, object]) -> list[tuple[str, str]]:
     """(what this page does not show, why or how to get it)."""
-    result = sources.result
-    said = []
-    if result is None:
-        said.append(("Accuracy and latency side by side", "no result of edgekd bench here: bench the same files"))
+    if sources.result is None:
+        said = [("Accuracy and latency side by side", "no result of edgekd bench among these files")]
     else:
-        rows = result["rows"]
-        reasons = {
-            "tradeoff": "no row has both an AP50 and a latency",
-            "stages": "the file has no stage times",
-            "spread": "the file has no latency percentiles: measured by an older edgekd, or by something else",
-            "memory": "peak memory was not measured",
-            "energy": "no sensor that a user may read gave this machine's power, or energy was switched off",
-            "classes": "the file has no AP50 by class",
-            "sizes": "the file has no AP50 by size of object",
-            "recall": "the file has no precision-recall curves",
-        }
-        names = {"tradeoff": "Accuracy against latency", "stages": "Stage times", "spread": "Latency distributions",
-                 "memory": "Memory", "energy": "Energy", "classes": "Accuracy by class", "sizes": "Accuracy by size",
-                 "recall": "Precision and recall"}  # fmt: skip
-        said += [(names[name], reason) for name, reason in reasons.items() if name not in figures and rows]
+        said = [reason for name, reason in _ABSENT.items() if name not in figures and sources.result["rows"]]
         if sources.saved is None or sources.examples is None:
             said.append(("Pictures of agreement and disagreement", "no detections and examples beside the result"))
     if not sources.comparisons:
-        said.append(("Method gains over seeds", "point edgekd report at a folder of edgekd compare too"))
+        said.append(("Method gains over seeds", "name a folder of edgekd compare too"))
     if not sources.devices:
-        said.append(("Another device", "put a result of edgekd bench --target into the folder, or name it too"))
+        said.append(("Another device", "name a result of edgekd bench --target too"))
     return said

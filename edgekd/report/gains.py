@@ -40,7 +40,7 @@ def gain_plot(rows: Sequence[Mapping[str, Any]], width: float) -> str:
         y = top + (i + 0.5) * step + (9 if narrow else 0)
         name, mean = shortened(row["method"] or f"method {i + 1}", 26), 100 * gain["ap50"]
         if narrow:
-            body.append(svg.text(0, y - 18, f"{name}  {signed(mean)}", "label"))
+            body.append(svg.text(0, y - 18, f"{name} · {signed(mean)}", "label"))
         else:
             body.append(svg.text(left - 10, y + 4, name, "label", "end"))
             body.append(svg.text(right + 10, y + 4, f"{signed(mean)}  {_interval(gain['interval_seeds'])}", "tick"))

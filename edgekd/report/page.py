@@ -12,7 +12,7 @@ from edgekd.artifact import versions, write_text
 from edgekd.errors import ArtifactError
 from edgekd.report import bars, dots, marks, words
 from edgekd.report.commands import commands_of
-from edgekd.report.figures import absent, compared, draw_all
+from edgekd.report.figures import absent, compared, draw_all, profiled
 from edgekd.report.pictures import Example, examples_of
 from edgekd.report.sources import Sources, collect
 from edgekd.report.table import write_table
@@ -60,7 +60,7 @@ def render(sources: Sources) -> str:
     )  # fmt: skip
     environment.globals.update(
         role_class=marks.role_class, mark_class=marks.mark_class, dash_class=marks.dash_class,
-        stage_classes=bars.STAGE_CLASSES, sizes=dots.SIZES, nothing=words.NOTHING,
+        stage_classes=bars.STAGE_CLASSES, sizes=dots.SIZES, nothing=words.NOTHING, slowest_layers=bars.slowest_layers,
     )  # fmt: skip
     figures = {name: tuple(map(Markup, pair)) for name, pair in draw_all(sources).items()}
     script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
@@ -98,7 +98,8 @@ def _of_result(sources: Sources, markup: Any) -> dict[str, Any]:
                 "examples": [], "agreement": None, "student": None, "reference": None}  # fmt: skip
     rows = result["rows"]
     student, reference = words.headline_student(rows), words.find(rows, result["reference"])
-    agreement = sources.examples[1]["agreement"] if sources.examples else None
+    pictured = sources.examples[1] if sources.examples else None
+    agreement = pictured["agreement"] if pictured and any(pictured["agreement"]["objects"].values()) else None
     some = compared(rows)
     return {
         "result": result,
@@ -109,13 +110,13 @@ def _of_result(sources: Sources, markup: Any) -> dict[str, Any]:
         "compared": some,
         "class_names": dots.groups_of(rows, "per_class"),
         "class_rest": max(0, len(dots.groups_of(some, "per_class")) - dots.MOST_GROUPS),
+        "profiled": profiled(rows),
         "student": student,
         "reference": reference,
         "differences": [(c, words.difference_points(c)) for c in result["comparisons"]],
         "examples": [(e, [(panel, markup(panel.picture)) for panel in e.panels]) for e in _examples(sources)],
-        "agreement": agreement
-        if agreement and sum(agreement["objects"][k] or 0 for k in agreement["objects"])
-        else None,
+        "agreement": agreement,
+        "shown_score": pictured["shown_score"] if pictured else None,
     }
 
 

@@ -103,7 +103,7 @@ def _truth_panel(key: str, record: ImageRecord, names: Sequence[str]) -> Panel:
 
 def _model_panel(key: str, title: str, record: ImageRecord, found: Detections, names: Sequence[str]) -> Panel:
     """Detections that are right, wrong, on ignored objects; and the objects that were missed."""
-    kept = shown(found.take(np.isfinite(found.boxes_xyxy).all(1)))
+    kept = shown(found.take(np.flatnonzero(np.isfinite(found.boxes_xyxy).all(1))))
     verdicts, owners = assign(record, kept)
     kinds = {1: "correct", 0: "wrong", -1: "ignored"}
     boxes = [

@@ -143,6 +143,21 @@ ROW = {
     "peak_memory_bytes": AMOUNT,
     "model_memory_bytes": AMOUNT,
     "energy": ENERGY,
+    "profile": {
+        "tool": text,
+        "total_ms": AMOUNT,
+        "layers": [{"name": text, "op": text, "ms": AMOUNT, "share": SHARE, "macs": AMOUNT, "gflops": AMOUNT}],
+    },
+    "execution": text,
+    "unknown_classes": [text],
+    "roof": dict.fromkeys(("share", "limit_ms", "gmacs_per_s", "peak_gmacs_per_s"), AMOUNT) | {"bound": text},
+    "throughput": {
+        **dict.fromkeys(("images_per_s", "streams", "threads_a_stream", "batch"), AMOUNT),
+        "interval": pair(AMOUNT),
+    },
+    "mlperf": {"scenario": text, "metric": text, "latency_ms": MILLISECONDS, "queries": AMOUNT, "note": text}
+    | {"deviations": [text]},
+    "device_ms": dict.fromkeys(("copy_in", "compute", "copy_out"), AMOUNT),
     "golden": {"images": AMOUNT, "confident": AMOUNT, "matched": AMOUNT},
     "speedup_vs_ensemble": FACTOR,
     "speedup_interval": pair(FACTOR),
@@ -177,7 +192,9 @@ MEASURED = {
     "rows": [ROW],
     "reference": text,
     "warnings": [text],
+    "unfit_to_publish": [text],
 }
+ROOF = {"gmacs_per_s": Each(AMOUNT), "copy_gb_per_s": AMOUNT}
 RESULT = {
     **MEASURED,
     "data": {
@@ -186,7 +203,8 @@ RESULT = {
         "class_names": [text],
         "synthetic": flag,
     },
-    "ensemble": {**dict.fromkeys(("fusion", "iou", "execution"), text), "members": [text], "weights": [NUMBER]},
+    "ensemble": {"fusion": text, "iou": text, "execution": plain, "members": [text], "weights": [NUMBER]},
+    "roof": {"cpu": ROOF, "gpu": ROOF},
     "comparisons": [
         {
             **dict.fromkeys(("a", "b", "a_role", "b_role"), text),
@@ -199,6 +217,7 @@ RESULT = {
 DEVICE_RESULT = {**MEASURED, "bundle": text}
 AGREEMENT = dict.fromkeys(("both", "reference", "student", "neither"), AMOUNT)
 EXAMPLES = {
+    "shown_score": SHARE,
     "agreement": {
         "objects": AGREEMENT,
         "per_class": Each(AGREEMENT),

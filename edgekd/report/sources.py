@@ -126,8 +126,9 @@ def _take_pictures(found: Sources, file: Path) -> None:
     names = found.result["files"]
     try:
         found.saved = read_saved(file.parent / Path(names["detections"] or "detections.npz").name)
-        folder = file.parent / "examples"
-        examples = read_examples(folder / Path(names["examples"] or "examples.json").name)
+        listed = Path(names["examples"] or "examples/examples.json")
+        folder = file.parent / (listed.parent.name.strip(".") or "examples")
+        examples = read_examples(folder / listed.name)
         found.examples = folder, fit(examples, EXAMPLES)
     except ArtifactError as error:
         found.problems.append(f"pictures: {_in_one_line(error, file.parent)}")

@@ -34,7 +34,7 @@ def spread_plot(rows: Rows, width: float) -> str:
         base = top + (i + 1) * step - 5
         slowest = f"slowest {milliseconds(float(curve[-1]))} ms"
         if narrow:
-            body.append(svg.text(0, base - 42, f"{shortened(row['name'], 26)}  {slowest}", "label"))
+            body.append(svg.text(0, base - 42, f"{shortened(row['name'], 26)} · {slowest}", "label"))
         else:
             body.append(svg.text(left - 10, base - 6, shortened(row["name"], 26), "label", "end"))
             body.append(svg.text(right + 10, base - 6, slowest, "tick"))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgekd.errors import UserError
+from edgekd.report.shape import RESULT, measured
 from edgekd.report.words import NOTHING, ROLE_NAMES, answer, gain, images, milliseconds, number, points, times
 
 Row = Mapping[str, Any]
@@ -20,14 +21,14 @@ _INTERVALS = ("median_interval", "speedup_interval", "ap50_interval")
 
 
 def write_table(result: Mapping[str, Any], suffix: str) -> str:
-    """A fitted result's rows as `.md`, `.csv` or `.tex`.
+    """A result's rows as `.md`, `.csv` or `.tex`.
 
     Raises:
         UserError: another suffix.
     """
     if suffix not in FORMATS:
         raise UserError("a table is not written in that format", got=suffix or "no suffix", expected=", ".join(FORMATS))
-    return FORMATS[suffix](result)
+    return FORMATS[suffix](measured(result, RESULT))
 
 
 def _markdown(result: Mapping[str, Any]) -> str:

@@ -32,7 +32,9 @@ def tradeoff_plot(rows: Rows, width: float) -> str:
     left, right, top, bottom = 40.0, width - 14, 34.0, height - 44
     x, y = _scales(shown, (left, right, top, bottom))
     body = [
-        svg.bottom_axis(x, bottom, top, "median latency, ms" + (" (log scale)" if x.log else ""), int(width // 110)),
+        svg.bottom_axis(
+            x, bottom, top, "median latency, ms" + (" (log scale)" if x.log else ""), max(4, int(width // 110))
+        ),
         svg.left_axis(y, left, right, "AP50, points"),
         svg.text(left + 8, top + 16, "↖ better", "tick"),
         _front(pareto_front(rows), x, y, (right, bottom)),
