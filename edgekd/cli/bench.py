@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
+from edgekd.cli.bench_entries import asked_ensemble, bench_config, declared, on_runtimes, one_provider, with_graphs
 from edgekd.cli.bench_options import (
     AcrossOption,
     BaselineFilesOption,
@@ -54,17 +55,11 @@ from edgekd.cli.deploy import (
     RuntimeName,
     ThreadsOption,
     export_data,
-    foreign_options,
-    provider_of,
 )
 from edgekd.cli.predict import VIDEO, MaxFramesOption, RealtimeOption, measure_video
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, session_of
 
 Given = TypeVar("Given")
-
-if TYPE_CHECKING:
-    from edgekd.bench.entries import BenchArtifact, BenchEnsemble
-    from edgekd.recipe import BenchConfig
 
 
 def bench(
@@ -159,7 +154,7 @@ def bench(
     from edgekd.summary import summary_text
     from edgekd.workspace import is_synthetic
 
-    entries = [_declared(parse_artifact_argument(text), classes, output, input_size) for text in artifacts]
+    entries = [declared(parse_artifact_argument(text), classes, output, input_size) for text in artifacts]
     limits = limits_of(baseline, max_slowdown, max_map_drop)
     if limits is not None and (target is not None or video is not None):
         raise UserError("--baseline is for data sets", got="--target or --video", fix="leave one of them out")
@@ -180,19 +175,19 @@ def bench(
         measure_on_target(session, entries, given_target, out, images, precisions_of(precision), on_device, time_limit)
         return
     if cuda_graph:
-        entries = _with_graphs(entries)
+        entries = with_graphs(entries)
     if runtime:
-        entries = _on_runtimes(entries, [chosen.value for chosen in runtime])
+        entries = on_runtimes(entries, [chosen.value for chosen in runtime])
     if video is not None:
         given = {"score_threshold": score, "nms_iou": iou, "max_detections": max_detections, "threads": threads}
-        on_video = {"realtime": realtime, "max_frames": max_frames, "provider": _one_provider(entries, session.device)}
-        measure_video(session, entries, video, out, _config(**given), on_video)
+        on_video = {"realtime": realtime, "max_frames": max_frames, "provider": one_provider(entries, session.device)}
+        measure_video(session, entries, video, out, bench_config(**given), on_video)
         return
     data, split = _given("--data", data), _given("--split", split)
     wanted = effort(quick, publish, samples=samples, seconds=seconds, warmup=warmup, energy=energy_seconds, limit=limit)
     check_out(out, baseline)
     with on_cpus(pin):
-        config = _config(
+        config = bench_config(
             samples=wanted.samples,
             seconds=wanted.seconds,
             warmup_seconds=wanted.warmup,
@@ -218,8 +213,8 @@ def bench(
             dataset,
             config=config,
             out=out,
-            ensemble=_ensemble(entries, ensemble),
-            provider=_one_provider(entries, session.device),
+            ensemble=asked_ensemble(entries, ensemble),
+            provider=one_provider(entries, session.device),
             seed=session.seed or 0,
             synthetic=is_synthetic(data),
             energy_seconds=wanted.energy,
@@ -230,7 +225,7 @@ def bench(
     if profile:
         from edgekd.bench.profile import add_profiles, profile_text
 
-        add_profiles(result, entries, dataset, out, provider=_one_provider(entries, session.device))
+        add_profiles(result, entries, dataset, out, provider=one_provider(entries, session.device))
         layers = f"\n\n{profile_text(result)}"
     write_tables(result, table)
     if gate is None:
@@ -256,92 +251,3 @@ def _given(name: str, value: Given | None) -> Given:
     if value is None:
         raise UserError(f"{name} is missing", expected="a data set and its split, a --video, or a device with --target")
     return value
-
-
-def _declared(
-    artifact: BenchArtifact, classes: str | None, output: str | None, input_size: int | None
-) -> BenchArtifact:
-    """The artefact with what the options declare of it, if it is an ONNX file."""
-    from dataclasses import replace
-
-    options = foreign_options(artifact.path, classes, output, input_size)
-    return artifact if options is None or artifact.path.suffix != ".onnx" else replace(artifact, options=options)
-
-
-def _with_graphs(artifacts: list[BenchArtifact]) -> list[BenchArtifact]:
-    """Each engine followed by itself with its work captured as a CUDA graph.
-
-    Raises:
-        UserError: there is no engine.
-    """
-    from dataclasses import replace
-
-    from edgekd.bench.complexity import ENGINE_SUFFIXES
-    from edgekd.errors import UserError
-
-    found = []
-    for artifact in artifacts:
-        found.append(artifact)
-        if artifact.path.suffix in ENGINE_SUFFIXES:
-            found.append(replace(artifact, name=f"{artifact.name}+graph", cuda_graph=True))
-    if len(found) == len(artifacts):
-        raise UserError("--cuda-graph is for engines", got="none", fix="export one with --format engine")
-    return found
-
-
-def _on_runtimes(
-    artifacts: list[BenchArtifact], runtimes: list[Literal["onnxruntime", "openvino"]]
-) -> list[BenchArtifact]:
-    """Each ONNX file on each of the runtimes; the first keeps its name.
-
-    Raises:
-        UserError: there is no ONNX file.
-    """
-    from dataclasses import replace
-
-    from edgekd.errors import UserError
-
-    found = []
-    for artifact in artifacts:
-        if artifact.path.suffix != ".onnx":
-            found.append(artifact)
-            continue
-        for position, runtime in enumerate(dict.fromkeys(runtimes)):
-            name = f"{artifact.name}+{runtime}" if position else artifact.name
-            found.append(replace(artifact, name=name, runtime=runtime))
-    if all(artifact.runtime == "auto" for artifact in found):
-        raise UserError("--runtime is for ONNX files", got="none", fix="write one with `edgekd export`")
-    return found
-
-
-def _config(**values: Any) -> BenchConfig:
-    from pydantic import ValidationError
-
-    from edgekd.errors import UserError
-    from edgekd.recipe import BenchConfig
-
-    try:
-        return BenchConfig(**values)
-    except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        raise UserError(f"{detail['loc'][0]}: {detail['msg']}", got=str(detail["input"])) from error
-
-
-def _ensemble(artifacts: list[BenchArtifact], asked: bool | None) -> BenchEnsemble | None:
-    """All teachers as one system (each once): when asked for, and unasked where there are several.
-
-    Raises:
-        UserError: asked for without teachers.
-    """
-    from edgekd.bench.entries import BenchEnsemble
-    from edgekd.errors import UserError
-
-    names = tuple(artifact.name for artifact in artifacts if artifact.role == "teacher" and not artifact.cuda_graph)
-    if asked and not names:
-        raise UserError("an ensemble needs teachers", got="none", fix="name their role: teacher:PATH")
-    return BenchEnsemble(names) if (len(names) > 1 if asked is None else asked) else None
-
-
-def _one_provider(artifacts: list[BenchArtifact], device: str | None) -> str | None:
-    providers = {provider_of(artifact.path, device) for artifact in artifacts}
-    return providers.pop() if len(providers) == 1 else (device or "").partition(":")[0] or None

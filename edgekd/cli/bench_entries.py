@@ -1,0 +1,105 @@
+"""What `edgekd bench` is given on its command line, as what is to be measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgekd.cli.deploy import foreign_options, provider_of
+
+if TYPE_CHECKING:
+    from edgekd.bench.entries import BenchArtifact, BenchEnsemble
+    from edgekd.recipe import BenchConfig
+
+
+def declared(artifact: BenchArtifact, classes: str | None, output: str | None, input_size: int | None) -> BenchArtifact:
+    """The artefact with what the options declare of it, if it is an ONNX file."""
+    from dataclasses import replace
+
+    options = foreign_options(artifact.path, classes, output, input_size)
+    return artifact if options is None or artifact.path.suffix != ".onnx" else replace(artifact, options=options)
+
+
+def with_graphs(artifacts: list[BenchArtifact]) -> list[BenchArtifact]:
+    """Each engine followed by itself with its work captured as a CUDA graph.
+
+    Raises:
+        UserError: there is no engine.
+    """
+    from dataclasses import replace
+
+    from edgekd.bench.complexity import ENGINE_SUFFIXES
+    from edgekd.errors import UserError
+
+    found = []
+    for artifact in artifacts:
+        found.append(artifact)
+        if artifact.path.suffix in ENGINE_SUFFIXES:
+            found.append(replace(artifact, name=f"{artifact.name}+graph", cuda_graph=True))
+    if len(found) == len(artifacts):
+        raise UserError("--cuda-graph is for engines", got="none", fix="export one with --format engine")
+    return found
+
+
+def on_runtimes(
+    artifacts: list[BenchArtifact], runtimes: list[Literal["onnxruntime", "openvino"]]
+) -> list[BenchArtifact]:
+    """Each ONNX file on each of the runtimes; the first keeps its name.
+
+    Raises:
+        UserError: there is no ONNX file.
+    """
+    from dataclasses import replace
+
+    from edgekd.errors import UserError
+
+    found = []
+    for artifact in artifacts:
+        if artifact.path.suffix != ".onnx":
+            found.append(artifact)
+            continue
+        for position, runtime in enumerate(dict.fromkeys(runtimes)):
+            name = f"{artifact.name}+{runtime}" if position else artifact.name
+            found.append(replace(artifact, name=name, runtime=runtime))
+    if all(artifact.runtime == "auto" for artifact in found):
+        raise UserError("--runtime is for ONNX files", got="none", fix="write one with `edgekd export`")
+    return found
+
+
+def bench_config(**values: Any) -> BenchConfig:
+    """The benchmark's settings.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    from pydantic import ValidationError
+
+    from edgekd.errors import UserError
+    from edgekd.recipe import BenchConfig
+
+    try:
+        return BenchConfig(**values)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        raise UserError(f"{detail['loc'][0]}: {detail['msg']}", got=str(detail["input"])) from error
+
+
+def asked_ensemble(artifacts: list[BenchArtifact], asked: bool | None) -> BenchEnsemble | None:
+    """All teachers as one system (each once): when asked for, and unasked where there are several.
+
+    Raises:
+        UserError: asked for without teachers.
+    """
+    from edgekd.bench.entries import BenchEnsemble
+    from edgekd.errors import UserError
+
+    teachers = [artifact for artifact in artifacts if artifact.role == "teacher" and not artifact.cuda_graph]
+    names = tuple(teacher.name for teacher in teachers if teacher.runtime == teachers[0].runtime)
+    if asked and not names:
+        raise UserError("an ensemble needs teachers", got="none", fix="name their role: teacher:PATH")
+    return BenchEnsemble(names) if (len(names) > 1 if asked is None else asked) else None
+
+
+def one_provider(artifacts: list[BenchArtifact], device: str | None) -> str | None:
+    """ONNX Runtime's provider or torch's device for all, by `--device`; None for the files' own."""
+    providers = {provider_of(artifact.path, device) for artifact in artifacts}
+    return providers.pop() if len(providers) == 1 else (device or "").partition(":")[0] or None
