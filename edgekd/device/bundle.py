@@ -22,6 +22,7 @@ import numpy as np
 from edgekd.artifact import sha256_file, source_commit, versions, write_json, write_text
 from edgekd.bench.complexity import describe_artifact
 from edgekd.bench.entries import BenchArtifact
+from edgekd.bench.roof import bytes_moved, product_models
 from edgekd.data.images import load_image
 from edgekd.device.bundle_bench import BUNDLE_SCHEMA, read_bundle
 from edgekd.device.bundle_program import readme, write_program
@@ -101,6 +102,8 @@ def make_bundle(
             notes.append("golden outputs are on generated scenes: give real images with --data DIR")
         np.savez_compressed(folder / GOLDEN_FILE, allow_pickle=False, **arrays)
         write_program(folder)
+        for precision, product in product_models().items():
+            (folder / f"roof.{precision}.onnx").write_bytes(product)
         write_text(folder / "README.md", readme(models))
         golden = {"file": GOLDEN_FILE, "images": names, "generated": dataset is None}
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -112,6 +115,7 @@ def make_bundle(
                 "versions": versions(),
                 "models": models,
                 "golden": golden,
+                "roof": {precision: f"roof.{precision}.onnx" for precision in product_models()},
                 "files": {name: sha256_file(folder / name) for name in files},
             },
         )
@@ -269,6 +273,7 @@ def _describe(
         "golden": {"images": key, "outputs": outputs_key},
         "parameters": facts.parameters,
         "macs": facts.macs,
+        "bytes_moved": bytes_moved(file, opened.preprocess.input_hw),
     }
 
 

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from edgekd.artifact import sha256_file, write_json
-from edgekd.device.bundle_rows import Subject, add_speedups, ensemble_of, row_of, table, warnings_of
+from edgekd.device.bundle_rows import Subject, add_roof, add_speedups, ensemble_of, row_of, table, warnings_of
 from edgekd.device.conditions import ConditionWatch
 from edgekd.device.facts import machine_facts
 from edgekd.device.golden import check, normalise
 from edgekd.device.nvml import open_nvml
 from edgekd.device.power import choose_group, energy_per_inference, idle_reading, power_rails
+from edgekd.device.roof import machine_roof
 from edgekd.device.sessions import CHOICES, choose_provider, open_session
 from edgekd.device.timing import BLOCK, Plan, measure
 from edgekd.errors import ArtifactError, EdgeKDError, ParityError
@@ -93,7 +94,14 @@ def run_bundle(
         if check_only:
             checked = [subject.golden[0] for subject in subjects]
             return {"schema": RESULT_SCHEMA, "bundle": manifest["sha256"], "checked": checked}
-        return _measured(manifest, subjects, plan, threads, energy_s, idle_s, say)
+        result = _measured(manifest, subjects, plan, threads, energy_s, idle_s, say)
+        result["roof"] = {"cpu": None, "gpu": None}
+        if not subjects[0].sessions[0].uses_gpu:  # a GPU's peak cannot be measured with what is here
+            say("measuring this machine's peak")
+            products = {name: (folder / file).read_bytes() for name, file in manifest["roof"].items()}
+            result["roof"]["cpu"] = machine_roof(products, threads)
+        add_roof(result["rows"], subjects, result["roof"]["cpu"])
+        return result
     finally:
         for subject in subjects:
             subject.sessions[0].close()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgekd.device.roof import share_of_roof
 from edgekd.device.timing import Timed, drift, median_ratio, summarise
 
 
@@ -87,6 +88,14 @@ def add_speedups(rows: list[dict[str, Any]], timed: Sequence[Timed], seed: int) 
         row["speedup_vs_ensemble"] = round(ratio, 4)
         row["speedup_interval"] = [round(low, 4), round(high, 4)]
     return str(rows[reference]["name"])
+
+
+def add_roof(rows: Sequence[dict[str, Any]], subjects: Sequence[Subject], machine: Mapping[str, Any] | None) -> None:
+    """Put each row's share of the machine's roof into it; an ensemble's counts are the sums of its members'."""
+    for row, subject in zip(rows, [*subjects, *ensemble_of(list(subjects))]):
+        counts = [[entry.get(key) for entry in subject.entries] for key in ("macs", "bytes_moved")]
+        macs, moved = (None if None in found else sum(found) for found in counts)
+        row["roof"] = share_of_roof(machine, row["precision"], macs, moved, row["latency_ms"]["median"])
 
 
 def warnings_of(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]) -> list[str]:

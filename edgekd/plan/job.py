@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgekd.artifact import source_commit, versions, write_json
-from edgekd.bench.device import device_facts
+from edgekd.bench.device import Contention, device_facts
 from edgekd.bench.roof import cpu_roof
 from edgekd.data.images import load_image
 from edgekd.device.target import Target
@@ -27,6 +27,7 @@ from edgekd.types import Dataset
 SCHEMA = "edgekd.plan/1"
 RESULT = "plan.json"
 _IMAGES = 16
+_CONTENTION_WORTH_SAYING = 0.2
 _SHARE_OF_PEAK = 0.4
 _GUESSED_RATE = 1e7
 """MACs a millisecond, for a device of which nothing is known yet."""
@@ -118,11 +119,12 @@ def make_plan(
     record = _Record(out / RESULT, _identity(asked, class_names, images))
     if record.load():
         say(f"{len(record.rows)} candidates are in {record.file} already")
-    started = time.monotonic()
+    started, contention = time.monotonic(), Contention()
     with tempfile.TemporaryDirectory(prefix="edgekd-plan-") as work:
         meter = _meter(asked, class_names, _image_files(images, Path(work)), Path(work), say)
         search = Search(candidates, asked.budget_ms, _rate(asked))
         _measure(search, meter, candidates, record, started + asked.time_limit_s, say)
+    others = contention.facts()["cores_used_by_others"] if asked.target is None else None
     left = search.left(record.times(candidates))
     best = ranked([row for row in record.rows.values() if _asked_for(row, candidates)], asked.budget_ms)
     for file in out.glob("[0-9][0-9]-*.yaml"):  # of an earlier plan in this folder
@@ -141,7 +143,7 @@ def make_plan(
         within=[row["name"] for row in record.rows.values() if fits(row, asked.budget_ms)],
         best=[row["name"] for row in best],
         recipes=[file.name for file in files],
-        notes=[*notes, *_notes(asked, images, record, left)],
+        notes=[*notes, *_notes(asked, images, record, left, others)],
     )
 
 
@@ -215,8 +217,12 @@ def _asked_for(row: Row, candidates: Sequence[Candidate]) -> bool:
     return any(row["name"] == candidate.name for candidate in candidates)
 
 
-def _notes(asked: Asked, images: Dataset | None, record: _Record, left: int) -> list[str]:
+def _notes(asked: Asked, images: Dataset | None, record: _Record, left: int, others: float | None) -> list[str]:
     said = [HEURISTIC]
+    if others is not None and others > _CONTENTION_WORTH_SAYING:
+        said.append(
+            f"other processes used {others:.1f} cores meanwhile: latencies are too high; use another --out later"
+        )
     if images is None:
         said.append("timed on generated scenes of 320 x 240: give your own images with --data")
     if asked.target is not None:
