@@ -30,7 +30,7 @@ teachers:
   - {name: two, train: {model: mobilenetv1-ssd-lite, input_size: 64, width: 0.25}}
 train: {epochs: 1, batch_size: 4}
 export: {precisions: [fp32]}
-bench: {samples: 20, warmup_seconds: 0}
+bench: {samples: 20, warmup_seconds: 0, threads: 1}
 """
 
 
