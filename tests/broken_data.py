@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.data_layouts import make_coco, make_voc, make_yolo, voc_xml
+from tests.data_layouts import make_coco, make_voc, make_yolo, picture, voc_xml
 
 Spoil = Callable[[Path], object]
 DOG = [("dog", (2, 3, 30, 20))]
@@ -164,6 +164,12 @@ VOC_CASES = {
     "two images": Case(
         "voc", image("voc", lambda path: shutil.copy(path, path.with_suffix(".jpg"))), "ambiguous-image", "a.xml"
     ),
+    "image of no annotation": Case(
+        "voc",
+        both(lambda root: shutil.rmtree(root / "ImageSets"), lambda root: picture(root / "JPEGImages" / "new.png")),
+        "unannotated-image",
+        "new.png",
+    ),
     "sidecar": Case("voc", write("edgekd.json", "[]"), "bad-layout", "edgekd.json"),
 }
 
@@ -239,7 +245,12 @@ YOLO_CASES = {
     "yaml empty": Case("yolo", data_yaml(""), "bad-layout", "data.yaml"),
     "yaml a list": Case("yolo", data_yaml("- a"), "bad-layout", "data.yaml"),
     "yaml tag": Case("yolo", data_yaml("train: !!python/object/apply:os.system ['true']"), "bad-layout", "data.yaml:1"),
-    "no splits": Case("yolo", data_yaml("names: [dog]"), "bad-layout", "data.yaml"),
+    "no splits": Case(
+        "yolo",
+        both(data_yaml("names: [dog]"), lambda root: (root / "labels").rename(root / "other")),
+        "bad-layout",
+        "data.yaml",
+    ),
     "split a number": Case("yolo", data_yaml("train: 3\nnames: [dog]"), "bad-layout", "data.yaml"),
     "split elsewhere": Case("yolo", data_yaml("train: nowhere\nnames: [dog]"), "bad-layout", "data.yaml"),
     "split above": Case("yolo", data_yaml("train: ../..\nnames: [dog]"), "bad-layout", "data.yaml"),

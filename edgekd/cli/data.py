@@ -96,6 +96,54 @@ def _draw_sheet(report: CheckReport, path: Path, seed: int) -> Path:
 
 
 @app.command()
+def split(
+    context: typer.Context,
+    root: Annotated[Path, typer.Argument(help="The data set's folder.", metavar="DIR")],
+    val: Annotated[float, typer.Option("--val", min=0, max=1, help="Share of the images for validation.")] = 0.2,
+    test: Annotated[float, typer.Option("--test", min=0, max=1, help="Share of the images for the test.")] = 0.0,
+    format: FormatOption = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; show what would be.")] = False,
+    seed: SeedOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw splits for a data set without any, every class spread over them and equal pictures kept together.
+
+    Writes the files that name the splits and touches nothing else.
+    """
+    session = session_of(context)
+    session.merge(json=json, seed=seed, quiet=quiet)
+    from dataclasses import asdict
+
+    from edgekd.console import Terminal
+    from edgekd.data.split import split_dataset
+
+    with Terminal(session.quiet).counting("images") as progress:
+        report = split_dataset(
+            root, val=val, test=test, seed=session.seed or 0, format=format, dry_run=dry_run, progress=progress
+        )
+    body = {
+        **asdict(report),
+        "root": str(root),
+        "files": [str(path) for path in report.files],
+        "problems": [problem.to_dict() for problem in report.problems],
+        "dry_run": dry_run,
+    }
+
+    def show() -> None:
+        for problem in report.problems[:20]:
+            typer.echo(f"note: {problem}", err=True)
+        for name, images in report.images.items():
+            objects = ", ".join(f"{label} {count}" for label, count in sorted(report.objects[name].items()))
+            typer.echo(f"{name}: {images} images; {objects or 'no objects'}")
+        if report.duplicates:
+            typer.echo(f"{report.duplicates} images have the pixels of another one: they stay together")
+        typer.echo(f"{'would write' if dry_run else 'written'}: {', '.join(map(str, report.files))}")
+
+    session.finish(body, show)
+
+
+@app.command()
 def convert(
     context: typer.Context,
     source: Annotated[Path, typer.Argument(help="The data set's folder.", metavar="DIR")],

@@ -57,7 +57,8 @@ def check_dataset(
             continue
         judged = problems if names else []  # without class names every object would be of an unknown one
         records[split] = [item.record for item in resolve(raws, names, split, judged)]
-    digests = _pixel_digests(records, problems, progress)
+    paths = {split: [record.path for record in found] for split, found in records.items()}
+    digests = pixel_digests(paths, problems, progress)
     unions = _unions(records, digests)
     problems += _duplicates(records, digests, unions)
     problems += _empty(source.root, records, names)
@@ -105,14 +106,14 @@ def _names(source: Source, asked: Sequence[str] | None, problems: list[Problem])
         return ()
 
 
-def _pixel_digests(
-    records: Mapping[str, list[ImageRecord]], problems: list[Problem], progress: Callable[[int, int], None] | None
+def pixel_digests(
+    images: Mapping[str, list[Path]], problems: list[Problem], progress: Callable[[int, int], None] | None
 ) -> dict[Path, str]:
-    """Decode each image once: path -> hash of its upright pixels; files that fail are reported."""
+    """Decode each image of the splits once: path -> hash of its upright pixels; files that fail are reported."""
     splits_of: dict[Path, str] = {}
-    for split, found in records.items():
-        for record in found:
-            splits_of.setdefault(record.path, split)
+    for split, found in images.items():
+        for path in found:
+            splits_of.setdefault(path, split)
     digests: dict[Path, str] = {}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for done, (path, digest) in enumerate(zip(splits_of, pool.map(_digest, splits_of), strict=True), 1):

@@ -65,6 +65,10 @@ class CocoSource:
         """Splits by the names of the JSON files."""
         return tuple(self._files)
 
+    def file(self, split: str) -> Path:
+        """The split's JSON file."""
+        return self._files[split]
+
     def class_names(self) -> tuple[str, ...]:
         """Category names in id order, over all splits.
 

@@ -118,8 +118,7 @@ def require_split(split: str, splits: tuple[str, ...], root: Path) -> None:
         raise DataError(
             f"{printable(root)} has no split {split!r}",
             expected=", ".join(splits) if splits else "at least one split, but none was found",
-            fix="it has no splits yet: VOC lists image names in ImageSets/Main/train.txt and val.txt, COCO has a JSON file "
-            "for each split, YOLO a folder"
+            fix=f"it has no splits yet: `edgekd data split {printable(root)} --val 0.2` draws them"
             if unsplit
             else "name one of these: `data.train` and `data.val` in a recipe, --split on the command line"
             if splits

@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "repeated-annotation-id": Rule("warning", False, "two COCO annotations share an id: both are read"),
     "orphan-annotation": Rule("error", False, "the annotation belongs to no listed image: left out"),
     "orphan-label": Rule("warning", False, "a label file without its image: left out"),
+    "unannotated-image": Rule("warning", False, "an image without annotation, in a folder that needs one: ignored"),
     "ambiguous-image": Rule(
         "warning", False, "several images have the annotation's name: the one it names, or the first"
     ),

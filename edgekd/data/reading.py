@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from edgekd.data.coco import CocoSource, coco_files
-from edgekd.data.layout import Format, Source, find_split
+from edgekd.data.layout import Format, Source, files_under, find_split, is_image
 from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.records import resolve
 from edgekd.data.voc import VocSource, voc_bases
@@ -18,6 +19,9 @@ from edgekd.errors import DataError
 from edgekd.types import Dataset
 
 _log = logging.getLogger("edgekd.data")
+
+_MOST_LOOKED_AT = 100_000
+"""Files in a folder that is no data set, to say what it holds."""
 
 _GIVE_NAMES = "give the class names (`data.classes` in a recipe)"
 
@@ -42,10 +46,12 @@ def detect_format(root: Path | str) -> Format:
         return found[0]
     if found:
         raise DataError(f"{printable(root)} can be read in several formats: {', '.join(found)}", fix="name the format")
+    images = sum(map(is_image, itertools.islice(files_under(root), _MOST_LOOKED_AT))) if root.is_dir() else 0
     raise DataError(
-        f"{printable(root)} holds no data set in a known layout",
-        expected="VOC (Annotations/*.xml, JPEGImages/, ImageSets/Main/*.txt), COCO (annotations/instances_*.json), "
-        "or YOLO (data.yaml, or images/ beside labels/ with classes.txt)",
+        f"{printable(root)} holds {f'{images} images but no annotations' if images else 'no data set in a known layout'}",
+        expected="VOC (Annotations/*.xml, JPEGImages/, ImageSets/Main/*.txt), COCO (annotations/instances_*.json), YOLO "
+        "(data.yaml, or images/ beside labels/ with classes.txt), or a .xml or .txt of its name beside each image",
+        fix="`edgekd data label RECIPE` has the recipe's teachers annotate them" if images else None,
     )
 
 

@@ -117,7 +117,15 @@ class VocSource:
                 problems.append(Problem("duplicate-id", raw.annotation, f"id {raw.image_id!r} again", split=split))
                 continue
             found[raw.image_id] = raw
+        if listing is None and limit is None:
+            self._report_unannotated(split, {raw.path for raw in found.values()}, problems)
         return list(found.values())
+
+    def _report_unannotated(self, split: str, used: set[Path], problems: list[Problem]) -> None:
+        """Name images without an XML file, where no list says which images are meant."""
+        for path in (path for paths in self._images.get(self._image_folder(split), {}).values() for path in paths):
+            if path not in used and not self._annotation_path(split, stem_of(path.name)):
+                problems.append(Problem("unannotated-image", path, "no annotation has its name", split=split))
 
     def _read(self, split: str, key: str, line: int | None, problems: list[Problem]) -> RawImage | None:
         path = self._annotation_path(split, key)

@@ -1,8 +1,9 @@
 """YOLO txt: one line an object, `class cx cy w h` as shares of the image, beside a YAML file that names the classes.
 
 Splits are the YAML's train, val, test (or any key that leads to images): folders, lists of folders, or .txt files that
-list images. A label file lies where its image does, with the last "images" of the path changed to "labels". An image
-without a label file shows only background. A line of a segmentation polygon becomes the box around it.
+list images; `yolo_folders` finds them where no YAML names any. A label file lies where its image does, with the last
+"images" of the path changed to "labels", or beside it. An image without a label file shows only background. A line of a
+segmentation polygon becomes the box around it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from edgekd.data.layout import (
 )
 from edgekd.data.problems import Problem, printable
 from edgekd.data.sidecar import read_sidecar
-from edgekd.data.yolo_yaml import find_yaml, load_yaml, names_beside, names_of, plain_splits, splits_of
+from edgekd.data.yolo_folders import NO_LABELS, label_path, names_beside, plain_splits
+from edgekd.data.yolo_yaml import USUAL_SPLITS, find_yaml, load_yaml, names_of, splits_of
 from edgekd.errors import DataError
 
 
@@ -63,6 +65,8 @@ class YoloSource:
         if self._yaml:
             data = load_yaml(self._yaml)
             self._base, self._splits = splits_of(self._yaml, data)
+            if not set(USUAL_SPLITS) & set(self._splits):
+                self._splits = {**plain_splits(folder), **self._splits}
             self._names = names_of(self._yaml, data)
         else:
             self._base, self._splits = folder, plain_splits(folder)
@@ -196,20 +200,8 @@ class YoloSource:
             if not folder.is_dir():
                 continue
             for path in files_under(folder):
-                if path.suffix == ".txt" and path not in wanted and path.name != "classes.txt":
+                if path.suffix == ".txt" and path not in wanted and path.name not in NO_LABELS:
                     problems.append(Problem("orphan-label", path, "no image in the split has this label", split=split))
-
-
-def label_path(image: Path) -> Path:
-    """Where an image's labels are: .../images/x.jpg -> .../labels/x.txt, or beside it where that is not there."""
-    parts = list(image.parts)
-    beside = image.with_suffix(".txt")
-    for position in range(len(parts) - 2, -1, -1):
-        if parts[position] == "images":
-            parts[position] = "labels"
-            label = Path(*parts).with_suffix(".txt")
-            return beside if not label.is_file() and beside.is_file() else label
-    return beside
 
 
 def parse_line(text: str) -> tuple[int, tuple[float, float, float, float]]:

@@ -1,4 +1,4 @@
-"""How a YOLO data set describes itself: data.yaml as people and services write it, or plain folders."""
+"""How a YOLO data set describes itself in YAML, as people and services write it; `yolo_folders` is for those without."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 
 import yaml
 
-from edgekd.data.layout import is_image, numbered_lines
 from edgekd.data.problems import printable
 from edgekd.errors import DataError
 
 _YAMLS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-_USUAL = ("train", "val", "valid", "test")
+USUAL_SPLITS = ("train", "val", "valid", "test")
 NOT_SPLITS = frozenset({"path", "names", "nc", "download", "yaml_file", "kpt_shape", "flip_idx", "channels", "license"})
-_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
 
 
 def find_yaml(root: Path) -> Path | None:
@@ -31,7 +29,7 @@ def find_yaml(root: Path) -> Path | None:
             data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
             continue
-        if isinstance(data, dict) and "names" in data and set(_USUAL) & set(data):
+        if isinstance(data, dict) and "names" in data and set(USUAL_SPLITS) & set(data):
             return path
     return None
 
@@ -67,11 +65,11 @@ def splits_of(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, list
             continue
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts) or not texts:
-            if key in _USUAL:
+            if key in USUAL_SPLITS:
                 raise DataError(f"{printable(path)}: {key} must be a path or a list of paths", got=repr(value))
             continue
         entries = [_resolve(text, base, path.parent) for text in texts]
-        if key in _USUAL or all(map(os.path.exists, entries)):
+        if key in USUAL_SPLITS or all(map(os.path.exists, entries)):
             splits[key] = entries
     return base, splits
 
@@ -105,40 +103,18 @@ def names_of(path: Path, data: Mapping[str, Any]) -> tuple[str, ...] | None:
     texts = tuple(str(name) for name in names)
     if count is not None and count != len(texts):
         raise DataError(f"{printable(path)}: nc and names disagree", got=f"nc {count}, {len(texts)} names")
-    return _distinct(path, texts)
+    return distinct_names(path, texts)
 
 
-def _distinct(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+def distinct_names(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The class names that a file gives.
+
+    Raises:
+        DataError: they repeat, or there is none.
+    """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{printable(path)}: class names repeat", got=", ".join(twice))
     if not names:
         raise DataError(f"{printable(path)}: no class names")
     return names
-
-
-def names_beside(folder: Path) -> tuple[str, ...] | None:
-    """Class names from classes.txt or a *.names file, one a line; None where there is no such file.
-
-    Raises:
-        DataError: they repeat, or there is none in it.
-    """
-    for path in [folder / name for name in _NAME_FILES] + sorted(folder.glob("*.names")):
-        if path.is_file():
-            return _distinct(path, tuple(printable(text) for _, text in numbered_lines(path)))
-    return None
-
-
-def plain_splits(root: Path) -> dict[str, list[Path]]:
-    """images/SPLIT beside labels/SPLIT, SPLIT/images beside SPLIT/labels, or images beside labels as one split, "all"."""
-    folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-    if (root / "images").is_dir() and (root / "labels").is_dir():
-        children = sorted(child for child in (root / "images").iterdir() if child.is_dir())
-        if children and not any(is_image(path) for path in (root / "images").iterdir()):
-            return {child.name: [child] for child in children}
-        return {"all": [root / "images"]}
-    return {
-        child.name: [child / "images"]
-        for child in folders
-        if (child / "images").is_dir() and (child / "labels").is_dir()
-    }
