@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edgekd import ranks
 from edgekd.artifact import is_current, sha256_file, write_json, write_manifest
 from edgekd.checkpoint import detector_file
@@ -106,7 +104,7 @@ def record_views(work: Workspace, distiller: Distiller, identities: Sequence[Map
             raise
         work.terminal.warn(f"{error.what}: teachers run at every step")
         return
-    _together()  # no process writes before all have looked at the room
+    ranks.barrier()  # no process writes before all have looked at the room
     stores = []
     for recording in recordings:
         with work.terminal.counting(f"views for {recording.teacher.name}") as progress:
@@ -114,7 +112,7 @@ def record_views(work: Workspace, distiller: Distiller, identities: Sequence[Map
     if distiller.wanted[0].soft and len(stores) > 1:
         fusion = {"ensemble": recipe.ensemble.model_dump(mode="json"), "weights": list(distiller.set.weights)}
         stores.append(fill_fused(recordings, stores, distiller.set.fuse, student.input_hw, fusion))
-    _together()
+    ranks.barrier()
     distiller.stores = tuple(stores)
 
 
@@ -134,12 +132,6 @@ def _check_room(work: Workspace, config: CacheConfig, recordings: Sequence[Recor
     what = f"teacher cache: {len(recordings)} teachers x {slots} views x {len(work.train)} images"
     work.terminal.note(f"{what}: {needed} (budget {config.disk_budget_gib:g} GiB)")
     make_room(recordings[0].root, [one.folder for one in recordings], needed, int(config.disk_budget_gib * GIB))
-
-
-def _together() -> None:
-    """Wait for the other ranks, if there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def _check_heard(work: Workspace, teachers: Sequence[PredictorTeacher], collected: Sequence[Answers]) -> None:
@@ -210,6 +202,7 @@ class _Together:
 
     ensemble: Ensemble
     name: str = "ensemble"
+    detector: None = None
 
     @property
     def student_class_names(self) -> tuple[str, ...]:

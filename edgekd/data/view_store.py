@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,12 @@ VIEWS, ENDS, BOXES, PROBS = "views", "soft.ends", "soft.boxes", "soft.probs"
 
 Arrays = dict[str, NDArray[Any]]
 
-_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "I64": np.dtype("<i8"),
+    "U64": np.dtype("<u8"),
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -197,7 +203,8 @@ def hold(folder: Path, *, alone: bool = False) -> IO[bytes] | None:
         except OSError:
             stream.close()
             return None
-        if path.exists() and path.samefile(f"/proc/self/fd/{stream.fileno()}"):
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            os.utime(path)  # what was used last is evicted last
             return stream
         stream.close()  # evicted while we waited: what we hold is no longer there
 

@@ -7,7 +7,7 @@ view as it maps ground truth, so any number of teachers, at any input size, cost
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgekd.artifact import atomic_path, is_current, sha256_file, sha256_json, w
 from edgekd.data.images import load_image
 from edgekd.errors import DistillationSetupError, EdgeKDError, TeacherError
 from edgekd.teachers.base import Teacher
+from edgekd.teachers.claims import fill_together
 from edgekd.types import Dataset, ImageRecord, SoftDetections
 
 SHARD_IMAGES = 256
@@ -51,19 +52,25 @@ def collect_answers(
     names = [f"{key}-{index:05d}.npz" for index in range(len(shards))]
     finished = is_current(folder, "answers", inputs)
     answers: dict[str, SoftDetections] = {}
-    for name, records in zip(names, shards, strict=True):
-        path = folder / name
-        found = _read_shard(path, len(teacher.student_class_names)) if path.is_file() else None
-        if found is None:
-            finished = False
-            found = {
-                record.image_id: _as_stored(_ask(teacher, record))
-                for record in _counted(records, answers, len(dataset), progress)
-            }
-            _write_shard(path, found)
+
+    def ready(name: str, whole: bool) -> bool:
+        found = _read_shard(folder / name, len(teacher.student_class_names))
+        answers.update(found or {})
+        return found is not None
+
+    def make(name: str) -> None:
+        found = {}
+        for record in shards[names.index(name)]:
+            found[record.image_id] = _as_stored(_ask(teacher, record))
+            if progress is not None:
+                progress(len(answers) + len(found), len(dataset))
+        _write_shard(folder / name, found)
         answers.update(found)
-        if progress is not None:
-            progress(len(answers), len(dataset))
+
+    if fill_together(folder, names, ready, make):
+        finished = False
+    if progress is not None:
+        progress(len(dataset), len(dataset))
     if teacher.detector is None and not any(len(answer) for answer in answers.values()):
         raise DistillationSetupError(
             f"teacher {teacher.name} finds nothing in any of the {len(dataset)} training images",
@@ -72,7 +79,7 @@ def collect_answers(
         )
     if not finished:
         for stale in sorted(set(folder.glob("*.npz")) - {folder / name for name in names}):
-            stale.unlink()
+            stale.unlink(missing_ok=True)
         write_manifest(folder, "answers", inputs, names, {"teacher": teacher.name, "images": len(dataset)})
     return answers
 
@@ -96,15 +103,6 @@ def _ask(teacher: Teacher, record: ImageRecord) -> SoftDetections:
         ) from error
 
 
-def _counted(
-    records: tuple[ImageRecord, ...], done: Mapping[str, object], total: int, progress: Progress | None
-) -> Iterator[ImageRecord]:
-    for offset, record in enumerate(records):
-        yield record
-        if progress is not None:
-            progress(len(done) + offset + 1, total)
-
-
 def _file_facts(record: ImageRecord) -> tuple[int, str]:
     """Size and content hash: a changed image must be asked about again even if its name and date stay."""
     return record.path.stat().st_size, sha256_file(record.path)[:16]
@@ -124,13 +122,13 @@ def _write_shard(path: Path, answers: Mapping[str, SoftDetections]) -> None:
 
 
 def _read_shard(path: Path, num_classes: int) -> dict[str, SoftDetections] | None:
-    """A shard's answers, or None when it is damaged (it is then made again)."""
+    """A shard's answers, or None when it is missing or damaged (it is then made)."""
     try:
         with np.load(path, allow_pickle=False) as data:
             ids, counts, boxes, probs = data["ids"], data["counts"], data["boxes"], data["probs"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    if probs.shape[-1] != num_classes or counts.sum() != len(boxes) or len(ids) != len(counts):
+    if probs.ndim != 2 or probs.shape[-1] != num_classes or counts.sum() != len(boxes) or len(ids) != len(counts):
         return None
     ends = np.cumsum(counts)
     return {
