@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from edgekd.detectors import spec_for
 from edgekd.detectors.anchors import PriorLayout, encode_boxes, even_scales, xyxy_from_cxcywh
 from edgekd.detectors.assignment import PaddedTargets, pad_soft_targets, pad_targets
 from edgekd.detectors.base import SoftTargets, Targets
 from edgekd.detectors.matching import match_priors
+from edgekd.detectors.ssd import build_ssd
 from edgekd.detectors.ssd_losses import (
     MIN_CONFIDENCE,
     background_and_classes,
@@ -19,6 +21,7 @@ from edgekd.detectors.ssd_losses import (
     multibox_losses,
     soft_multibox_losses,
 )
+from edgekd.recipe import ModelConfig
 
 CLASSES = 3
 PRIORS = PriorLayout(((5, 5), (2, 2)), even_scales(0.2, 0.8, 2, half_level_first=False), ((2.0,),) * 2).priors((80, 80))
@@ -52,9 +55,9 @@ def box_sum(offsets: Tensor, box: Tensor, prior: int) -> float:
     return sum(smooth_l1(float(a - b)) for a, b in zip(offsets, wanted, strict=True))
 
 
-def reference_losses(logits: Tensor, offsets: Tensor, targets: Targets) -> tuple[float, float]:
+def reference_losses(logits: Tensor, offsets: Tensor, targets: Targets, min_iou: float = 0.5) -> tuple[float, float]:
     padded = pad_targets(targets, CLASSES, CPU)
-    match = match_priors(xyxy_from_cxcywh(PRIORS), padded)
+    match = match_priors(xyxy_from_cxcywh(PRIORS), padded, min_iou)
     cls_sum = box_total = 0.0
     count = 0
     for image in range(len(logits)):
@@ -83,6 +86,29 @@ def test_losses_equal_the_reference(counts: tuple[int, ...]) -> None:
     assert logits.grad.isfinite().all()
     assert offsets.grad is not None
     assert offsets.grad.isfinite().all()
+
+
+def test_a_lower_match_iou_reaches_the_losses() -> None:
+    logits, offsets = outputs(1, 2)
+    targets = Targets([boxes(i, 3) for i in range(2)], [torch.arange(3) % CLASSES] * 2)
+    losses = multibox_losses(logits, offsets, PRIORS, pad_targets(targets, CLASSES, CPU), 0.3)
+    wanted = reference_losses(logits.detach(), offsets.detach(), targets, 0.3)
+    assert (losses["cls"].item(), losses["box"].item()) == pytest.approx(wanted, rel=1e-4)
+    assert wanted != pytest.approx(reference_losses(logits.detach(), offsets.detach(), targets), rel=1e-3)
+
+
+@pytest.mark.parametrize("match_iou", [0.3, 0.7])
+def test_the_recipe_sets_the_match_iou(match_iou: float) -> None:
+    config = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25, options={"match_iou": match_iou})
+    detector = build_ssd(spec_for(config, "abc")).eval()
+    output = detector(torch.zeros(1, 3, 96, 96))
+    targets = Targets([torch.tensor([[10.0, 10.0, 50.0, 40.0]])], [torch.tensor([1])])
+    padded = pad_targets(targets, 3, CPU)
+    wanted = multibox_losses(output.cls_logits, output.bbox_regression, detector.prior_boxes(), padded, match_iou)
+    other = multibox_losses(output.cls_logits, output.bbox_regression, detector.prior_boxes(), padded, 1 - match_iou)
+    losses = detector.detection_losses(output, targets)
+    assert losses["box"] == wanted["box"]
+    assert losses["box"] != other["box"]
 
 
 def soft_target(counts: tuple[int, ...]) -> SoftTargets:

@@ -169,7 +169,7 @@ class SSD(Detector):
         lite = FAMILIES[spec.model].lite
         input_hw = spec.preprocess.input_hw
         options = read_options(spec.model, spec.options, input_hw)
-        self.spec = spec
+        self.spec, self.match_iou = spec, options.match_iou
         self.backbone = _backbone(spec.model, spec.width)
         maps = self._meta_maps(input_hw)
         fine, coarse = (m.channels for m in self.backbone.maps[-2:])
@@ -225,13 +225,15 @@ class SSD(Detector):
     def detection_losses(self, output: DetectorOutput, targets: Targets) -> dict[str, Tensor]:
         """{"cls", "box"}: see `ssd_losses.multibox_losses`."""
         padded = pad_targets(targets, len(self.spec.class_names), self.priors.device)
-        return multibox_losses(output.cls_logits, output.bbox_regression, self.priors, padded)
+        return multibox_losses(output.cls_logits, output.bbox_regression, self.priors, padded, self.match_iou)
 
     def soft_losses(self, output: DetectorOutput, soft: SoftTargets, temperature: float = 1.0) -> dict[str, Tensor]:
         """{"cls", "box"}: see `ssd_losses.soft_multibox_losses`."""
         padded = pad_soft_targets(confident(soft), len(self.spec.class_names), self.priors.device)
         silent = silent_rows(soft, self.priors) if len(soft.silent_xyxy) else None
-        return soft_multibox_losses(output.cls_logits, output.bbox_regression, self.priors, padded, temperature, silent)
+        return soft_multibox_losses(
+            output.cls_logits, output.bbox_regression, self.priors, padded, temperature, silent, self.match_iou
+        )
 
     def prior_boxes(self) -> Tensor:
         """(P, 4) float32 cxcywh, input pixels; not clipped to the image."""

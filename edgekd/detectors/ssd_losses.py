@@ -18,7 +18,7 @@ MIN_CONFIDENCE = 0.05
 
 
 def multibox_losses(
-    cls_logits: Tensor, offsets: Tensor, priors_cxcywh: Tensor, targets: PaddedTargets
+    cls_logits: Tensor, offsets: Tensor, priors_cxcywh: Tensor, targets: PaddedTargets, min_iou: float = 0.5
 ) -> dict[str, Tensor]:
     """Cross-entropy over positives and mined negatives, and smooth L1 over positives' offsets.
 
@@ -30,12 +30,13 @@ def multibox_losses(
         offsets: (B, P, 4), see `encode_boxes`.
         priors_cxcywh: (P, 4) pixels.
         targets: one-hot, pixels.
+        min_iou: with a box, from which a prior learns it; see `match_priors`.
 
     Returns:
         {"cls": scalar, "box": scalar}.
     """
     logits = cls_logits.float()
-    match = match_priors(xyxy_from_cxcywh(priors_cxcywh), targets)
+    match = match_priors(xyxy_from_cxcywh(priors_cxcywh), targets, min_iou)
     labels = targets.class_probs.argmax(-1) + 1
     wanted = labels.gather(1, match.box) * match.positive
     loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
@@ -53,6 +54,7 @@ def soft_multibox_losses(
     targets: PaddedTargets,
     temperature: float,
     silent: Tensor | None = None,
+    min_iou: float = 0.5,
 ) -> dict[str, Tensor]:
     """The same with a teacher's answer in place of ground truth.
 
@@ -63,7 +65,7 @@ def soft_multibox_losses(
     divided by the matched confidence, each image counting for at least 1. Arguments as for `multibox_losses`; give it
     only boxes worth learning from (`confident`). Priors of `silent`, (B, P) bool, never learn background.
     """
-    match = match_priors(xyxy_from_cxcywh(priors_cxcywh), targets)
+    match = match_priors(xyxy_from_cxcywh(priors_cxcywh), targets, min_iou)
     logits = cls_logits.float()
     # Softening the few boxes and gathering is cheaper than softening every prior's row.
     soft = background_and_classes(targets.class_probs).pow(1.0 / temperature)

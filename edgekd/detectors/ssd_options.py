@@ -24,11 +24,14 @@ class SsdOptions:
             levels between are spaced evenly. VGG's extra fine level (stride 8) has half of `min_scale`, and the even
             spacing starts behind it, as in the paper.
         aspect_ratios: of the other priors; each is used upright too.
+        match_iou: with a box, from which a prior learns it. The papers' 0.5 leaves objects smaller than a cell of the
+            finest level with one prior or none; 0.4 gives them more.
     """
 
     min_scale: float
     max_scale: float
     aspect_ratios: tuple[float, ...] = (2.0, 3.0)
+    match_iou: float = 0.5
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as they stand in `DetectorSpec.options`."""
@@ -130,7 +133,8 @@ def read_options(model: str, given: Mapping[str, Any], input_hw: tuple[int, int]
         raise RecipeError(
             f"{model}: aspect_ratios repeat", got=list(ratios), expected="different ratios above 1 (1 is always there)"
         )
-    return SsdOptions(min_scale, max_scale, ratios)
+    match_iou = _number(model, "match_iou", values["match_iou"], low=0.1, high=0.9)
+    return SsdOptions(min_scale, max_scale, ratios, match_iou)
 
 
 def _number(model: str, name: str, value: object, low: float = 0.01, high: float = 1.5) -> float:
