@@ -26,12 +26,13 @@ class Terminal:
 
     Args:
         quiet: show warnings only.
+        bars: False where several processes write to one terminal: lines, as in a log file.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, bars: bool = True) -> None:
         from rich.console import Console
 
-        self.quiet = quiet
+        self.quiet, self.bars = quiet, bars
         self.console: Console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def stage(self, number: int, total: int, title: str) -> None:
@@ -79,7 +80,7 @@ class Terminal:
     def _bar(self, label: str) -> Iterator[Callable[[int, int, str], None]]:
         if self.quiet:
             yield lambda done, total, text: None
-        elif self.console.is_terminal:
+        elif self.bars and self.console.is_terminal:
             with self._live() as progress:
                 task = progress.add_task(label, total=None, text="")
                 yield lambda done, total, text: progress.update(task, completed=done, total=total, text=text)

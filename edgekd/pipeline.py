@@ -23,12 +23,13 @@ from edgekd.errors import EdgeKDError
 from edgekd.export import ExportData, Thresholds, export_run
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher, Recipe, TeacherConfig
 from edgekd.recipe_file import dump_recipe
-from edgekd.stages import RECIPE_FILE, distill_student, ready_teachers, train_student
+from edgekd.side_by_side import train_independent
+from edgekd.stages import RECIPE_FILE, distill_student
 from edgekd.summary import summary_text
 from edgekd.teaching import check_setup, ensemble_weights, teacher_identity
 from edgekd.workspace import Workspace, is_synthetic, open_workspace
 
-STAGES = ("teachers", "student alone", "distilled student", "export", "benchmark", "report")
+STAGES = ("teachers and the student alone", "distilled student", "export", "benchmark", "report")
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,23 @@ class ChainResult:
         }
 
 
-def run_recipe(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False) -> ChainResult:
-    """Run all of a recipe in `out`.
+def run_recipe(
+    recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False, jobs: int | None = None
+) -> ChainResult:
+    """Run all of a recipe in `out`, with `jobs` trainings at once (None for as many as the machine has room for).
 
     Raises:
         EdgeKDError: a stage failed; what was finished before stays, and the next run goes on from there.
     """
     with open_workspace(recipe, out, device=device, quiet=quiet) as work:
-        return _Chain(replace(work, replaced=out / "replaced"), out).run()
+        return _Chain(replace(work, replaced=out / "replaced"), out, jobs).run()
 
 
 @dataclass
 class _Chain:
     work: Workspace
     out: Path
+    jobs: int | None
     failures: list[EdgeKDError] = field(default_factory=list)
 
     def run(self) -> ChainResult:
@@ -77,16 +81,14 @@ class _Chain:
         check_setup(work)
         write_text(out / RECIPE_FILE, dump_recipe(work.recipe, out))
         self._begin(0)
-        teachers = ready_teachers(work, out / "teachers")
+        teachers, student = train_independent(work, out / "teachers", out / "student", self.jobs)
         self._begin(1)
-        student = train_student(work, out / "student")
-        self._begin(2)
         distilled = distill_student(work, teachers, out / "distilled", answers=out / "answers")
-        self._begin(3)
+        self._begin(2)
         files = self._export(teachers, student.folder, distilled.folder)
-        self._begin(4)
+        self._begin(3)
         result = self._bench(teachers, files)
-        self._begin(5)
+        self._begin(4)
         from edgekd.report.page import write_report
 
         page = write_report(out, out / "report.html")

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from edgekd.train import RunResult
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.", metavar="RECIPE")]
+JobsOption = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", min=1, help="Trainings at once; left out, as many as a CPU has cores and memory for."),
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is made.", metavar="DIR")]
 
 
@@ -78,6 +82,7 @@ def run(
     seed: SeedOption = None,
     device: DeviceOption = None,
     quiet: QuietOption = False,
+    jobs: JobsOption = None,
 ) -> None:
     """Do all of a recipe: teachers, student alone, distilled student, export, benchmark, report.
 
@@ -88,7 +93,7 @@ def run(
     from edgekd.recipe_file import load_recipe
 
     checked = load_recipe(recipe, session.overrides, needs=("data", "student", "teachers"))
-    result = run_recipe(checked, out, device=session.device or "auto", quiet=session.quiet)
+    result = run_recipe(checked, out, device=session.device or "auto", quiet=session.quiet, jobs=jobs)
 
     def show() -> None:
         typer.echo(result.table)
