@@ -43,4 +43,4 @@ def name_column(names: Sequence[object], width: float, limit: int = 26) -> float
     """Pixels that names take at the left of a wide plot; none in a narrow one, where they stand above."""
     if width <= NARROW:
         return 0.0
-    return min(200.0, max((len(shortened(name, limit)) for name in names), default=4) * 7.3 + 12)
+    return min(200.0, 14 + max((len(shortened(name, limit)) for name in names), default=4) * 7.3 + 12)

@@ -124,12 +124,14 @@ def _take_pictures(found: Sources, file: Path) -> None:
     """Detections and examples beside a result. Names in it are joined bare, so that a stranger's points nowhere else."""
     assert found.result is not None
     names = found.result["files"]
+    detections = file.parent / Path(names["detections"] or "detections.npz").name
+    listed = Path(names["examples"] or "examples/examples.json")
+    examples = file.parent / (listed.parent.name.strip(".") or "examples") / listed.name
     try:
-        found.saved = read_saved(file.parent / Path(names["detections"] or "detections.npz").name)
-        listed = Path(names["examples"] or "examples/examples.json")
-        folder = file.parent / (listed.parent.name.strip(".") or "examples")
-        examples = read_examples(folder / listed.name)
-        found.examples = folder, fit(examples, EXAMPLES)
+        if detections.is_file():
+            found.saved = read_saved(detections)
+        if examples.is_file():
+            found.examples = examples.parent, fit(read_examples(examples), EXAMPLES)
     except ArtifactError as error:
         found.problems.append(f"pictures: {_in_one_line(error, file.parent)}")
 
