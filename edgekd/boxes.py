@@ -15,7 +15,7 @@ def area(boxes_xyxy: FloatArray) -> FloatArray:
 
 def iou_matrix(a_xyxy: FloatArray, b_xyxy: FloatArray) -> FloatArray:
     """(N, M) intersection over union of each of N boxes with each of M; 0 where the union is empty."""
-    a, b = a_xyxy.T[:, :, None], b_xyxy.T[:, None, :]
+    a, b = a_xyxy.T[:, :, None], np.ascontiguousarray(b_xyxy.T)[:, None, :]  # so that the inner loops run along memory
     width = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
     height = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
     np.maximum(width, 0.0, out=width)

@@ -17,7 +17,7 @@ from edgekd.types import BoolArray, Detections, FloatArray, IntArray, SoftDetect
 PRE_NMS_TOP_K = 1000
 """Candidates that enter NMS at most. At a 0.001 threshold a YOLO head gives tens of thousands, nearly all noise."""
 
-_BLOCK = 200
+_BLOCK = 128
 
 
 def nms(boxes_xyxy: FloatArray, scores: FloatArray, labels: IntArray, iou: float, limit: int | None = None) -> IntArray:
@@ -32,15 +32,16 @@ def nms(boxes_xyxy: FloatArray, scores: FloatArray, labels: IntArray, iou: float
         limit: keep at most so many.
     """
     order = np.argsort(-scores, kind="stable")
+    boxes_xyxy, labels = boxes_xyxy[order], labels[order]
     kept: IntArray = np.zeros(0, np.int64)
     for start in range(0, len(order), _BLOCK):
-        block = order[start : start + _BLOCK]
+        block = np.arange(start, min(start + _BLOCK, len(order)))
         if len(kept):
             block = block[~_overlap(boxes_xyxy, labels, kept, block, iou).any(0)]
         kept = np.concatenate([kept, block[_greedy(_overlap(boxes_xyxy, labels, block, block, iou))]])
         if limit is not None and len(kept) >= limit:
-            return kept[:limit]
-    return kept
+            return order[kept[:limit]]
+    return order[kept]
 
 
 def _overlap(boxes: FloatArray, labels: IntArray, rows: IntArray, columns: IntArray, iou: float) -> BoolArray:
@@ -51,11 +52,16 @@ def _overlap(boxes: FloatArray, labels: IntArray, rows: IntArray, columns: IntAr
 
 
 def _greedy(over: BoolArray) -> BoolArray:
-    """(N,) bool: what greedy suppression keeps, given (N, N) overlaps of rows in descending score."""
-    keep = np.ones(len(over), np.bool_)
+    """(N,) bool: what greedy suppression keeps, given symmetric (N, N) overlaps of rows in descending score."""
+    # A row of the matrix as the bits of one Python integer: marking all that it suppresses is then a single `or`.
+    packed = np.packbits(over, axis=1, bitorder="little")
+    width, data = packed.shape[1], packed.tobytes()
+    keep = np.zeros(len(over), np.bool_)
+    gone = 0
     for row in range(len(over)):
-        if keep[row]:
-            keep[row + 1 :] &= ~over[row, row + 1 :]
+        if not gone >> row & 1:
+            keep[row] = True
+            gone |= int.from_bytes(data[row * width : (row + 1) * width], "little")
     return keep
 
 
@@ -116,6 +122,9 @@ def select(
     Returns:
         At most `max_detections`, best first, in the frame of `boxes_xyxy`.
     """
+    if not scores.flags.c_contiguous:  # channels first, as YOLO gives them: flattening would copy every score
+        rows = np.flatnonzero(scores.max(1, initial=0.0) > score_threshold)
+        boxes_xyxy, scores = boxes_xyxy[rows], np.ascontiguousarray(scores[rows])
     pairs = np.flatnonzero(scores > score_threshold)
     values = scores.reshape(-1)[pairs]
     top = _top_k(values, PRE_NMS_TOP_K)

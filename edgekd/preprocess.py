@@ -89,11 +89,14 @@ def normalisation(spec: PreprocessSpec) -> tuple[FloatArray, FloatArray]:
 def normalise(image: ImageArray, spec: PreprocessSpec) -> FloatArray:
     """(H, W, 3) uint8 RGB at input size to (1, 3, H, W) float32, contiguous.
 
-    Transposes while the data is still one byte a value, which is several times cheaper than afterwards.
+    The channels are taken apart while a value is still one byte, several times cheaper than afterwards, and the rest is done
+    in place.
     """
     scale, bias = normalisation(spec)
-    chw = np.ascontiguousarray(image.transpose(2, 0, 1))
-    out = np.multiply(chw, scale, dtype=np.float32)
+    planes = np.empty((3, *image.shape[:2]), np.uint8)
+    cv2.split(image, list(planes))
+    out = planes.astype(np.float32)
+    out *= scale
     out += bias
     return out[None]
 

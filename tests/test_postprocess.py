@@ -51,7 +51,7 @@ def crowd(rng: np.random.Generator, count: int, classes: int = 3) -> tuple[np.nd
     return boxes, rng.random(count).astype(np.float32), rng.integers(0, classes, count)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 50, 199, 200, 201, 450])
+@pytest.mark.parametrize("count", [0, 1, 2, 50, 127, 128, 129, 450])
 @pytest.mark.parametrize("iou", [0.3, 0.6])
 def test_nms_equals_one_by_one(count: int, iou: float) -> None:
     boxes, scores, labels = crowd(np.random.default_rng(count), count)
@@ -112,6 +112,19 @@ def test_select_soft_keeps_class_vectors() -> None:
     scores = np.array([[0.6, 0.3], [0.5, 0.1], [0.2, 0.9]], np.float32)
     found = select_soft(boxes, scores, score_threshold=0.05, nms_iou=0.5, max_detections=10)
     np.testing.assert_array_equal(found.class_probs, scores[[2, 0]])  # the second overlaps the first, same best class
+
+
+def test_select_of_channels_first_scores_is_the_same() -> None:
+    rng = np.random.default_rng(3)
+    corners = rng.uniform(0, 300, (900, 2)).astype(np.float32)
+    boxes = np.concatenate([corners, corners + rng.uniform(5, 80, (900, 2)).astype(np.float32)], 1)
+    scores = np.round(rng.uniform(0, 1, (900, 7)) ** 8, 2).astype(np.float32)  # rounded, so that there are ties
+    settings = {"score_threshold": 0.05, "nms_iou": 0.5, "max_detections": 100}
+    rows_first = select(boxes, scores, **settings)
+    channels_first = select(np.asfortranarray(boxes), np.asfortranarray(scores), **settings)
+    assert len(rows_first) == 100
+    for name in ("boxes_xyxy", "scores", "labels"):
+        assert np.array_equal(getattr(rows_first, name), getattr(channels_first, name)), name
 
 
 def test_select_equals_the_reference_and_honours_the_limit() -> None:
