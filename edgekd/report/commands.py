@@ -22,7 +22,7 @@ def commands_of(sources: Sources) -> list[tuple[str, str]]:
     if (commit := _commit(sources)) is not None:
         found.append(("The code that measured this, in a clone of edgekd", f"git checkout {commit}\npip install -e ."))
     if sources.recipe is not None:
-        found.append(("Everything, from the recipe below", "edgekd run recipe.yaml --out RUN"))
+        found.append(("Everything, from the recipe above", "edgekd run recipe.yaml --out RUN"))
     if sources.result is not None and sources.result["rows"]:
         found.append(("The benchmark alone, from the exported files", _bench(sources.result)))
     for _, comparison in sources.comparisons:
