@@ -26,6 +26,7 @@ from edgekd.comparison import ALONE, Evaluated, summary, table_markdown
 from edgekd.errors import RecipeError, UserError
 from edgekd.recipe import Recipe, TrainedTeacher
 from edgekd.stages import distill_student, ready_teachers, train_student, train_teacher
+from edgekd.teaching import check_setup
 from edgekd.types import Detections
 from edgekd.validate import ResizedImages, detect_dataset
 from edgekd.workspace import Workspace, open_workspace
@@ -102,8 +103,13 @@ def compare(job: CompareJob, finished: Iterator[Run] | None = None) -> Compariso
 
     Args:
         finished: does the runs and tells of each when it is done; left out, they are done here, one after another.
+
+    Raises:
+        EdgeKDError: a teacher or a term cannot work, said before anything is trained; or a run failed.
     """
     with open_workspace(job.recipes[0], job.out, device=job.device, quiet=job.quiet) as base:
+        for recipe in job.recipes:
+            check_setup(replace(base, recipe=recipe))
         found: dict[Run, Evaluated] = {}
         data: dict[str, Any] = {}
         for run in finished if finished is not None else one_by_one(job, job.runs):

@@ -103,7 +103,7 @@ class TrainConfig(_Section):
     """The training loop."""
 
     epochs: int = Field(60, ge=1)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, description="Images a step, over all processes together.")
     accumulate: int = Field(1, ge=1, description="Batches an optimiser step.")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")

@@ -60,7 +60,7 @@ def open_workspace(
     Raises:
         DataError: the data set cannot be read, or has nothing to train on. UserError: another process works in `out`.
     """
-    with locked(out, wait=wait), ranks.joined(on_gpu=uses_gpu(device)):
+    with locked(out, wait=wait), ranks.joined(on_gpu=ranks.launched() and uses_gpu(device)):
         section = recipe.data
         train, val = (
             read_dataset(section.root, split, format=section.format, class_names=section.classes, limit=limit)

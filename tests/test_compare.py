@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgekd.bench.matching import match_coco
-from edgekd.compare import CompareJob, compare
+from edgekd.cli.compare import _share
+from edgekd.cluster import MAX_TRIES, _Dispatcher
+from edgekd.compare import CompareJob, Run, compare, one_by_one
 from edgekd.comparison import Evaluated, gain, spread, table_markdown
 from edgekd.data.scenes import make_scenes
-from edgekd.errors import RecipeError, UserError
+from edgekd.errors import EdgeKDError, RecipeError, UserError
 from edgekd.recipe import Recipe
 from edgekd.types import Detections
 from tests.toy import CLASSES, toy_dataset
@@ -106,7 +110,9 @@ def test_a_comparison_runs_and_goes_on(tmp_path: Path) -> None:
         recipe(root, "with-feature", distill={"terms": [{"loss": "response"}, {"loss": "feature"}]}),
     )
     out = tmp_path / "out"
-    compare(CompareJob(methods[:1], (0,), out, quiet=True))
+    job = CompareJob(methods[:1], (0,), out, quiet=True)
+    shares = [[str(run) for run in one_by_one(job, job.runs[_share(f"{index}/2")])] for index in range(2)]
+    assert shares == [["alone, seed 0"], ["response, seed 0"]]
     before = (out / "response/seed-0/model.pt").stat().st_mtime_ns
     result = compare(CompareJob(methods, (0, 1), out, quiet=True))
     assert (out / "response/seed-0/model.pt").stat().st_mtime_ns == before, "a finished run was run again"
@@ -118,3 +124,93 @@ def test_a_comparison_runs_and_goes_on(tmp_path: Path) -> None:
     assert "4 images" in result.table
     assert table_markdown(data) == (out / "comparison.md").read_text()
     assert (out / "comparison.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("only", ["3/3", "1", "a/2", "-1/2", "1/0", ""])
+def test_a_share_that_is_none_is_refused(only: str) -> None:
+    with pytest.raises(UserError, match="INDEX/COUNT"):
+        _share(only)
+
+
+class RayError(Exception):
+    """A worker was lost."""
+
+
+class RayTaskError(RayError):
+    """The task itself failed."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class FakeRay:
+    """As much of Ray as the dispatcher uses; what becomes of each unit's tries is written down beforehand."""
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+
+    def __init__(self, fates: dict[str, list[Exception | bool]]) -> None:
+        self.fates, self.started = fates, list[str]()
+
+    def remote(self, **options: object) -> Any:
+        return lambda unit_function: SimpleNamespace(remote=self._start)
+
+    def _start(self, job: CompareJob, unit: Run | str, folder: str) -> tuple[str, int]:
+        self.started.append(str(unit))
+        return str(unit), self.started.count(str(unit))
+
+    def wait(self, references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return references[-1:], references[:-1]  # the last begun ends first: order must not matter
+
+    def get(self, reference: tuple[str, int]) -> tuple[str, bool]:
+        unit, number = reference
+        fate = self.fates.get(unit, [])[number - 1 : number] or [True]
+        if isinstance(fate[0], Exception):
+            raise fate[0]
+        return "node", bool(fate[0])
+
+
+def dispatched(folder: Path, fates: dict[str, list[Exception | bool]]) -> tuple[FakeRay, list[str], str]:
+    job = CompareJob((recipe(folder, "a"), recipe(folder, "b")), (0, 1), folder / "out", quiet=True)
+    ray, done = FakeRay(fates), list[str]()
+    try:
+        for run in _Dispatcher(ray, job, {}).run():
+            done.append(str(run))
+    except EdgeKDError as error:
+        return ray, done, str(error)
+    return ray, done, ""
+
+
+RUNS = {f"{method}, seed {seed}" for method in ("alone", "a", "b") for seed in (0, 1)}
+
+
+def test_methods_begin_when_the_teachers_are_trained(tmp_path: Path) -> None:
+    ray, done, told = dispatched(tmp_path, {})
+    assert not told
+    assert set(done) == RUNS
+    assert len(ray.started) == len(RUNS) + 1
+    assert set(ray.started[:3]) == {"t", "alone, seed 0", "alone, seed 1"}
+
+
+def test_lost_workers_are_replaced(tmp_path: Path) -> None:
+    ray, done, told = dispatched(tmp_path, {"t": [RayError("died")], "a, seed 1": [RayError("died"), False, True]})
+    assert not told
+    assert sorted(done) == sorted(RUNS)
+    assert ray.started.count("t") == 2
+    assert ray.started.count("a, seed 1") == 3
+
+
+def test_what_fails_by_its_own_fault_is_told_after_the_rest(tmp_path: Path) -> None:
+    fault = RayTaskError(UserError("the picture is broken"))
+    ray, done, told = dispatched(tmp_path, {"a, seed 0": [fault], "b, seed 1": [RayError("died")] * 9})
+    assert set(done) == RUNS - {"a, seed 0", "b, seed 1"}
+    assert ray.started.count("a, seed 0") == 1
+    assert ray.started.count("b, seed 1") == MAX_TRIES
+    assert "2 of 7 runs failed" in told
+    assert "a, seed 0: the picture is broken" in told
+
+
+def test_without_its_teacher_no_method_begins_but_the_student_alone_does(tmp_path: Path) -> None:
+    _, done, told = dispatched(tmp_path, {"t": [RayTaskError(UserError("no data"))]})
+    assert set(done) == {"alone, seed 0", "alone, seed 1"}
+    assert "4 runs not begun" in told
