@@ -1,0 +1,75 @@
+"""edgekd's student under measurement: a trained one, or one of the same shape without training; as ONNX, fp32 and int8."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgekd.artifact import sha256_json, source_commit
+from edgekd.checkpoint import load_detector
+from edgekd.data.images import decode_image
+from edgekd.detectors import build_detector, spec_for
+from edgekd.detectors.base import Detector
+from edgekd.export import Thresholds, export_onnx
+from edgekd.preprocess import prepare
+from edgekd.recipe import ModelConfig
+
+FAMILY = "mobilenetv2-ssd-lite"
+CALIBRATION_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student at one input size.
+
+    Attributes:
+        detector: in torch. fp32, int8, finished: its ONNX files; `finished` is fp32 with NMS in the graph.
+    """
+
+    detector: Detector
+    trained: bool
+    fp32: Path
+    int8: Path
+    finished: Path
+
+
+def load(checkpoint: Path | None, size: int | None, class_names: Sequence[str]) -> Detector:
+    """A trained detector, at another input size if asked; without a checkpoint an untrained one over `class_names`."""
+    if checkpoint is None:
+        torch.manual_seed(0)
+        return build_detector(spec_for(ModelConfig(model=FAMILY, input_size=size or 320), class_names)).eval()
+    detector = load_detector(checkpoint)
+    if size is None or detector.spec.preprocess.input_hw == (size, size):
+        return detector
+    spec = replace(detector.spec, preprocess=replace(detector.spec.preprocess, input_hw=(size, size)))
+    other = build_detector(spec)
+    other.load_state_dict(detector.state_dict())
+    return other.eval()
+
+
+def export(detector: Detector, trained: bool, folder: Path, thresholds: Thresholds, images: Sequence[bytes]) -> Student:
+    """The ONNX files of a student; files of the same weights and the same edgekd are used again."""
+    size = detector.spec.preprocess.input_hw[0]
+    weights = {name: float(value.double().sum()) for name, value in detector.state_dict().items()}
+    facts = {"spec": detector.spec.to_dict(), "weights": weights, "thresholds": thresholds.to_dict()}
+    key = sha256_json(json.loads(json.dumps([facts, source_commit(), len(images)])))[:10]
+    stem = f"{detector.spec.model}-{size}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{stem}.{kind}.onnx" for kind in ("fp32", "int8", "finished")]
+    calibration = [prepare(decode_image(data), detector.spec.preprocess)[0] for data in images[:CALIBRATION_IMAGES]]
+    settings: list[dict[str, Any]] = [
+        {},
+        {"precision": "int8", "calibration": calibration},
+        {"nms": True, "thresholds": thresholds},
+    ]
+    for file, setting in zip(files, settings, strict=True):
+        if not file.is_file():
+            print(f"  exporting {file.name}", file=sys.stderr)
+            export_onnx(detector, file, **setting)
+    return Student(detector, trained, *files)
