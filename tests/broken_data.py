@@ -49,6 +49,14 @@ def folder_instead(name: str) -> Spoil:
     return lambda root: ((root / name).unlink(), (root / name).mkdir())
 
 
+def folders_for_splits(root: Path) -> None:
+    """A VOC set as a folder a split, without lists."""
+    shutil.rmtree(root / "ImageSets")
+    (root / "train").mkdir()
+    for name in ("JPEGImages", "Annotations"):
+        (root / name).rename(root / "train" / name)
+
+
 def xml(content: str | bytes) -> Spoil:
     return write("Annotations/a.xml", content)
 
@@ -166,7 +174,7 @@ VOC_CASES = {
     ),
     "image of no annotation": Case(
         "voc",
-        both(lambda root: shutil.rmtree(root / "ImageSets"), lambda root: picture(root / "JPEGImages" / "new.png")),
+        both(folders_for_splits, lambda root: picture(root / "train" / "JPEGImages" / "new.png")),
         "unannotated-image",
         "new.png",
     ),

@@ -55,6 +55,7 @@ LAYERS = {
     "report": 6,
     "workspace": 7,
     "teaching": 7,
+    "labelling": 7,
     "stages": 7,
     "side_by_side": 7,
     "pipeline": 7,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.cli.session import JsonOption, QuietOption, SeedOption, session_of
+from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, session_of
 from edgekd.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,6 +141,44 @@ def split(
         typer.echo(f"{'would write' if dry_run else 'written'}: {', '.join(map(str, report.files))}")
 
     session.finish(body, show)
+
+
+@app.command()
+def label(
+    context: typer.Context,
+    recipe: Annotated[
+        Path, typer.Argument(help="Its data.root holds images, data.classes names what to find.", metavar="RECIPE")
+    ],
+    score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score that becomes a label.")] = 0.5,
+    sets: SetOption = None,
+    json: JsonOption = False,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Have a recipe's teachers annotate a folder of images that has no annotations; `data split` and `run` come next.
+
+    Writes instances_all.json (COCO) into the folder. Figures on such labels say how far a student agrees with its
+    teachers, not how often it is right: correct at least the validation part by hand.
+    """
+    session = session_of(context)
+    session.merge(sets=sets, json=json, device=device, quiet=quiet)
+    from edgekd.console import Terminal
+    from edgekd.labelling import label_images
+    from edgekd.recipe_file import load_recipe
+
+    checked = load_recipe(recipe, session.overrides, needs=("data", "teachers"))
+    terminal = Terminal(session.quiet)
+    with terminal.counting("images") as progress:
+        report = label_images(checked, score=score, device=session.device or "auto", progress=progress)
+    for path, reason in report.failures.items():
+        terminal.warn(f"left out: {reason if path in reason else f'{path}: {reason}'}")
+
+    def show() -> None:
+        objects = ", ".join(f"{name} {count}" for name, count in report.objects.items()) or "nothing found"
+        typer.echo(f"{report.file}: {report.images} images; {objects}")
+        typer.echo("These are the teachers' opinions, which nobody has checked: look at `edgekd data check --sheet`.")
+
+    session.finish(report.to_dict(), show)
 
 
 @app.command()

@@ -1,0 +1,143 @@
+"""Images that nobody has annotated, annotated by a recipe's teachers, so that everything else finds a data set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekd.artifact import sha256_json, write_json
+from edgekd.data import detect_format
+from edgekd.data.images import load_image
+from edgekd.data.layout import files_under, is_image
+from edgekd.errors import DataError, DistillationSetupError
+from edgekd.recipe import Recipe
+from edgekd.teachers import build_teacher
+from edgekd.teachers.ensemble import Ensemble
+from edgekd.teaching import teacher_identity
+from edgekd.types import Detections
+from edgekd.workspace import resolved_device
+
+FILE_NAME = "instances_all.json"
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What the teachers found.
+
+    Attributes:
+        file: COCO JSON beside the images, with each box's score. objects: class to number of boxes.
+        failures: path to reason, of images that cannot be read.
+    """
+
+    file: Path
+    images: int
+    objects: Mapping[str, int]
+    failures: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        facts = {"images": self.images, "objects": dict(self.objects), "failures": dict(self.failures)}
+        return {"file": str(self.file), **facts}
+
+
+def label_images(
+    recipe: Recipe, *, score: float = 0.5, device: str = "auto", progress: Callable[[int, int], None] | None = None
+) -> LabelReport:
+    """Write `data.root`/instances_all.json with what the recipe's ensemble finds in the images there.
+
+    Boxes of `score` or more become annotations. Nothing is written unless there are none yet.
+
+    Raises:
+        DataError: the folder has annotations, or no images, or `data.classes` is missing.
+        DistillationSetupError: a teacher has still to be trained, or nothing at all is found.
+    """
+    root, classes = Path(recipe.data.root), recipe.data.classes
+    _require_unlabelled(root)
+    if not classes:
+        raise DataError(
+            "data.classes is missing: no annotation says what to look for",
+            expected="a list of class names that the teachers know",
+            fix="in the recipe's data section, such as classes: [cat, dog]",
+        )
+    paths = [path for path in files_under(root) if is_image(path)]
+    built = [build_teacher(config, classes, device=resolved_device(device)) for config in recipe.teachers]
+    ensemble = Ensemble(built, recipe.ensemble, [config.weight for config in recipe.teachers])
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    for done, path in enumerate(paths, 1):
+        try:
+            picture = load_image(path)
+        except DataError as error:
+            failures[str(path)] = str(error)
+        else:
+            name = path.relative_to(root).as_posix()
+            images.append({"id": done, "file_name": name, "height": picture.shape[0], "width": picture.shape[1]})
+            annotations += _annotations(ensemble.detect(picture), done, len(annotations), score)
+        if progress is not None:
+            progress(done, len(paths))
+    ensemble.close()
+    if not annotations:
+        raise DistillationSetupError(
+            f"no teacher finds anything in any of the {len(images)} images",
+            got=f"no box of score {score:g} or more",
+            fix="a lower --score; or are these the classes, and the pictures, that the teachers know?",
+        )
+    members = {config.name: sha256_json(teacher_identity(config)) for config in recipe.teachers}
+    about = "Answers of teachers, checked by nobody (edgekd data label)"
+    data = {
+        "info": {"description": about, "teachers": members, "fusion": recipe.ensemble.fusion, "score": score},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in enumerate(classes, 1)],
+    }
+    try:
+        write_json(root / FILE_NAME, data)
+    except OSError as error:
+        raise DataError(f"{root} cannot be written to", got=error.strerror) from error
+    found = Counter(classes[entry["category_id"] - 1] for entry in annotations)
+    return LabelReport(root / FILE_NAME, len(images), {name: found[name] for name in classes}, failures)
+
+
+def _require_unlabelled(root: Path) -> None:
+    """Raise unless there are images without annotations in any layout.
+
+    Raises:
+        DataError: there are annotations, or no images.
+    """
+    try:
+        form = detect_format(root)
+    except DataError as error:
+        if "but no annotations" in error.what:
+            return
+        raise DataError(f"{root} is no folder of images without annotations", got=error.what) from error
+    raise DataError(
+        f"{root} has annotations already",
+        got=f"a data set in {form} layout",
+        fix="`edgekd run` distils on it as it is; move the annotations away to have teachers make new ones",
+    )
+
+
+def _annotations(found: Detections, image: int, before: int, score: float) -> list[dict[str, Any]]:
+    """COCO's entries for one image's detections of `score` or more; ids follow `before`."""
+    entries: list[dict[str, Any]] = []
+    for box, sure, label in zip(found.boxes_xyxy.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
+        if sure < score:
+            continue
+        x1, y1, x2, y2 = (round(value, 2) for value in box)
+        side = (round(x2 - x1, 2), round(y2 - y1, 2))
+        entries.append(
+            {
+                "id": before + len(entries) + 1,
+                "image_id": image,
+                "category_id": label + 1,
+                "bbox": [x1, y1, *side],
+                "area": round(side[0] * side[1], 2),
+                "iscrowd": 0,
+                "score": round(sure, 4),
+            }
+        )
+    return entries

@@ -1,0 +1,127 @@
+"""Teachers annotating a folder of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from edgekd.cli import app
+from edgekd.data import list_splits, read_dataset
+from edgekd.data.check import check_dataset
+from tests.data_layouts import picture
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained detector, which finds boxes all over."""
+    import torch
+
+    from edgekd.checkpoint import save_detector
+    from edgekd.detectors import build_detector, spec_for
+    from edgekd.recipe import ModelConfig
+
+    torch.manual_seed(0)
+    config = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    save_detector(path, build_detector(spec_for(config, ("cat", "dog"))), {})
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "my photos ü"
+    for index in range(6):
+        picture(root / ("deep" if index % 2 else "") / f"{index}.png", seed=index)
+    return root
+
+
+def label(tmp_path: Path, photos: Path, checkpoint: Path, *words: object, classes: str = "[dog, cat]") -> Result:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f'name: r\ndata: {{root: "{photos}", classes: {classes}}}\nstudent: {{model: yolo-nano}}\n'
+        f"teachers: [{{name: a, checkpoint: {checkpoint}}}, {{name: b, checkpoint: {checkpoint}}}]\n",
+        encoding="utf-8",
+    )
+    return CliRunner().invoke(app, ["data", "label", str(recipe), "--quiet", *map(str, words)])
+
+
+def test_images_become_a_data_set(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
+    from edgekd.data.images import load_image
+    from edgekd.predictor import load_predictor
+
+    result = label(tmp_path, photos, checkpoint, "--score", 0.1)
+    assert (result.exit_code, result.output) == (0, "")
+    dataset = read_dataset(photos, "all", class_names=("dog", "cat"))
+    assert len(dataset) == 6
+    assert check_dataset(photos).ok
+    with load_predictor(checkpoint, score_threshold=0.1) as predictor:
+        for record in dataset.records:
+            found = predictor.detect(load_image(record.path))
+            names = {predictor.class_names[label] for label in found.labels}
+            assert {dataset.class_names[label] for label in record.labels} <= names
+            assert len(record.labels) > 0
+    written = json.loads((photos / "instances_all.json").read_text())
+    assert min(entry["score"] for entry in written["annotations"]) >= 0.1
+    assert set(written["info"]["teachers"]) == {"a", "b"}
+    split = CliRunner().invoke(app, ["data", "split", str(photos), "--val", "0.3", "--quiet"])
+    assert (split.exit_code, split.output) == (0, "")
+    assert set(list_splits(photos)) == {"all", "train", "val"}
+
+
+def test_the_score_is_a_bound(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
+    assert label(tmp_path, photos, checkpoint, "--score", 0.1, "--json").exit_code == 0
+    entries = json.loads((photos / "instances_all.json").read_text())["annotations"]
+    bound = float(np.median([entry["score"] for entry in entries]))
+    (photos / "instances_all.json").unlink()
+    assert label(tmp_path, photos, checkpoint, "--score", bound).exit_code == 0
+    fewer = json.loads((photos / "instances_all.json").read_text())["annotations"]
+    assert 0 < len(fewer) < len(entries)
+
+
+def test_annotations_that_are_there_stay(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
+    assert label(tmp_path, photos, checkpoint, "--score", 0.1).exit_code == 0
+    before = (photos / "instances_all.json").read_bytes()
+    again = label(tmp_path, photos, checkpoint, "--score", 0.2)
+    assert again.exit_code == 2
+    assert "has annotations already" in again.stderr
+    assert (photos / "instances_all.json").read_bytes() == before
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
+    (photos / "0.png").write_bytes(b"")
+    cut = photos / "2.png"
+    cut.write_bytes(cut.read_bytes()[:900])
+    result = label(tmp_path, photos, checkpoint, "--score", 0.1, "--json")
+    body = json.loads(result.stdout)
+    assert body["images"] == 4
+    assert {Path(path).name for path in body["failures"]} == {"0.png", "2.png"}
+    assert "0.png" in result.stderr
+    assert len(read_dataset(photos, "all")) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "classes", "message"),
+    [
+        ((), "null", "data.classes is missing"),
+        (("--score", 1), "[dog, cat]", "no teacher finds anything"),
+        ((), "[eel]", "eel"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_nothing_written(
+    tmp_path: Path, photos: Path, checkpoint: Path, words: tuple[object, ...], classes: str, message: str
+) -> None:
+    result = label(tmp_path, photos, checkpoint, *words, classes=classes)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (photos / "instances_all.json").exists()
+
+
+def test_a_folder_without_images(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = label(tmp_path, tmp_path / "empty", checkpoint)
+    assert result.exit_code == 2
+    assert "no folder of images" in result.stderr
