@@ -656,12 +656,15 @@ def test_the_command_line_exports_and_benches_an_engine(edgekd: Callable[..., An
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["tensorrt"] == "10.13.3.9"
     root = make_scenes(tmp_path / "scenes", counts={"val": 3}, image_hw=(64, 64))
-    words = ("bench", out, "--data", root, "--split", "val", "--samples", 20, "--warmup", 0, "--cuda-graph", "--quiet")
-    done = edgekd(*words, "--out", tmp_path / "result.json")
+    words = ("bench", out, "--data", root, "--split", "val", "--samples", 20, "--warmup", 0, "--cuda-graph")
+    done = edgekd(*words, "--profile", "--out", tmp_path / "result.json")
     assert done.exit_code == 0, done.output
+    assert "student: the slowest" in done.output
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [(row["name"], row["cuda_graph"]) for row in rows] == [("student", False), ("student+graph", True)]
     assert {row["runtime"] for row in rows} == {"tensorrt"}
+    assert {row["profile"]["tool"] for row in rows} == {"tensorrt"}
+    assert all(row["roof"]["share"] is None for row in rows), "no GPU here to measure the roof of"
 
 
 @pytest.mark.parametrize(

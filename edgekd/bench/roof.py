@@ -24,18 +24,18 @@ def add_roof(rows: Sequence[dict[str, Any]], files: Sequence[Sequence[Path]], th
     for row, paths in zip(rows, files, strict=True):
         sizes = row.get("input_hw") or [None] * len(paths)
         moved = [bytes_moved(path, size and tuple(size)) for path, size in zip(paths, sizes, strict=True)]
-        total = None if None in moved else sum(count for count in moved if count is not None)
+        total = None if None in moved else [count for counts in moved for count in counts or ()]
         infer_ms = row["stages_ms"]["infer"]
         row["roof"] = share_of_roof(machines[_where(row)], row["precision"], row["macs"], total, infer_ms)
     return machines
 
 
-def bytes_moved(file: Path, input_hw: Any = None) -> int | None:
-    """Least traffic of one inference of an ONNX file: see `bench.layers.Layer`; None for anything else."""
+def bytes_moved(file: Path, input_hw: Any = None) -> list[int] | None:
+    """Least traffic of one inference of an ONNX file by layer: see `bench.layers.Layer`; None for anything else."""
     if Path(file).suffix != ".onnx":
         return None
     counts = [layer.bytes for layer in read_layers(Path(file), input_hw)]
-    return None if None in counts or not counts else sum(count for count in counts if count is not None)
+    return None if None in counts or not counts else [count for count in counts if count is not None]
 
 
 @functools.lru_cache(maxsize=4)
@@ -118,7 +118,8 @@ def gpu_roof() -> dict[str, Any] | None:
         copy = 2 * _GPU_BYTES / _gpu_fastest(lambda: target.copy_(source)) / 1e9
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    return {"gmacs_per_s": peaks, "copy_gb_per_s": round(copy, 1), "threads": None}
+    copies = {f"{_GPU_BYTES / 1e6:g}": round(copy, 1)}
+    return {"gmacs_per_s": peaks, "copy_gb_per_s": round(copy, 1), "copies_gb_per_s": copies, "threads": None}
 
 
 def _gpu_fastest(run: Any) -> float:

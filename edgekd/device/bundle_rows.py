@@ -93,8 +93,9 @@ def add_speedups(rows: list[dict[str, Any]], timed: Sequence[Timed], seed: int) 
 def add_roof(rows: Sequence[dict[str, Any]], subjects: Sequence[Subject], machine: Mapping[str, Any] | None) -> None:
     """Put each row's share of the machine's roof into it; an ensemble's counts are the sums of its members'."""
     for row, subject in zip(rows, [*subjects, *ensemble_of(list(subjects))]):
-        counts = [[entry.get(key) for entry in subject.entries] for key in ("macs", "bytes_moved")]
-        macs, moved = (None if None in found else sum(found) for found in counts)
+        counts, layers = ([entry.get(key) for entry in subject.entries] for key in ("macs", "bytes_moved"))
+        macs = None if None in counts else sum(counts)
+        moved = None if None in layers else [count for found in layers for count in found]
         row["roof"] = share_of_roof(machine, row["precision"], macs, moved, row["latency_ms"]["median"])
 
 
