@@ -99,7 +99,11 @@ def _of_result(sources: Sources, markup: Any) -> dict[str, Any]:
     rows = result["rows"]
     student, reference = words.headline_student(rows), words.find(rows, result["reference"])
     pictured = sources.examples[1] if sources.examples else None
-    agreement = pictured["agreement"] if pictured and any(pictured["agreement"]["objects"].values()) else None
+    two = _pictured(result)
+    ends = [_called(row) for row in two]
+    if len(set(ends)) < len(two):
+        ends = [str(row["name"]) for row in two]
+    counted = pictured and len(ends) == 2 and any(pictured["agreement"]["objects"].values())
     some = compared(rows)
     return {
         "result": result,
@@ -115,7 +119,8 @@ def _of_result(sources: Sources, markup: Any) -> dict[str, Any]:
         "reference": reference,
         "differences": [(c, words.difference_points(c)) for c in result["comparisons"]],
         "examples": [(e, [(panel, markup(panel.picture)) for panel in e.panels]) for e in _examples(sources)],
-        "agreement": agreement,
+        "ends": ends,
+        "agreement": pictured["agreement"] if pictured and counted else None,
         "shown_score": pictured["shown_score"] if pictured else None,
     }
 
@@ -128,14 +133,29 @@ def _video_answer(sources: Sources) -> str:
     return f"{best['name']} sustains {words.number(best['fps'], 1)} frames a second on {video['source']['name']}."
 
 
+def _called(row: marks.Row) -> str:
+    """A row in a sentence about two."""
+    return {"ensemble": "the ensemble", "student": "the student", "student_distilled": "the student"}.get(
+        row["role"], str(row["name"])
+    )
+
+
+def _pictured(result: Mapping[str, Any]) -> list[marks.Row]:
+    """The two rows whose pictures `edgekd bench` chose: the reference, or the first, and the student, or the last."""
+    rows = result["rows"]
+    if not rows:
+        return []
+    first = words.find(rows, result["reference"]) or rows[0]
+    second = words.headline_student(rows) or rows[-1]
+    return [first] if first is second else [first, second]
+
+
 def _examples(sources: Sources) -> list[Example]:
-    """Pictures of the reference, or the other end of the table, and the student."""
+    """Pictures with what the two ends of the comparison found."""
     if sources.result is None or sources.saved is None or sources.examples is None:
         return []
     rows = sources.result["rows"]
-    student, reference = words.headline_student(rows), words.find(rows, sources.result["reference"])
-    shown = [row for row in (reference, student) if row is not None] or list(rows[:1])
-    wanted = [(row["name"], words.subject(row, rows)[4:].capitalize()) for row in shown]
+    wanted = [(row["name"], words.subject(row, rows)[4:].capitalize()) for row in _pictured(sources.result)]
     folder, read = sources.examples
     return examples_of(folder, read["images"], sources.saved, wanted)
 
