@@ -79,7 +79,7 @@ def profile_predictor(
         times, layers = _tensorrt_times(file, turns), ()
     else:
         return None
-    rows = [{"name": name, "op": op, "ms": round(ms, 5)} for (name, op), ms in times.items()]
+    rows: list[dict[str, Any]] = [{"name": name, "op": op, "ms": round(ms, 5)} for (name, op), ms in times.items()]
     total = sum(row["ms"] for row in rows)
     counted = {name: layer for layer in layers for name in layer.names}
     for row in rows:

@@ -14,6 +14,7 @@ from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
 if TYPE_CHECKING:
     from edgekd.device.target import Target as Device
     from edgekd.plan.job import Asked
+    from edgekd.plan.measure import Layout
     from edgekd.recipe import DataConfig
     from edgekd.types import Dataset
 
@@ -103,7 +104,9 @@ def plan(
     images = _images(section or (base.data if base is not None else None), split)
     names = images.class_names if images is not None else tuple(f"class{i}" for i in range(_GENERIC_CLASSES))
     there = None if target is None else parse_target(target, python=target_python, ssh_config=ssh_config)
-    layout = int8_layout.value if int8_layout is not None else "x86" if there is None else "tensorrt"
+    layout: Layout = "x86" if there is None else "tensorrt"
+    if int8_layout is not None:
+        layout = "x86" if int8_layout is Target.x86 else "tensorrt"
     asked = Asked(
         max_latency_ms,
         threads if there is not None else threads or usable_threads(),

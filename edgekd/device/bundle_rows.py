@@ -93,7 +93,8 @@ def add_speedups(rows: list[dict[str, Any]], timed: Sequence[Timed], seed: int) 
 def add_roof(rows: Sequence[dict[str, Any]], subjects: Sequence[Subject], machine: Mapping[str, Any] | None) -> None:
     """Put each row's share of the machine's roof into it; an ensemble's counts are the sums of its members'."""
     for row, subject in zip(rows, [*subjects, *ensemble_of(list(subjects))]):
-        counts, layers = ([entry.get(key) for entry in subject.entries] for key in ("macs", "bytes_moved"))
+        counts: list[Any] = [entry["macs"] for entry in subject.entries]
+        layers: list[Any] = [entry["bytes_moved"] for entry in subject.entries]
         macs = None if None in counts else sum(counts)
         moved = None if None in layers else [count for found in layers for count in found]
         row["roof"] = share_of_roof(machine, row["precision"], macs, moved, row["latency_ms"]["median"])

@@ -49,13 +49,13 @@ class Asked:
 
     Attributes:
         budget_ms: the most that an image may take, median.
-        threads: of one inference. time_limit_s: after which nothing more is begun.
+        threads: of one inference; None: as the device has them. time_limit_s: after which nothing more is begun.
         top: recipes to write. host_ms: with a target, left for preparing images and NMS.
         layout: of int8.
     """
 
     budget_ms: float
-    threads: int
+    threads: int | None
     time_limit_s: float = 300.0
     top: int = 6
     target: Target | None = None

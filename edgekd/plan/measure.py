@@ -103,7 +103,7 @@ class Here:
 
     exporter: Exporter
     images: Sequence[ImageArray]
-    threads: int
+    threads: int | None
     samples: int = 60
     warmup_s: float = 0.3
 
@@ -213,12 +213,12 @@ def _failed(candidate: Candidate, error: EdgeKDError) -> Row:
 
 
 @contextmanager
-def _opencv_threads(threads: int) -> Iterator[None]:
+def _opencv_threads(threads: int | None) -> Iterator[None]:
     """OpenCV resizes with all cores unless told otherwise."""
     import cv2
 
     before = cv2.getNumThreads()
-    cv2.setNumThreads(threads)
+    cv2.setNumThreads(-1 if threads is None else threads)
     try:
         yield
     finally:
