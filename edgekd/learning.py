@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -59,9 +60,14 @@ class LearningStep(nn.Module):
         self.pull: Pull | None = None
         self.adversary: Tensor | None = None
         self.channels_last = False
+        self.single_precision = False
 
     def forward(self, step: StepInput) -> dict[str, Tensor]:
-        """Compute every loss of a batch."""
+        """Compute every loss of a batch; with `single_precision`, whatever precision is set around it."""
+        with torch.autocast(self.scale.device.type, enabled=False) if self.single_precision else nullcontext():
+            return self._losses(step)
+
+    def _losses(self, step: StepInput) -> dict[str, Tensor]:
         device = self.scale.device
         images = step.batch.images_u8.to(device, non_blocking=True).float() * self.scale + self.bias
         if self.channels_last:

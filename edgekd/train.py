@@ -131,6 +131,7 @@ class _Trainer:
         self.state = RunState(self.learner, ema, self.optimizer, self.adversary)
         self.state.load(job.out)
         self.progress = self.state.progress
+        self.learner.single_precision = self.progress.bf16_until is not None
         # A run may have been cut off between the last step of an epoch and the checkpoint after it.
         self.progress.batch = min(self.progress.batch, self.loader.steps_per_epoch)
 
@@ -191,12 +192,20 @@ class _Trainer:
                 self.module, self.optimizer, max_norm=self.cfg.clip_norm or float("inf"), error_if_nonfinite=False
             )
             if norm is not None and not torch.isfinite(norm) and self._precision() != "16-mixed":
+                if self._precision() == "bf16-mixed" and not self.learner.single_precision:
+                    self._leave_bf16()
+                    return values
                 check_finite({"gradient": float(norm)}, step, batch.image_ids)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.state.ema is not None:
                 self.state.ema.update_parameters(self.learner.detector)
         return values
+
+    def _leave_bf16(self) -> None:
+        """Leave this step out, and go on in single precision: bf16 on CPUs has given such gradients where fp32 does not."""
+        self.learner.single_precision, self.progress.bf16_until = True, self.progress.step
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _shared(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """The whole batch's losses, and on the same way whether any rank was told to stop: then all do, at one step."""
@@ -257,6 +266,11 @@ class _Trainer:
             "lr": self.optimizer.param_groups[-1]["lr"],
             "images_per_s": round(images_per_s, 2),
         }
+        if self.progress.bf16_until == self.progress.step:
+            message = (
+                "a gradient was not finite in bf16: this step is left out, and the run goes on in single precision"
+            )
+            log.write({"event": "warning", "step": self.progress.step, "message": message})
         pull, distiller = self.learner.pull, self.learner.distiller
         self.learner.pull = None
         if distiller is None or pull is None:
@@ -296,6 +310,7 @@ class _Trainer:
             "spec": self.learner.detector.spec.to_dict(),
             "device": str(self.fabric.device),
             "precision": self._precision(),
+            "bf16_until": progress.bf16_until,
             "world_size": self.fabric.world_size,
         }
         files = [name for name in (MODEL_FILE, BEST_FILE, METRICS_FILE) if (out / name).is_file()]

@@ -19,13 +19,17 @@ from edgekd.learning import LearningStep, PullGuard
 
 @dataclass
 class Progress:
-    """How far a run is: epochs finished, batches of the present one, optimiser steps, and what was measured."""
+    """How far a run is: epochs finished, batches of the present one, optimiser steps, and what was measured.
+
+    `bf16_until` is the step whose gradient was not finite in bf16: from there on the run goes in single precision.
+    """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     best: float = -1.0
     metrics: dict[str, Any] = field(default_factory=dict)
+    bf16_until: int | None = None
 
 
 @dataclass

@@ -1,0 +1,70 @@
+"""Half precision that fails is noticed, left, and remembered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgekd.artifact import read_manifest
+from edgekd.errors import NonFiniteLossError
+from edgekd.learning import LearningStep, StepInput
+from edgekd.runlog import read_log
+from edgekd.train import train_detector
+from tests.test_distill import _stop_after
+from tests.test_train import make_job, step_losses
+
+
+class _Infinite(torch.autograd.Function):
+    """Adds nothing to a loss and infinity to a gradient, as bf16 depthwise layers did on a CPU at 256 px, batch 24."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.full_like(ctx.saved_tensors[0], float("inf"))
+
+
+def break_from_step_2(monkeypatch: pytest.MonkeyPatch, *, only_bf16: bool = True) -> None:
+    original = LearningStep._losses
+
+    def broken(self: LearningStep, step: StepInput) -> dict[str, Tensor]:
+        losses = original(self, step)
+        if step.clock.step >= 2 and (torch.is_autocast_enabled("cpu") or not only_bf16):
+            losses["loss"] = losses["loss"] + _Infinite.apply(next(self.detector.parameters()))
+        return losses
+
+    monkeypatch.setattr(LearningStep, "_losses", broken)
+
+
+def test_a_run_leaves_bf16_when_its_gradient_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"epochs": 2, "precision": "bf16", "checkpoint_every": 1, "eval_every": 9}
+    break_from_step_2(monkeypatch)
+    whole = make_job(tmp_path, "whole", **settings)
+    train_detector(whole)
+    assert len(step_losses(whole.out)) == 6
+    (told,) = [record for record in read_log(whole.out) if record["event"] == "warning"]
+    assert told["step"] == 2
+    assert "single precision" in told["message"]
+    manifest = read_manifest(whole.out)
+    assert manifest is not None
+    assert manifest.facts["bf16_until"] == 2
+    with monkeypatch.context() as cut:
+        _stop_after(4, cut)
+        with pytest.raises(RuntimeError, match="cut off"):
+            train_detector(make_job(tmp_path, "cut", **settings))
+    train_detector(make_job(tmp_path, "cut", **settings))  # remembers that it had left bf16
+    assert step_losses(tmp_path / "cut") == step_losses(whole.out)
+
+
+def test_single_precision_that_fails_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_from_step_2(monkeypatch, only_bf16=False)
+    for precision in ("fp32", "bf16"):
+        with pytest.raises(NonFiniteLossError, match="gradient"):
+            train_detector(make_job(tmp_path, precision, epochs=2, precision=precision))
