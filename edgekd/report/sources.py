@@ -78,8 +78,7 @@ def collect(paths: Sequence[Path]) -> Sources:
             expected="what `edgekd run`, `edgekd bench` or `edgekd compare` wrote",
             fix="run `edgekd run RECIPE --out DIR` or `edgekd bench ... --out DIR/result.json` first",
         )
-    for folder in dict.fromkeys(p if p.is_dir() else p.parent for p in map(Path, paths)):
-        found.runs += training_runs(folder)
+    found.runs = training_runs(found.folder)  # the first one's alone: others' runs may go by the same names
     recipe = found.folder / "recipe.yaml"
     if recipe.is_file():
         found.recipe = recipe.read_text(encoding="utf-8", errors="replace")[:_MOST_RECIPE_CHARACTERS]
