@@ -16,7 +16,7 @@ def markdown(result: dict[str, Any]) -> str:
         "# Peers side by side",
         "",
         f"{result['device']['cpu']}, core {result['core']}, one thread; {result['data']}, {result['images']} images; "
-        f"{settings['samples']} runs of each in {settings['rounds']} interleaved rounds; others kept "
+        f"{settings['clock']}, {settings['samples']} runs of each in {settings['rounds']} interleaved rounds; others kept "
         f"{result['cores_used_by_others']} cores busy. Student: {student['model']}, width {student['width']}, "
         f"{student['classes']} classes, {trained}. Score over {settings['score_threshold']:.4g}, NMS at "
         f"{settings['nms_iou']}, at most {settings['max_detections']} boxes. Ratios of medians "

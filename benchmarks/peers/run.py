@@ -33,6 +33,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--score", type=float, default=0.01, help="lowest score of a detection while timing")
     parser.add_argument("--samples", type=int, default=300, help="timed runs of each")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes, with wider intervals")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time by the process's CPU time, for a machine that others use too"
+    )
     parser.add_argument("--core", type=int, help="the core to run on; the last one if left out")
     return parser.parse_args()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import usual
 from environments import Skipped
 from peers import Peer
 from pictures import Pictures
-from systems import Deployed, Timing, on_openvino, open_detector
+from systems import Deployed, Timing, open_detector, with_fixed_input
 
 from edgekd.bench.accuracy import evaluate
 from edgekd.bench.latency import Measurement, MeasurementPlan, measure
@@ -70,6 +71,7 @@ class Session:
     def __post_init__(self) -> None:
         samples, warmup = (40, 0.2) if self.options.quick else (self.options.samples, 1.0)
         self.plan = MeasurementPlan(samples, max(2, min(10, samples // 10)), warmup_seconds=warmup)
+        self.clock = time.process_time_ns if self.options.cpu_time else time.perf_counter_ns
         dataset = self.pictures.dataset
         self.class_names = PLACEHOLDER_CLASSES if dataset is None else dataset.class_names
 
@@ -83,7 +85,7 @@ class Session:
         student = made[detector.spec.preprocess.input_hw[0]]
         self._add_rows(student, made, opened)
         tell("timing", len(self.rows), "systems end to end")
-        measured = measure([row.timed for row in self.rows], self.pictures.jpegs, self.plan)
+        measured = measure([row.timed for row in self.rows], self.pictures.jpegs, self.plan, clock=self.clock)
         found = {row.name: result for row, result in zip(self.rows, measured, strict=True)}
         bars = [*self._end_to_end_bars(found, student), *self._preprocessing(student), *self._nms(student, opened)]
         accuracy = self._accuracy()
@@ -102,10 +104,11 @@ class Session:
                 "max_detections": LIMIT,
                 "samples": self.plan.rounds * self.plan.block,
                 "rounds": self.plan.rounds,
+                "clock": "CPU time" if self.options.cpu_time else "wall time",
             },
             "rows": [self._row(row, found[row.name], found[USUAL], accuracy.get(row.name)) for row in self.rows],
             "bars": bars,
-            "tensorrt": tensorrt_tools.measure(self.files, {row.name: row.input_hw for row in self.rows}),
+            "tensorrt": tensorrt_tools.measure(self.files),
             "skipped": self.skipped,
         }
 
@@ -125,7 +128,8 @@ class Session:
         opened = []
         for peer in self.peers:
             try:
-                opened.append((peer, open_detector(peer.file, self.options.size, self.options.score, IOU, LIMIT)))
+                file = with_fixed_input(peer.file, self.options.size, self.options.out / "peers")
+                opened.append((replace(peer, file=file), open_detector(file, self.options.score, IOU, LIMIT)))
             except Skipped as reason:
                 self.skipped[peer.name] = str(reason)
         return opened
@@ -148,7 +152,7 @@ class Session:
             if at_size is student:
                 kinds += [("edgekd int8", at_size.int8), ("edgekd fp32, NMS in the graph", at_size.finished)]
             for name, file in kinds:
-                self._add_detector(name, file, open_detector(file, None, self.score, IOU, LIMIT))
+                self._add_detector(name, file, open_detector(file, self.score, IOU, LIMIT))
         for peer, predictor in opened:
             self._add_detector(peer.name, peer.file, predictor, peer.note)
 
@@ -159,7 +163,8 @@ class Session:
             self.files[f"{name}, ONNX Runtime"] = file
         if "OpenVINO" not in self.skipped:
             try:
-                predictors["OpenVINO"] = on_openvino(predictor, file)
+                score = predictor.selection.score_threshold
+                predictors["OpenVINO"] = open_detector(file, score, IOU, LIMIT, "openvino")
             except Skipped as reason:
                 self.skipped[f"{name}, OpenVINO"] = str(reason)
         for runtime, found in predictors.items():
@@ -225,12 +230,12 @@ class Session:
             return prepare(decode_image(data), spec)
 
         tell("timing", 2, "preprocessings")
-        slow, fast = measure([Timing(naive), Timing(ours)], self.pictures.jpegs, self.plan)
+        slow, fast = measure([Timing(naive), Timing(ours)], self.pictures.jpegs, self.plan, clock=self.clock)
         return [bar("preprocessing, JPEG bytes to tensor, over Pillow + naive", 2.5, slow.total_ms, fast.total_ms)]
 
     def _nms(self, student: students.Student, opened: list[tuple[Peer, Predictor]]) -> list[dict[str, Any]]:
         bars = []
-        ours = open_detector(student.fp32, None, self.score, IOU, LIMIT)
+        ours = open_detector(student.fp32, self.score, IOU, LIMIT)
         for name, predictor in [
             ("the student's candidates", ours),
             *((f"{p.name}'s candidates", q) for p, q in opened),
@@ -259,7 +264,7 @@ class Session:
             assert_same(select_(value), {key: plain(form)(value) for key, form in usual.PLAIN_NMS.items()})
         tell("timing", len(usual.PLAIN_NMS) + 1, f"forms of NMS on {name}")
         systems = [Timing(select_), *(Timing(plain(form)) for form in usual.PLAIN_NMS.values())]
-        ours, *others = measure(systems, inputs, self.plan)
+        ours, *others = measure(systems, inputs, self.plan, clock=self.clock)
         medians = {key: float(np.median(m.total_ms)) for key, m in zip(usual.PLAIN_NMS, others, strict=True)}
         best = min(medians, key=medians.__getitem__)
         fastest = others[list(medians).index(best)]

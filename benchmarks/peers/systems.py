@@ -10,8 +10,7 @@ from environments import Skipped
 
 from edgekd.data.images import decode_image
 from edgekd.errors import EdgeKDError
-from edgekd.predictor import Predictor, load_predictor
-from edgekd.recipe import OnnxTeacher
+from edgekd.predictor import Predictor, RuntimeChoice, load_predictor
 
 
 class Deployed:
@@ -46,65 +45,42 @@ class Timing:
         return clock() - start, 0, 0
 
 
-class OpenVino:
-    """An ONNX file compiled by OpenVINO for one thread of the CPU, in place of ONNX Runtime."""
-
-    name = "openvino"
-    provider = "CPU"
-
-    def __init__(self, path: Path, input_shape: tuple[int, int, int, int]) -> None:
-        import openvino
-
-        model = openvino.Core().read_model(path)
-        model.reshape({0: list(input_shape)})
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(model, "CPU", settings)
-        self.input_shape = input_shape
-        self.output_names = tuple(sorted(port.get_any_name() for port in compiled.outputs))
-        self._request = compiled.create_infer_request()
-
-    def run(self, images: Any) -> dict[str, Any]:
-        self._request.infer([images], share_inputs=True, share_outputs=True)
-        return {name: self._request.get_tensor(name).data for name in self.output_names}
-
-    def close(self) -> None:
-        self._request = None
-
-
-def open_detector(path: Path, size: int | None, score: float, iou: float, limit: int) -> Predictor:
-    """A detector on ONNX Runtime, one thread; `size` is the input's where the file leaves it open.
+def open_detector(
+    path: Path, score: float, iou: float, limit: int, runtime: RuntimeChoice = "onnxruntime"
+) -> Predictor:
+    """A detector on one thread.
 
     Raises:
-        Skipped: edgekd cannot run the file.
+        Skipped: edgekd cannot run the file there.
     """
-    options = None
-    if path.suffix == ".onnx" and size is not None and _takes_any_size(path):
-        options = OnnxTeacher(name=path.stem, onnx=str(path), input_size=size)
     settings = {"score_threshold": score, "nms_iou": iou, "max_detections": limit}
     try:
-        return load_predictor(path, threads=1, options=options, **settings)
+        return load_predictor(path, runtime=runtime, threads=1, **settings)
     except EdgeKDError as error:
         raise Skipped(str(error).splitlines()[0]) from error
 
 
-def _takes_any_size(path: Path) -> bool:
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    return any(not dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim[2:])
-
-
-def on_openvino(predictor: Predictor, path: Path) -> Predictor:
-    """The same detector, preprocessing and thresholds with OpenVINO inside.
+def with_fixed_input(file: Path, size: int, folder: Path) -> Path:
+    """A file whose input is free, as a copy fixed at (1, 3, size, size): no runtime then pays for freedom that nobody uses.
 
     Raises:
-        Skipped: OpenVINO cannot compile the file.
+        Skipped: it cannot be read.
     """
-    shape = (1, 3, *predictor.preprocess.input_hw)
+    import onnx
+
     try:
-        runtime = OpenVino(path, shape)
-    except RuntimeError as error:
-        raise Skipped(f"OpenVINO cannot compile {path.name}: {str(error).splitlines()[0][:200]}") from error
-    other = predictor.with_selection()
-    other.runtime = runtime
-    return other
+        model = onnx.load(str(file))
+    except Exception as error:  # protobuf's errors depend on its implementation
+        raise Skipped(f"{file}: not a readable ONNX file") from error
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    if len(dims) != 4 or all(dim.dim_value for dim in dims):
+        return file
+    for dim, wanted in zip(dims, (1, 3, size, size), strict=True):
+        dim.dim_value = dim.dim_value or wanted
+    del model.graph.value_info[:]  # shapes that were inferred for any size
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    folder.mkdir(parents=True, exist_ok=True)
+    fixed = folder / f"{file.stem}-{size}-fixed.onnx"
+    onnx.save(onnx.shape_inference.infer_shapes(model), str(fixed))
+    return fixed

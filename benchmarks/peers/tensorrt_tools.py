@@ -13,24 +13,23 @@ _MEDIAN = re.compile(r"(?P<what>Latency|GPU Compute Time): .*?median = (?P<ms>[0
 _POLYGRAPHY = re.compile(r"(?P<runner>\S+)\s.*?Average inference time: (?P<ms>[0-9.]+) ms")
 
 
-def measure(files: dict[str, Path], input_hw: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+def measure(files: dict[str, Path]) -> list[dict[str, Any]]:
     """One entry a file and tool: median milliseconds, or why there are none."""
     entries = []
     for name, file in files.items():
-        h, w = input_hw[name]
         for tool, ask in (("trtexec", trtexec), ("polygraphy", polygraphy)):
             try:
-                entries.append({"name": name, "tool": tool, **ask(file, h, w)})
+                entries.append({"name": name, "tool": tool, **ask(file)})
             except Skipped as reason:
                 entries.append({"name": name, "tool": tool, "skipped": str(reason)})
     return entries
 
 
-def trtexec(file: Path, h: int, w: int) -> dict[str, Any]:
+def trtexec(file: Path) -> dict[str, Any]:
     """Median milliseconds of `trtexec --fp16`: "latency" with copies, "compute" without."""
     program = _program("trtexec", "/usr/src/tensorrt/bin/trtexec")
     flags = [f"--onnx={file}", "--fp16", "--warmUp=1000", "--duration=5", "--useSpinWait"]
-    text = run([program, *flags, *_shapes(file, "--shapes={name}:" + f"1x3x{h}x{w}")], "trtexec", 1800)
+    text = run([program, *flags], "trtexec", 1800)
     return read_trtexec(text)
 
 
@@ -46,20 +45,10 @@ def read_trtexec(text: str) -> dict[str, Any]:
     return {"latency_ms": found.get("Latency"), "compute_ms": found["GPU Compute Time"]}
 
 
-def polygraphy(file: Path, h: int, w: int) -> dict[str, Any]:
+def polygraphy(file: Path) -> dict[str, Any]:
     """Average milliseconds of each of Polygraphy's runners; it fails where TensorRT and ONNX Runtime disagree."""
-    shapes = _shapes(file, "--input-shapes", "{name}:" + f"[1,3,{h},{w}]")
-    text = run([_program("polygraphy"), "run", str(file), "--trt", "--onnxrt", *shapes], "polygraphy", 1800)
+    text = run([_program("polygraphy"), "run", str(file), "--trt", "--onnxrt"], "polygraphy", 1800)
     return {"average_ms": {match["runner"]: float(match["ms"]) for match in _POLYGRAPHY.finditer(text)}}
-
-
-def _shapes(file: Path, *flags: str) -> list[str]:
-    """Flags that fix the input's shape, for a file that leaves it open; trtexec refuses them otherwise."""
-    import onnx
-
-    image = onnx.load(str(file), load_external_data=False).graph.input[0]
-    is_open = any(not dim.dim_value for dim in image.type.tensor_type.shape.dim)
-    return [flag.format(name=image.name) for flag in flags] if is_open else []
 
 
 def _program(name: str, *places: str) -> str:
