@@ -271,6 +271,9 @@ YOLO_CASES = {
     "name blank": Case("yolo", data_yaml('train: images/train\nnames: [" "]'), "bad-layout", "no text"),
     "split no text": Case("yolo", data_yaml('train: "\\ud800"\nnames: [dog]'), "bad-layout", "data.yaml"),
     "names gap": Case("yolo", data_yaml("train: images/train\nnames: {0: dog, 2: cat}"), "bad-layout", "data.yaml"),
+    "names that YAML takes for true": Case(
+        "yolo", data_yaml("train: images/train\nnames: [dog, yes]"), "bad-layout", "in quotes"
+    ),
     "names a word": Case("yolo", data_yaml("train: images/train\nnames: dog"), "bad-layout", "data.yaml"),
     "no names": Case("yolo", data_yaml("train: images/train"), "bad-layout", "does not name its classes"),
     "list": Case("yolo", list_file(b"\xef\xbb\xbfimages/train/a.png\r\n\r\nnope.png"), "missing-image", "t.txt:3"),

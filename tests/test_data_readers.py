@@ -333,6 +333,8 @@ def with_yaml(root: Path, **changes: object) -> Path:
         {"path": "/home/someone/else"},
         {"path": "."},
         {"train": "../images/train", "val": "../images/val"},
+        {"train": "/home/me/sets/this/images/train", "val": "C:\\sets\\images\\val", "path": None},
+        {"train": "images\\train", "val": ".\\images\\val\\", "nc": "2"},
         {"test": None, "download": "https://example.org/x.zip", "roboflow": {"version": 1}},
     ],
     ids=str,
@@ -343,6 +345,31 @@ def test_yolo_yaml_as_people_write_it(tmp_path: Path, changes: dict[str, object]
     dataset = read_dataset(tmp_path, "train")
     assert dataset.class_names == ("cat", "dog")
     assert len(dataset) == (3 if isinstance(changes.get("train"), list) else 2)
+    assert len(read_dataset(tmp_path, "val")) == 1
+
+
+@pytest.mark.parametrize("shape", [[2, 3], [3, 2], [17, 3]])
+def test_keypoints_after_a_box_are_no_polygon(tmp_path: Path, shape: list[int]) -> None:
+    line = "1 0.5 0.5 0.2 0.4 " + " ".join(["0.9"] * (shape[0] * shape[1]))
+    make_yolo(tmp_path, {"train": {"a": [line]}, "val": {"b": [line]}}, ["cat", "dog"])
+    with_yaml(tmp_path, kpt_shape=shape)
+    (record,) = read_dataset(tmp_path, "train").records
+    assert np.allclose(record.boxes_xyxy, [[24, 12, 36, 28]])
+
+
+@pytest.mark.parametrize("form", ["iscrowd null", "images in data"])
+def test_coco_as_tools_write_it(tmp_path: Path, form: str) -> None:
+    make_coco(tmp_path, {"train": {"a": [("dog", (1, 2, 20, 10))]}}, {"dog": 1})
+    path = tmp_path / "annotations" / "instances_train.json"
+    if form == "iscrowd null":
+        path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": null'))
+    else:
+        (tmp_path / "train").rename(tmp_path / "data")
+        path.rename(tmp_path / "labels.json")
+        path.parent.rmdir()
+    (record,) = read_dataset(tmp_path, list_splits(tmp_path)[0]).records
+    assert record.boxes_xyxy.tolist() == [[1, 2, 21, 12]]
+    assert not record.crowd.any()
 
 
 def test_yolo_lists_path_key_and_custom_names(tmp_path: Path) -> None:
@@ -431,5 +458,5 @@ def test_official_coco_names_are_found(tiny_coco: Path) -> None:
 
 
 def test_a_data_set_without_splits_says_how_to_make_them() -> None:
-    with pytest.raises(DataError, match="edgekd data split d --val 0.2"):
+    with pytest.raises(DataError, match=r"edgekd data split d --val 0\.2"):
         find_split("train", ("all",), Path("d"))

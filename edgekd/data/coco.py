@@ -106,7 +106,7 @@ class CocoSource:
     def _image_folders(self, split: str) -> list[Path]:
         path = self._files[split]
         base = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
-        folders = [base / split, base / "images" / split, base / "images", path.parent, base]
+        folders = [base / split, base / "images" / split, base / "images", base / "data", path.parent, base]
         return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
@@ -199,7 +199,7 @@ class _Reader:
         if not _is_integer(category):
             raise CocoError(f"category_id must be an integer, got {category!r}")
         x, y, w, h = map(float, box)
-        flags = [entry.get(key, 0) for key in ("difficult", "iscrowd")]
+        flags = [0 if entry.get(key) is None else entry[key] for key in ("difficult", "iscrowd")]
         if not all(flag in (0, 1) for flag in flags):
             raise CocoError(f"iscrowd and difficult must be 0 or 1, got {flags}")
         label: str | int = self.names.get(int(category), f"category_id {category}")

@@ -3,7 +3,7 @@
 Splits are the YAML's train, val, test (or any key that leads to images): folders, lists of folders, or .txt files that
 list images; `yolo_folders` finds them where no YAML names any. A label file lies where its image does, with the last
 "images" of the path changed to "labels", or beside it. An image without a label file shows only background. A line of a
-segmentation polygon becomes the box around it.
+segmentation polygon becomes the box around it; where the YAML has kpt_shape, what follows a box are its keypoints.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class YoloSource:
         """
         self.root = root
         self._yaml = find_yaml(root)
+        self._keypoints = False
         folder = root if root.is_dir() else root.parent
         self._sidecar = read_sidecar(folder)
         if self._yaml:
@@ -68,6 +69,7 @@ class YoloSource:
             if not set(USUAL_SPLITS) & set(self._splits):
                 self._splits = {**plain_splits(folder), **self._splits}
             self._names = names_of(self._yaml, data)
+            self._keypoints = data.get("kpt_shape") is not None
         else:
             self._base, self._splits = folder, plain_splits(folder)
             self._names = names_beside(folder)
@@ -182,7 +184,7 @@ class YoloSource:
         objects = []
         for line, text in lines:
             try:
-                index, box = parse_line(text)
+                index, box = parse_line(text, self._keypoints)
             except ValueError as error:
                 problems.append(Problem("bad-annotation", label, str(error), line, split=split))
                 continue
@@ -204,8 +206,8 @@ class YoloSource:
                     problems.append(Problem("orphan-label", path, "no image in the split has this label", split=split))
 
 
-def parse_line(text: str) -> tuple[int, tuple[float, float, float, float]]:
-    """(class index, (x1, y1, x2, y2) as shares) of one line.
+def parse_line(text: str, keypoints: bool = False) -> tuple[int, tuple[float, float, float, float]]:
+    """(class index, (x1, y1, x2, y2) as shares) of one line; with `keypoints`, what follows the box is passed over.
 
     Raises:
         ValueError: it is neither `class cx cy w h` nor `class x1 y1 x2 y2 x3 y3 ...`.
@@ -217,12 +219,14 @@ def parse_line(text: str) -> tuple[int, tuple[float, float, float, float]]:
         raise ValueError(f"not all numbers: {printable(text[:80])!r}") from None
     if not math.isfinite(values[0]) or values[0] != int(values[0]):
         raise ValueError(f"the class id is no whole number: {fields[0]!r}")
-    if len(values) == 5:
-        cx, cy, w, h = values[1:]
+    if len(values) == 5 or (keypoints and len(values) > 5):
+        cx, cy, w, h = values[1:5]
         return int(values[0]), (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
     if len(values) >= 7 and len(values) % 2 == 1:
         xs, ys = values[1::2], values[2::2]
         if not all(map(math.isfinite, values)):
             return int(values[0]), (math.nan,) * 4
         return int(values[0]), (min(xs), min(ys), max(xs), max(ys))
-    raise ValueError(f"{len(values)} numbers; expected class cx cy w h, or class and a polygon of 3 points or more")
+    hint = " (a score at the end makes it a prediction)" if len(values) == 6 else ""
+    wanted = "class cx cy w h, or class and a polygon of 3 points or more"
+    raise ValueError(f"{len(values)} numbers{hint}; expected {wanted}")

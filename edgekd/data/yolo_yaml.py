@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,15 @@ def splits_of(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, list
 
 
 def _resolve(text: str, base: Path, beside: Path) -> Path:
-    """A path as the YAML states it; some services write ../train/images for train/images."""
+    """A path as the YAML states it: on this machine, written ../train/images for train/images as some services do, or
+    from the root of the author's disk."""
+    text = re.sub(r"^[A-Za-z]:/", "/", text.replace("\\", "/"))
     tries = [base / text, beside / text]
     if text.startswith("../"):
         tries.append(beside / text[3:])
+    if Path(text).is_absolute():
+        parts = Path(text).parts[1:]
+        tries += [beside.joinpath(*parts[start:]) for start in range(1, len(parts))]
     return next((path for path in tries if os.path.exists(path)), tries[0])
 
 
@@ -100,8 +106,12 @@ def names_of(path: Path, data: Mapping[str, Any]) -> tuple[str, ...] | None:
         raise DataError(
             f"{printable(path)}: names must be a list, or a mapping from number to name", got=repr(names)[:200]
         )
+    spelt = next((name for name in names if isinstance(name, bool)), None)
+    if spelt is not None:
+        message = f"{printable(path)}: YAML reads a class name as {str(spelt).lower()}"
+        raise DataError(message, got=repr(names)[:200], fix='put names such as "yes", "no", "on", "off" in quotes')
     texts = tuple(str(name) for name in names)
-    if count is not None and count != len(texts):
+    if count is not None and str(count) != str(len(texts)):
         raise DataError(f"{printable(path)}: nc and names disagree", got=f"nc {count}, {len(texts)} names")
     return distinct_names(path, texts)
 
