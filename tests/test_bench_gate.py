@@ -170,11 +170,30 @@ def test_another_runtime_is_refused(place: Path, tmp_path: Path) -> None:
     assert "provider: CUDAExecutionProvider, now CPUExecutionProvider" in result.output
 
 
-def test_the_same_file_elsewhere_has_nothing_to_compare(place: Path, tmp_path: Path) -> None:
+def test_a_gate_that_would_compare_nothing_does_not_pass(place: Path, tmp_path: Path) -> None:
+    """The very file of the baseline, on another machine: nothing was shown, unless stored figures may count."""
     baseline = moved(place, tmp_path / "old", device__cpu="another processor")
     result, data = gated(place, "good.onnx", tmp_path / "new.json", baseline=baseline)
-    assert result.exit_code == 0, result.output
-    assert "nothing to compare" in data["gate"]["pairs"][0]["latency"]["basis"]
+    assert result.exit_code == 2, result.output
+    assert not data
+    result, data = gated(place, "good.onnx", tmp_path / "new.json", "--across-conditions", baseline=baseline)
+    assert data["gate"]["pairs"][0]["how"] == "same file"
+    assert "change" in data["gate"]["pairs"][0]["latency"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [("latency_ms", {"median": 0.01, "p90": 0.02, "samples": 20}, "latency"), ("map", {"ap50": 1.0}, "map")],
+)
+def test_the_baseline_s_own_figures_count(place: Path, tmp_path: Path, key: str, value: dict, part: str) -> None:
+    """Where they were changed, or come from elsewhere, what lies beside them does not speak for them."""
+    baseline = moved(place, tmp_path / "old")
+    data = json.loads(baseline.read_text())
+    data["rows"][0][key].update(value)
+    baseline.write_text(json.dumps(data))
+    result, data = gated(place, "good.onnx", tmp_path / "new.json", baseline=baseline)
+    assert result.exit_code == 3, result.output
+    assert data["gate"]["pairs"][0][part]["regressed"]
 
 
 @pytest.mark.parametrize(

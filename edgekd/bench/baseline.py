@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
+
+import numpy as np
 
 from edgekd.artifact import sha256_file
 from edgekd.bench.affinity import affinity
@@ -82,7 +85,13 @@ def read_baseline(path: Path) -> Baseline:
     digest = files.get("detections_sha256")
     if digest is not None and sha256_file(saved) != digest:
         return Baseline(path, result, None, f"{saved.name} is not the file that {path.name} was written with")
-    return Baseline(path, result, read_saved(saved), None)
+    found = read_saved(saved)
+    medians = {row.name: float(np.median(row.stages_ms.sum(-1))) for row in found.rows if row.stages_ms.size}
+    for row in result["rows"]:
+        said = row["latency_ms"]["median"]
+        if abs(medians.get(row["name"], math.inf) - said) > 1e-3 + 1e-3 * said:
+            return Baseline(path, result, None, f"{saved.name} does not hold the samples that {path.name} speaks of")
+    return Baseline(path, result, found, None)
 
 
 def pair_up(
@@ -170,7 +179,9 @@ def accuracy_differences(baseline: Baseline, dataset: Dataset, config: BenchConf
     old = baseline.result["data"]
     now = {"split": dataset.split, "images": len(dataset), "class_names": list(dataset.class_names)}
     found = _changes(tuple(now), old, now)
-    if not found and old.get("fingerprint", mark := fingerprint(dataset)) != mark:
+    ids = tuple(record.image_id for record in dataset.records)
+    other = baseline.saved is not None and baseline.saved.image_ids != ids
+    if not found and (other or old.get("fingerprint") not in (None, fingerprint(dataset))):
         found = [f"images or ground truth of split {dataset.split}"]
     return found + _changes(_THRESHOLDS, baseline.result["settings"], config.model_dump())
 

@@ -29,6 +29,8 @@ from edgekd.types import Dataset
 
 EXIT_REGRESSED = 3
 
+_ROUNDING = 1e-4
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -89,7 +91,8 @@ def open_gate(
     pairs, again = pair_up(baseline, artifacts, folders)
     differing = differences(baseline, dataset, config, min(LATENCY_IMAGES, len(dataset)))
     other_data = accuracy_differences(baseline, dataset, config)
-    stored = [pair.name for pair in pairs if pair.again is None and not pair.same_file]
+    # An unchanged file may pass without a comparison, but not where nothing at all would be compared.
+    stored = [p.name for p in pairs if p.again is None and not (p.same_file and again)]
     if stored and limits.map_drop is not None and other_data:
         raise UserError(
             f"{path}: its accuracy was not measured alike",
@@ -175,7 +178,7 @@ def _latency(
         basis, old_ms = "measured side by side, interleaved", float(round(_median(old), 3))
     else:
         old_ms = pair.old["latency_ms"]["median"]
-        if pair.same_file and gate.differing:
+        if pair.same_file and gate.differing and not gate.across:
             reason = "the same file, measured under other conditions: nothing to compare"
             return _part(old_ms, new_ms, None, reason, limit, False)
         if old is not None:
@@ -183,9 +186,8 @@ def _latency(
             found = ratio.value, ratio.low, ratio.high
             basis = "two runs: the interval does not hold what changed in between"
         else:
-            low, high = pair.old["latency_ms"].get("median_interval", (old_ms, old_ms))
-            new_low, new_high = row["latency_ms"].get("median_interval", (new_ms, new_ms))
-            found = new_ms / old_ms, new_low / high, new_high / low
+            ends, old_ends = _interval(row["latency_ms"], "median"), _interval(pair.old["latency_ms"], "median")
+            found = new_ms / old_ms, ends[0] / old_ends[1], ends[1] / old_ends[0]
             basis = "two runs, from stored medians"
         if gate.differing:
             basis += ", under other conditions"
@@ -215,17 +217,26 @@ def _accuracy(
             dataset.records, now.detections, old.detections, len(dataset.class_names), resamples=1000, seed=seed
         )
         basis = "paired bootstrap over images"
+        if found is not None and abs(found[0] - (new_ap - old_ap)) > _ROUNDING:
+            found = None  # the answers are not those that the baseline's figure came from
     if found is None:
         # Two intervals as of independent figures: wider than the paired one, so it fails less.
-        ends = [r["map"].get("ap50_interval") or [r["map"]["ap50"]] * 2 for r in (row, old_row)]
+        ends, old_ends = _interval(row["map"], "ap50"), _interval(old_row["map"], "ap50")
         difference = new_ap - old_ap
-        below = math.hypot(new_ap - ends[0][0], ends[1][1] - old_ap)
-        above = math.hypot(ends[0][1] - new_ap, old_ap - ends[1][0])
+        below = math.hypot(new_ap - ends[0], old_ends[1] - old_ap)
+        above = math.hypot(ends[1] - new_ap, old_ap - old_ends[0])
         found, basis = (
             (difference, difference - below, difference + above),
             "unpaired: the baseline's answers are missing",
         )
     return _part(old_ap, new_ap, found, basis, limit, limit is not None and found[2] < -limit)
+
+
+def _interval(figures: Mapping[str, Any], key: str) -> tuple[float, float]:
+    """The figure's stored interval; the figure alone where there is none, or none that holds it."""
+    value = float(figures[key])
+    low, high = figures.get(f"{key}_interval") or (value, value)
+    return (low, high) if low <= value <= high else (value, value)
 
 
 def _part(
