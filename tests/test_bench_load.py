@@ -32,7 +32,9 @@ def plainly(count: int, percentile: float) -> int | None:
     best = None
     for t in range(1, count):
         chance = sum(math.comb(count, k) * (1 - percentile) ** k * percentile ** (count - k) for k in range(t + 1))
-        best = t if chance <= 0.01 else best
+        if chance > 0.01:
+            break
+        best = t
     return best
 
 
