@@ -59,9 +59,10 @@ def test_result_holds_what_is_promised(bench: tuple[dict, Path, Dataset]) -> Non
     for row in result["rows"]:
         assert set(row) >= {
             "name", "role", "artifact", "sha256", "precision", "runtime", "provider", "latency_ms", "stages_ms", "map",
-            "parameters", "macs", "size_bytes", "peak_memory_bytes", "speedup_vs_ensemble",
+            "parameters", "macs", "size_bytes", "peak_memory_bytes", "speedup_vs_ensemble", "roof",
         }  # fmt: skip
         assert row["latency_ms"]["samples"] == 20
+        assert set(row["roof"]) >= {"macs", "bytes", "limit_ms", "bound", "share"}
         assert row["latency_ms"]["p99"] is None
         assert 0 < row["latency_ms"]["median"] <= row["latency_ms"]["p90"]
         assert set(row["stages_ms"]) == {"pre", "infer", "post"}
