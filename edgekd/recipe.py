@@ -276,6 +276,15 @@ class DistillConfig(_Section):
     )
 
 
+class QatConfig(_Section):
+    """Quantisation-aware fine-tuning, `edgekd quantize`."""
+
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(8, ge=1)
+    lr: float = Field(5e-5, gt=0, description="Of Adam, at the start; it falls to 0 along a cosine.")
+    distill: float = Field(1.0, ge=0, description="Weight of learning from the fp32 detector; 0: ground truth alone.")
+
+
 class ExportConfig(_Section):
     """What is written for the device."""
 
@@ -287,6 +296,7 @@ class ExportConfig(_Section):
     calibration_images: int = Field(128, ge=1)
     calibration: Literal["minmax", "entropy", "percentile", "auto"] = "minmax"
     map_budget: float = Field(1.0, ge=0, description="AP50 points that fp16 or int8 may lose against fp32.")
+    qat: QatConfig = QatConfig()
 
 
 class BenchConfig(_Section):

@@ -59,6 +59,7 @@ LAYERS = {
     "stages": 7,
     "side_by_side": 7,
     "pipeline": 7,
+    "quantize": 7,
     "compare": 7,
     "comparison": 7,
     "cluster": 7,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.cli.session import JsonOption, QuietOption, session_of
+from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, session_of
 
 if TYPE_CHECKING:
     from edgekd.export import ExportData
@@ -53,6 +53,15 @@ class Target(str, Enum):
     tensorrt = "tensorrt"
 
 
+class Calibration(str, Enum):
+    """How int8 chooses what range of each activation to cover."""
+
+    auto = "auto"
+    minmax = "minmax"
+    entropy = "entropy"
+    percentile = "percentile"
+
+
 DataOption = Annotated[Path | None, typer.Option("--data", help="A data set (VOC, COCO or YOLO).", metavar="DIR")]
 FormatOption = Annotated[str, typer.Option("--format", help="Of the data set: auto, voc, coco, yolo.", metavar="NAME")]
 ThreadsOption = Annotated[
@@ -95,6 +104,37 @@ def doctor(context: typer.Context, json: JsonOption = False, quiet: QuietOption 
         raise typer.Exit(1)
 
 
+def quantize(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(help="A finished run's folder.", metavar="RUN")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the fine-tuned run.", metavar="DIR")],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Says data and settings; the run's own if not given.")
+    ] = None,
+    sets: SetOption = None,
+    json: JsonOption = False,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Fine-tune a trained detector with int8 rounding in the loop, taught by its own fp32 self; then export the new run.
+
+    `export.qat` and `export.target` of the recipe say how: --set export.qat.epochs=5 --set export.target=tensorrt.
+    """
+    session = session_of(context)
+    session.merge(json=json, seed=seed, device=device, quiet=quiet, sets=sets)
+    from edgekd.quantize import quantize_run
+    from edgekd.recipe_file import load_recipe
+    from edgekd.stages import RECIPE_FILE
+    from edgekd.workspace import open_workspace
+
+    checked = load_recipe(recipe or source / RECIPE_FILE, session.overrides, needs=("data",))
+    with open_workspace(checked, out, device=session.device or "auto", quiet=session.quiet) as work:
+        result = quantize_run(work, source, out)
+    found = {"folder": str(out), "model": str(result.model), "metrics": result.metrics, "skipped": result.skipped}
+    session.finish(found, lambda: typer.echo(f"{result.model}\nnext: edgekd export {out} --precision int8 --out FILE"))
+
+
 def export(
     context: typer.Context,
     source: Annotated[
@@ -107,6 +147,15 @@ def export(
     ),
     precision: Annotated[Precision, typer.Option("--precision", help="Number format.")] = Precision.fp32,
     target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = Target.x86,
+    calibration: Annotated[
+        Calibration, typer.Option("--calibration", help="Of int8 ranges; auto takes the one with the best mAP.")
+    ] = Calibration.auto,
+    max_map_drop: Annotated[
+        float,
+        typer.Option(
+            "--max-map-drop", min=0, help="AP50 points fp16 or int8 may lose; int8's worst layers go back to float."
+        ),
+    ] = 1.0,
     nms: Annotated[bool, typer.Option("--nms", help="Also write FILE.nms.onnx, with NMS inside.")] = False,
     opset: Annotated[int, typer.Option("--opset", min=17, help="ONNX opset.")] = 17,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Leave the batch size open.")] = False,
@@ -154,7 +203,14 @@ def export(
     from edgekd.export import export_run
     from edgekd.recipe import ExportConfig
 
-    config = ExportConfig(nms=nms, opset=opset, dynamic_batch=dynamic_batch, target=target.value)
+    config = ExportConfig(
+        nms=nms,
+        opset=opset,
+        dynamic_batch=dynamic_batch,
+        target=target.value,
+        calibration=calibration.value,
+        map_budget=max_map_drop,
+    )
     images = export_data(data, split, data_format) if data is not None else None
     say = Terminal(session.quiet).note
     if format is Format.engine:

@@ -19,6 +19,7 @@ from edgekd.export.nms import Thresholds
 from edgekd.export.onnx import Precision, describe, detections_form, trace, write_model
 from edgekd.export.parity import ParityReport
 from edgekd.export.precision import Int8Result, to_int8
+from edgekd.export.qat import learned_ranges
 from edgekd.recipe import ExportConfig
 from edgekd.types import Dataset
 
@@ -136,7 +137,8 @@ def export_run(
         say(f"converting to {precision}, and comparing with fp32")
         evaluate = None if gate.meter is None else gate.meter.of_model
         if precision == "int8":
-            int8 = to_int8(base, calibration, config=config, evaluate=evaluate)
+            learned = learned_ranges(base, checkpoint_facts(source), target)
+            int8 = to_int8(base, calibration, config=config, evaluate=evaluate, learned=learned)
         model = to_float16(base) if int8 is None else int8.model
         gate.against_fp32(base, model, precision, None if int8 is None else int8.ap50_pair)
     set_metadata(model, {PARITY_KEY: [report.to_dict() for report in gate.reports]})

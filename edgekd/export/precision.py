@@ -101,6 +101,7 @@ def to_int8(
     config: ExportConfig,
     evaluate: Evaluate | None = None,
     reduce_range: bool | None = None,
+    learned: Ranges | None = None,
 ) -> Int8Result:
     """Static int8 for `config.target`, calibrated on images.
 
@@ -110,6 +111,7 @@ def to_int8(
     Args:
         images: prepared training images, each (1, 3, H, W) float32.
         reduce_range: 7-bit weights; None: on x86 without VNNI, where 8-bit products saturate.
+        learned: ranges of activations that fine-tuning settled (`qat.learned_ranges`); calibration leaves them alone.
 
     Raises:
         DataError: no images.
@@ -120,12 +122,12 @@ def to_int8(
             "int8 needs training images to calibrate on", got="none", fix="give the data set with --data and --split"
         )
     target: Target = config.target
-    narrow = (target == "x86" and not has_vnni()) if reduce_range is None else reduce_range
+    narrow = weight_limit(target) < 127 if reduce_range is None else reduce_range
     nodes = set(int8_nodes(model, target))
     histograms = config.calibration != "minmax"
     statistics = collect(model, tensors_to_quantise(model, nodes, target), images, histograms=histograms)
     methods = METHODS if config.calibration == "auto" else (config.calibration,)
-    job = _Int8Job(model, nodes, target, narrow, statistics, images, evaluate)
+    job = _Int8Job(model, nodes, target, narrow, statistics, images, evaluate, learned or {})
     result = job.best_of(methods)
     if evaluate is not None:
         result = job.within_budget(result, evaluate, config.map_budget / 100.0)
@@ -150,9 +152,10 @@ class _Int8Job:
     statistics: dict[str, TensorStatistics]
     images: Sequence[FloatArray]
     evaluate: Evaluate | None
+    learned: Ranges
 
     def ranges(self, method: Method) -> Ranges:
-        return {name: seen.range(method) for name, seen in self.statistics.items()}
+        return {**{name: seen.range(method) for name, seen in self.statistics.items()}, **self.learned}
 
     def best_of(self, methods: Sequence[Method]) -> Int8Result:
         """Quantise by each method; keep the best AP50, or, with nothing to evaluate on, the least output error."""
@@ -186,6 +189,11 @@ class _Int8Job:
             if reference - ap50 <= budget:
                 break
         return best
+
+
+def weight_limit(target: Target) -> int:
+    """The largest step of an int8 weight on this machine: 63 on x86 without VNNI, where 8-bit products saturate."""
+    return 63 if target == "x86" and not has_vnni() else 127
 
 
 def has_vnni() -> bool:

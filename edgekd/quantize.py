@@ -1,0 +1,80 @@
+"""`edgekd quantize`: a finished run fine-tuned for int8, into a run folder of its own that exports like any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekd.artifact import is_current, read_manifest, sha256_file, write_manifest, write_text
+from edgekd.checkpoint import MODEL_FILE, checkpoint_facts, detector_file, load_detector, save_detector
+from edgekd.data.loader import TrainLoader
+from edgekd.errors import UserError
+from edgekd.export.images import PreparedImages, spread
+from edgekd.export.qat import fine_tune
+from edgekd.recipe_file import dump_recipe
+from edgekd.stages import RECIPE_FILE
+from edgekd.train import RunResult
+from edgekd.training_state import refuse_foreign
+from edgekd.workspace import Workspace, resolved_device
+
+KIND = "qat"
+_LABEL = "fine-tuning for int8"
+
+
+def quantize_run(work: Workspace, source: Path, out: Path) -> RunResult:
+    """Fine-tune the detector of `source` as the recipe's `export.qat` says, for int8 as `export.target` lays it out.
+
+    Raises:
+        UserError: the recipe's data has other classes than the detector.
+        ArtifactError: no detector at `source`, or `out` holds a run made from other inputs.
+    """
+    recipe, detector = work.recipe, load_detector(source)
+    if tuple(work.train.class_names) != detector.spec.class_names:
+        raise UserError(
+            "the data's classes are not the detector's",
+            got=", ".join(work.train.class_names),
+            expected=", ".join(detector.spec.class_names),
+        )
+    config, target = recipe.export.qat, recipe.export.target
+    inputs = {
+        "source": sha256_file(detector_file(source)),
+        "qat": config.model_dump(mode="json"),
+        "target": target,
+        "calibration_images": recipe.export.calibration_images,
+        "augment": recipe.augment.model_dump(mode="json"),
+        "data": work.data_identity,
+        "seed": recipe.seed,
+    }
+    if is_current(out, KIND, inputs) and (manifest := read_manifest(out)) is not None:
+        return RunResult(out, out / MODEL_FILE, dict(manifest.facts.get("metrics", {})), skipped=True)
+    refuse_foreign(out, inputs)
+    loader = TrainLoader(
+        work.train,
+        preprocess=detector.spec.preprocess,
+        augment=recipe.augment,
+        batch_size=config.batch_size,
+        seed=recipe.seed,
+        epochs=config.epochs,
+        workers=recipe.data.workers,
+        cache_mib=recipe.data.cache_mib,
+        difficult=recipe.train.difficult,
+    )
+    images = PreparedImages(spread(work.train.records, recipe.export.calibration_images), detector.spec.preprocess)
+    tell = work.terminal.staged()
+    try:
+        result = fine_tune(
+            detector,
+            images,
+            loader,
+            config=config,
+            target=target,
+            device=resolved_device(work.device),
+            tell=lambda step, steps, loss: tell(_LABEL, step, steps),
+        )
+    finally:
+        loader.close()
+    metrics = {"loss": [round(loss, 4) for loss in result.losses]}
+    facts = {**checkpoint_facts(source), **result.facts, "inputs": inputs}
+    save_detector(out / MODEL_FILE, result.detector, facts)
+    write_text(out / RECIPE_FILE, dump_recipe(recipe, out))
+    write_manifest(out, KIND, inputs, [MODEL_FILE], {"metrics": metrics, "seed": recipe.seed})
+    return RunResult(out, out / MODEL_FILE, metrics)
