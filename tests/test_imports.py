@@ -20,7 +20,7 @@ class Blocker(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Blocker())
 """
 OPTIONAL = ("tensorrt", "pycuda", "onnx", "onnxruntime", "onnxscript", "openvino", "torchvision", "pynvml")
-HEAVY = (*OPTIONAL, "torch", "numpy", "cv2", "PIL", "yaml", "matplotlib", "lightning_fabric")
+HEAVY = (*OPTIONAL, "torch", "numpy", "cv2", "PIL", "yaml", "lightning_fabric")
 
 COMMANDS = (
     [],
