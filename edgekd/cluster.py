@@ -6,6 +6,7 @@ simply started again elsewhere, and goes on from its last checkpoint.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -55,7 +56,9 @@ def _connect(job: CompareJob) -> Any:
     except ImportError as error:
         raise MissingDependencyError("--launcher ray needs Ray", fix="pip install 'edgekd[ray]'") from error
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=not job.quiet, logging_level="WARNING")
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=not job.quiet, logging_level=logging.WARNING
+        )
     except (ConnectionError, ValueError) as error:
         raise UserError(
             "no Ray cluster can be reached",
@@ -93,7 +96,8 @@ class _Dispatcher:
 
     def run(self) -> Iterator[Run]:
         teachers = set(self.job.trained_teachers)
-        for unit in [*teachers, *(run for run in self.job.runs if run.method == ALONE)]:
+        first: list[Run | str] = [*teachers, *(run for run in self.job.runs if run.method == ALONE)]
+        for unit in first:
             self._start(unit)
         methods = [run for run in self.job.runs if run.method != ALONE]
         while True:

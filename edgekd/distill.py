@@ -248,10 +248,11 @@ def _weighted_terms(config: DistillConfig, pair: Pair) -> list[WeightedTerm]:
 
 def _as_said(stored: Stored) -> TeacherOutput:
     arrays = {name: array.float() for name, array in stored.arrays.items()}
-    dense = {name: arrays[f"dense.{name}"] for name in DENSE if f"dense.{name}" in arrays}
+    raw = {name: arrays[f"dense.{name}"] for name in DENSE if f"dense.{name}" in arrays}
+    dense = DetectorOutput(raw["cls_logits"], raw["bbox_regression"], raw.get("objectness")) if raw else None
     taps = {name.removeprefix("tap."): array for name, array in arrays.items() if name.startswith("tap.")}
     soft = stored.soft if stored.soft is not None else SoftTargets([], [])
-    return TeacherOutput(soft, DetectorOutput(**dense) if dense else None, taps)
+    return TeacherOutput(soft, dense, taps)
 
 
 def _scaled(soft: SoftTargets, from_hw: tuple[int, int], to_hw: tuple[int, int]) -> SoftTargets:

@@ -272,7 +272,8 @@ class DistillConfig(_Section):
         "online: teachers run on every augmented view; auto: image, unless a term needs features or raw outputs.",
     )
     cache: CacheConfig | None = Field(
-        None, description="Keep what teachers say about a few views of each image, instead of running them at every step."
+        None,
+        description="Keep what teachers say about a few views of each image, instead of running them at every step.",
     )
 
 

@@ -51,7 +51,8 @@ def make_fabric(device: str, config: TrainConfig) -> Any:
 
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     on_gpu = uses_gpu(device)
     precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}.get(

@@ -58,7 +58,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "adversary": None if self.adversary is None else self.adversary.state_dict(),
             "rng": torch.get_rng_state(),
-            "rng_gpu": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            "rng_gpu": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             "weak": self.guard.history,
             "progress": asdict(self.progress),
         }
@@ -79,7 +79,7 @@ class RunState:
         if self.adversary is not None:
             self.adversary.load_state_dict(payload["adversary"])
         torch.set_rng_state(payload["rng"])
-        if torch.cuda.is_initialized() and payload.get("rng_gpu") is not None:
+        if torch.cuda.is_available() and payload.get("rng_gpu") is not None:
             torch.cuda.set_rng_state(payload["rng_gpu"])
         self.guard.history = payload["weak"]
         self.progress = Progress(**payload["progress"])

@@ -69,8 +69,11 @@ class Session:
     files: dict[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        samples, warmup = (40, 0.2) if self.options.quick else (self.options.samples, 1.0)
-        self.plan = MeasurementPlan(samples, max(2, min(10, samples // 10)), warmup_seconds=warmup)
+        samples = 40 if self.options.quick else self.options.samples
+        warmup, at_most = (0.1, 0.5) if self.options.quick else (1.0, 5.0)  # seconds
+        self.plan = MeasurementPlan(
+            samples, max(2, min(10, samples // 10)), warmup_seconds=warmup, warmup_limit_seconds=at_most
+        )
         self.clock = time.process_time_ns if self.options.cpu_time else time.perf_counter_ns
         dataset = self.pictures.dataset
         self.class_names = PLACEHOLDER_CLASSES if dataset is None else dataset.class_names

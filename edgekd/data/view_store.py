@@ -58,7 +58,7 @@ def write_shard(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for _, array in parts:
-            stream.write(array.reshape(-1).view(np.uint8))
+            stream.write(array.reshape(-1).view(np.uint8).data)
 
 
 @dataclass(frozen=True)

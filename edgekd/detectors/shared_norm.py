@@ -32,7 +32,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
 def share_batch_norm(module: nn.Module, on_gpu: bool) -> None:
     """Make every BatchNorm2d in `module` see the whole batch; parameters, buffers and their names stay."""
     if on_gpu:
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         return
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
