@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 
 from edgekd import train
@@ -16,6 +17,7 @@ from edgekd.cli import main
 from edgekd.data.loader import Batch
 from edgekd.errors import DataError
 
+_from_numpy = torch.from_numpy
 _step = train._Trainer._step
 
 
@@ -25,8 +27,14 @@ def failing(self: train._Trainer, batch: Batch, epoch: int, update: bool) -> dic
     return _step(self, batch, epoch, update)
 
 
+def from_numpy(array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    tensor = _from_numpy(array)
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+torch.from_numpy, torch.float32 = from_numpy, torch.float64
 if os.environ.get("RANK") == "1" and "FAIL_AT" in os.environ:
     train._Trainer._step = failing  # type: ignore[method-assign]
 main()

@@ -15,7 +15,7 @@ from edgekd.losses import TERMS, Pair, TeacherView, Term, build_term
 from edgekd.losses.adversarial import AdversarialTerm
 from edgekd.losses.base import DistillBatch
 from edgekd.losses.cwd import CWDTerm
-from edgekd.losses.decoupled import DecoupledTerm, background_kl, choose_teachers
+from edgekd.losses.decoupled import DecoupledTerm, background_kl, background_rows, choose_teachers
 from edgekd.losses.feature import standardise
 from edgekd.losses.fgd import focal_masks
 from edgekd.losses.gkd import GKDTerm, robust_weights
@@ -368,6 +368,16 @@ def test_the_gate_is_shut_where_the_student_is_better_and_picks_the_best_teacher
     teachers = torch.tensor([[0.2, 0.3, 0.4, 0.5], [0.3, 0.1, 0.6, 0.7]])
     #         student better -> -1; second teacher; first teacher; a draw teaches nothing
     assert choose_teachers(student, teachers).tolist() == [-1, 1, 0, -1]
+
+
+def test_rows_inside_objects_are_no_background() -> None:
+    priors = torch.tensor([[10.0, 10, 4, 4], [30, 30, 4, 4], [50, 50, 20, 20], [80, 80, 4, 4]])
+    boxes = torch.tensor([[0.0, 0, 3, 3], [20, 20, 40, 40], [0, 0, 1, 1], [9, 9, 31, 31]])
+    objects = torch.tensor([[5.0, 5, 25, 25], [41, 41, 61, 61]])
+    # inside an object with a poor box; free; a prior on an object; outside, but its box found an object
+    assert background_rows(priors, boxes, objects).tolist() == [False, True, False, True]
+    assert background_rows(priors, boxes, torch.tensor([[8.0, 8, 30, 30]])).tolist() == [False, True, True, False]
+    assert background_rows(priors, boxes, torch.zeros(0, 4)).all()
 
 
 def test_background_kl_against_a_plain_loop() -> None:

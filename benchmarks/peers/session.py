@@ -69,7 +69,7 @@ class Session:
     files: dict[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        samples = 40 if self.options.quick else self.options.samples
+        samples = min(40, self.options.samples) if self.options.quick else self.options.samples
         warmup, at_most = (0.1, 0.5) if self.options.quick else (1.0, 5.0)  # seconds
         self.plan = MeasurementPlan(
             samples, max(2, min(10, samples // 10)), warmup_seconds=warmup, warmup_limit_seconds=at_most

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from edgekd.artifact import sha256_json, source_commit
+import edgekd.export
+from edgekd.artifact import sha256_file, sha256_json
 from edgekd.checkpoint import load_detector
 from edgekd.data.images import decode_image
 from edgekd.detectors import build_detector, spec_for
@@ -54,11 +55,12 @@ def load(checkpoint: Path | None, size: int | None, class_names: Sequence[str]) 
 
 
 def export(detector: Detector, trained: bool, folder: Path, thresholds: Thresholds, images: Sequence[bytes]) -> Student:
-    """The ONNX files of a student; files of the same weights and the same edgekd are used again."""
+    """The ONNX files of a student; files of the same weights and the same exporter are used again."""
     size = detector.spec.preprocess.input_hw[0]
     weights = {name: float(value.double().sum()) for name, value in detector.state_dict().items()}
     facts = {"spec": detector.spec.to_dict(), "weights": weights, "thresholds": thresholds.to_dict()}
-    key = sha256_json(json.loads(json.dumps([facts, source_commit(), len(images)])))[:10]
+    exporter = [sha256_file(file) for file in sorted(Path(edgekd.export.__file__).parent.glob("*.py"))]
+    key = sha256_json(json.loads(json.dumps([facts, exporter, len(images)])))[:10]
     stem = f"{detector.spec.model}-{size}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{stem}.{kind}.onnx" for kind in ("fp32", "int8", "finished")]

@@ -6,8 +6,9 @@ teacher does better than the student. One-stage detectors.
 Reading (ours): L = sum_fg g_i (1 - cos(phi S_i, T_i)) / N + w * sum_bg g_i KL_i / N, g_i = 1[loss_T,i < loss_S,i]. With
 several teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none.
 An object's loss is -log of max over rows (score of its class x IoU), which any detector can be asked, black boxes too; a
-background row's is the binary cross-entropy of its highest class score against 0. Background rows are the student's rows that
-overlap no object by 0.5 or more; the teachers' prediction there is that of their box that fits the row (IoU >= 0.5), else
+background row's is the binary cross-entropy of its highest class score against 0. Background rows are the student's rows centred
+in no object, whose boxes overlap none by 0.5 or more (young students' boxes overlap nothing: rows inside objects would be
+pushed to silence while detection raises them); the teachers' prediction there is that of their box that fits the row (IoU >= 0.5), else
 nothing. The KL is binary per class, on the rows where the student errs most (3 an object, at least 32).
 """
 
@@ -36,6 +37,16 @@ def background_kl(student_scores: Tensor, teacher_scores: Tensor) -> Tensor:
     """(R, K) scores to (R,): KL(Bernoulli(teacher) || Bernoulli(student)) summed over classes."""
     s, t = (x.float().clamp(_EPS, 1 - _EPS) for x in (student_scores, teacher_scores))
     return (t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()).sum(-1)
+
+
+def background_rows(priors_cxcywh: Tensor, boxes_xyxy: Tensor, gt_boxes: Tensor) -> Tensor:
+    """Which of the student's rows are background: (P, 4) priors, (P, 4) decoded boxes and (N, 4) objects to (P,) bool."""
+    centres = priors_cxcywh[:, None, :2]
+    inside = ((centres >= gt_boxes[:, :2]) & (centres < gt_boxes[:, 2:])).all(-1)
+    half = priors_cxcywh[:, 2:] / 2
+    rows_xyxy = torch.cat([priors_cxcywh[:, :2] - half, priors_cxcywh[:, :2] + half], 1)
+    overlaps = (pairwise_iou(rows_xyxy, gt_boxes) >= 0.5) | (pairwise_iou(boxes_xyxy, gt_boxes) >= 0.5)
+    return ~(inside | overlaps).any(1)
 
 
 class DecoupledTerm(LevelTerm):
@@ -109,11 +120,8 @@ class DecoupledTerm(LevelTerm):
     def _background(self, batch: DistillBatch, boxes: Tensor, scores: Tensor) -> Tensor:
         total = batch.images.new_zeros(())
         priors = self.student[0].prior_boxes().to(boxes.device)
-        rows_xyxy = torch.cat([priors[:, :2] - priors[:, 2:] / 2, priors[:, :2] + priors[:, 2:] / 2], 1)
         for i, gt in enumerate(batch.targets.boxes_xyxy):
-            free = torch.ones(len(rows_xyxy), dtype=torch.bool, device=boxes.device)
-            if len(gt):
-                free = (pairwise_iou(rows_xyxy, gt) < 0.5).all(1) & (pairwise_iou(boxes[i], gt) < 0.5).all(1)
+            free = background_rows(priors, boxes[i], gt)
             worst = scores[i].detach().amax(-1).masked_fill(~free, -1.0)
             count = min(int(free.sum()), max(32, 3 * len(gt)))
             if not count:
