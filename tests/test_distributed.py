@@ -47,7 +47,8 @@ def recipe(folder: Path) -> Path:
         "data": {"root": str(folder / "scenes"), "workers": 0},
         "student": {"model": "mobilenetv2-ssd-lite", "input_size": 96, "width": 0.25},
         "teachers": [{"name": "t", "checkpoint": str(folder / "teacher.pt")}],
-        "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_every": 1},
+        # Small steps: AdamW, or large ones, multiply even double precision's rounding fiftyfold at each step.
+        "train": {"epochs": EPOCHS, "batch_size": 4, "checkpoint_every": 1, "optimizer": "sgd", "lr": 0.0001},
         "distill": {"terms": TERMS},
     }
     path = folder / "recipe.yaml"
