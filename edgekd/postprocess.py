@@ -32,6 +32,8 @@ def nms(boxes_xyxy: FloatArray, scores: FloatArray, labels: IntArray, iou: float
         limit: keep at most so many.
     """
     order = np.argsort(-scores, kind="stable")
+    if iou >= 1.0:  # nothing overlaps by more: a detector that has done its own NMS
+        return order[:limit]
     boxes_xyxy, labels = boxes_xyxy[order], labels[order]
     kept: IntArray = np.zeros(0, np.int64)
     for start in range(0, len(order), _BLOCK):

@@ -52,7 +52,7 @@ def crowd(rng: np.random.Generator, count: int, classes: int = 3) -> tuple[np.nd
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 50, 127, 128, 129, 450])
-@pytest.mark.parametrize("iou", [0.3, 0.6])
+@pytest.mark.parametrize("iou", [0.3, 0.6, 1.0])
 def test_nms_equals_one_by_one(count: int, iou: float) -> None:
     boxes, scores, labels = crowd(np.random.default_rng(count), count)
     expected = plain_nms(boxes, scores, labels, iou)
