@@ -4,12 +4,14 @@ Source: a thesis advised by Yen Shwu-Huey. Published: cosine similarity on foreg
 very different directions), KL on the background's predictions, and the student learns from the teacher only where the
 teacher does better than the student. One-stage detectors.
 Reading (ours): L = sum_fg g_i (1 - cos(phi S_i, T_i)) / N + w * sum_bg g_i KL_i / N, g_i = 1[loss_T,i < loss_S,i]. With
-several teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none.
-An object's loss is -log of max over rows (score of its class x IoU), which any detector can be asked, black boxes too; a
-background row's is the binary cross-entropy of its highest class score against 0. Background rows are the student's rows centred
-in no object, whose boxes overlap none by 0.5 or more (young students' boxes overlap nothing: rows inside objects would be
-pushed to silence while detection raises them); the teachers' prediction there is that of their box that fits the row (IoU >= 0.5), else
-nothing. The KL is binary per class, on the rows where the student errs most (3 an object, at least 32).
+several teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none. An object's loss is
+-log of max over rows (score of its class x IoU), which any detector can be asked, black boxes too; a background row's is
+the binary cross-entropy of its highest class score against 0. Background rows are the student's rows centred in no object,
+whose boxes overlap none by 0.5 or more (young students' boxes overlap nothing: rows inside objects would be pushed to
+silence while detection raises them); the teachers' prediction there is that of their box that fits the row (IoU >= 0.5).
+Where they have none, their scores lie somewhere under the threshold of their answers, and the student's count as no worse
+down to it: taken for zeros they would outweigh all else, the more the better the student is (measured: benchmarks/). The KL
+is binary per class, on the rows where the student errs most (3 an object, at least 32).
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from edgekd.losses.objects import object_maps, object_quality, pairwise_iou
 from edgekd.ranks import gather, normaliser
 
 _EPS = 1e-4
+SILENCE = 0.05
+"""How high a teacher's score may be where it answers nothing: a little above the threshold of answers."""
 
 
 def choose_teachers(student_loss: Tensor, teacher_losses: Tensor) -> Tensor:
@@ -128,21 +132,22 @@ class DecoupledTerm(LevelTerm):
                 continue
             rows = worst.topk(count).indices
             student = scores[i][rows]
-            teacher = self._teacher_scores(batch, i, boxes[i][rows], student.shape[-1])
+            teacher = self._teacher_scores(batch, i, boxes[i][rows], student.detach())
             gate = (teacher.amax(-1) < student.detach().amax(-1)).float()
             total = total + (gate * background_kl(student, teacher)).sum() / max(1, len(gt))
         return total / len(batch.targets.boxes_xyxy)
 
-    def _teacher_scores(self, batch: DistillBatch, image: int, boxes: Tensor, classes: int) -> Tensor:
-        """The lowest-loss teacher's scores for (R, 4) background boxes: (R, K)."""
+    def _teacher_scores(self, batch: DistillBatch, image: int, boxes: Tensor, student: Tensor) -> Tensor:
+        """The lowest-loss teacher's scores for (R, 4) background boxes that the student scores (R, K): (R, K)."""
+        silence = student.clamp(max=SILENCE)
         answers = []
         for view in batch.teachers:
             theirs, probs = view.soft.boxes_xyxy[image], view.soft.class_probs[image]
             if not len(theirs):
-                answers.append(boxes.new_zeros(len(boxes), classes))
+                answers.append(silence)
                 continue
             overlap, index = pairwise_iou(boxes, theirs).max(1)
-            answers.append(probs[index] * (overlap >= 0.5)[:, None])
+            answers.append(torch.where((overlap >= 0.5)[:, None], probs[index], silence))
         stacked = torch.stack(answers)
         best = stacked.amax(-1).argmin(0)
         return stacked[best, torch.arange(len(boxes), device=boxes.device)]
