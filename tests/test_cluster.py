@@ -24,7 +24,7 @@ from edgekd.runlog import read_log
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 
 ROOT = Path(__file__).resolve().parent.parent
-EPOCHS = 40
+EPOCHS = 12
 
 
 @pytest.fixture

@@ -3,15 +3,15 @@
 Source: a thesis advised by Yen Shwu-Huey. Published: cosine similarity on foreground feature vectors (a small KL can hide
 very different directions), KL on the background's predictions, and the student learns from the teacher only where the
 teacher does better than the student. One-stage detectors.
-Reading (ours): L = sum_fg g_i (1 - cos(phi S_i, T_i)) / N + w * sum_bg g_i KL_i / N, g_i = 1[loss_T,i < loss_S,i]. With
-several teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none. An object's loss is
--log of max over rows (score of its class x IoU), which any detector can be asked, black boxes too; a background row's is
-the binary cross-entropy of its highest class score against 0. Background rows are the student's rows centred in no object,
-whose boxes overlap none by 0.5 or more (young students' boxes overlap nothing: rows inside objects would be pushed to
-silence while detection raises them); the teachers' prediction there is that of their box that fits the row (IoU >= 0.5).
-Where they have none, their scores lie somewhere under the threshold of their answers, and the student's count as no worse
-down to it: taken for zeros they would outweigh all else, the more the better the student is (measured: benchmarks/). The KL
-is binary per class, on the rows where the student errs most (3 an object, at least 32).
+Reading (ours): L = mean_fg g_i (1 - cos(phi S_i, T_i)) + w * mean_bg g_i KL_i, g_i = 1[loss_T,i < loss_S,i]. With several
+teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none. An object's loss is -log of
+max over rows (score of its class x IoU), which any detector can be asked, black boxes too; a background row's is the binary
+cross-entropy of its highest class score against 0. Background rows are the student's rows centred in no object, whose boxes
+overlap none by 0.5 or more (young students' boxes overlap nothing: rows inside objects would be pushed to silence while
+detection raises them); the teachers' prediction there is that of their box that fits the row (IoU >= 0.5). Where they have
+none, their scores lie somewhere under the threshold of their answers, and the student's count as no worse down to it: taken
+for zeros they would outweigh all else, the more the better the student is (measured: benchmarks/). The KL is binary per
+class, on the rows where the student errs most (3 an object, at least 32).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class DecoupledTerm(LevelTerm):
             student = scores[i][rows]
             teacher = self._teacher_scores(batch, i, boxes[i][rows], student.detach())
             gate = (teacher.amax(-1) < student.detach().amax(-1)).float()
-            total = total + (gate * background_kl(student, teacher)).sum() / max(1, len(gt))
+            total = total + (gate * background_kl(student, teacher)).mean()  # as the foreground is averaged over its cells
         return total / len(batch.targets.boxes_xyxy)
 
     def _teacher_scores(self, batch: DistillBatch, image: int, boxes: Tensor, student: Tensor) -> Tensor:
