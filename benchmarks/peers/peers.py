@@ -63,13 +63,18 @@ def _with_torch(torch_index: str) -> Step:
     return packages, "import torchvision; torchvision.ops.nms"  # a build for other libraries fails here
 
 
+def _torchvision_python(out: Path, torch_index: str) -> Path:
+    return make(out / "envs" / "torchvision", _with_torch(torch_index), (["onnx"], "import onnx"))
+
+
 def _torchvision(out: Path, torch_index: str) -> Peer:
-    python = make(out / "envs" / "torchvision", _with_torch(torch_index), (["onnx"], "import onnx"))
+    python = _torchvision_python(out, torch_index)
     script = EXPORTERS / "torchvision_ssdlite.py"
     return _exported(SSDLITE, out / "peers" / f"{SSDLITE}.onnx", [str(python), str(script)])
 
 
 def _ultralytics(name: str, out: Path, size: int, torch_index: str) -> Peer:
+    _torchvision_python(out, torch_index)  # what fails there would fail here, a gigabyte later
     own = (["ultralytics", "onnx"], "import ultralytics")
     python = make(out / "envs" / "ultralytics", _with_torch(torch_index), own)
     command = [str(python), str(EXPORTERS / "ultralytics_yolo.py"), "--model", name, "--size", str(size)]
