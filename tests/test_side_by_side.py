@@ -100,7 +100,7 @@ def test_none_outlives_the_first(home: Path, tmp_path: Path, number: signal.Sign
         _wait_for(lambda: len(list(out.glob("**/metrics.jsonl"))) == 2)
         assert len(_marked(out)) >= 3
         first.send_signal(number)
-        first.wait(60)
+        first.wait(300)
         _wait_for(lambda: not _marked(out))
         if number == signal.SIGINT:
             assert first.returncode == 130
@@ -110,7 +110,7 @@ def test_none_outlives_the_first(home: Path, tmp_path: Path, number: signal.Sign
             os.kill(process, signal.SIGKILL)
 
 
-def _wait_for(condition: object, seconds: float = 90) -> None:
+def _wait_for(condition: object, seconds: float = 300) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
     while not condition():

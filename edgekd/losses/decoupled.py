@@ -134,7 +134,9 @@ class DecoupledTerm(LevelTerm):
             student = scores[i][rows]
             teacher = self._teacher_scores(batch, i, boxes[i][rows], student.detach())
             gate = (teacher.amax(-1) < student.detach().amax(-1)).float()
-            total = total + (gate * background_kl(student, teacher)).mean()  # as the foreground is averaged over its cells
+            total = (
+                total + (gate * background_kl(student, teacher)).mean()
+            )  # as the foreground is averaged over its cells
         return total / len(batch.targets.boxes_xyxy)
 
     def _teacher_scores(self, batch: DistillBatch, image: int, boxes: Tensor, student: Tensor) -> Tensor:
