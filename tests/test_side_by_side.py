@@ -94,7 +94,11 @@ def test_none_outlives_the_first(home: Path, tmp_path: Path, number: signal.Sign
     command = [sys.executable, "-m", "edgekd", "run", str(home / "tiny.yaml"), "--out", str(out), "--jobs", "2"]
     environment = {**os.environ, "EDGEKD_TEST_MARK": str(out)}
     first = subprocess.Popen(
-        [*command, "--set", "train.epochs=2000"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [*command, "--set", "train.epochs=2000"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background has it ignored
     )
     try:
         _wait_for(lambda: len(list(out.glob("**/metrics.jsonl"))) == 2)
