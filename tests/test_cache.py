@@ -325,7 +325,8 @@ def test_two_processes_share_the_work(tmp_path: Path, environments: list[dict[st
 def test_a_killed_fill_goes_on_where_it_was(tmp_path: Path) -> None:
     toy_dataset(tmp_path / "images", count=3 * SHARD_IMAGES)
     made = recording(tmp_path, count=3 * SHARD_IMAGES)
-    child = _start(tmp_path, multiprocessing.get_context("spawn").Queue())
+    seen: Any = multiprocessing.get_context("spawn").Queue()  # held: its lock goes with it, and the child wants it
+    child = _start(tmp_path, seen)
     deadline = time.monotonic() + 300
     while len(list(made.folder.glob("0*.safetensors"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
