@@ -55,11 +55,13 @@ def _connect(job: CompareJob) -> Any:
         import ray
     except ImportError as error:
         raise MissingDependencyError("--launcher ray needs Ray", fix="pip install 'edgekd[ray]'") from error
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    host, _, port = address.rpartition(":")
     try:
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=not job.quiet, logging_level=logging.WARNING
-        )
-    except (ConnectionError, ValueError) as error:
+        if host and "/" not in host:  # Ray itself would go on trying for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=not job.quiet, logging_level=logging.WARNING)
+    except (OSError, ValueError) as error:
         raise UserError(
             "no Ray cluster can be reached",
             got=str(error).splitlines()[0],
