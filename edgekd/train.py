@@ -28,7 +28,7 @@ from edgekd.errors import UserError
 from edgekd.learning import LearningStep, StepInput, check_finite
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import METRICS_FILE, Listener, RunLog
-from edgekd.training_setup import StopSignals, lr_factor, make_fabric, make_optimizer, moving_average
+from edgekd.training_setup import StopSignals, fitting_threads, lr_factor, make_fabric, make_optimizer, moving_average
 from edgekd.training_state import RunState, refuse_foreign
 from edgekd.types import Dataset
 from edgekd.validate import ResizedImages, detect_dataset
@@ -92,7 +92,11 @@ def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult
         return RunResult(job.out, job.out / MODEL_FILE, dict(manifest.facts.get("metrics", {})), skipped=True)
     refuse_foreign(job.out, job.inputs)
     trainer = _Trainer(job)
-    with RunLog(job.out, start_step=trainer.progress.step, listener=listener, enabled=trainer.is_first) as log:
+    on_gpu = trainer.fabric.device.type == "cuda"
+    with (
+        fitting_threads(trainer.learner.detector, job.train.batch_size, on_gpu),
+        RunLog(job.out, start_step=trainer.progress.step, listener=listener, enabled=trainer.is_first) as log,
+    ):
         return trainer.run(log)
 
 

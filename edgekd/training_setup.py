@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from edgekd import ranks
 from edgekd.detectors.base import Detector
+from edgekd.detectors.complexity import count_macs
 from edgekd.errors import UserError
 from edgekd.recipe import TrainConfig
 
@@ -76,6 +77,26 @@ def make_fabric(device: str, config: TrainConfig) -> Any:
         )
         fabric.launch()
     return fabric
+
+
+SMALL_BATCH_MACS = 1e9
+"""Multiply-accumulates of a batch's forward pass under which a second CPU thread costs more than it brings."""
+
+
+@contextlib.contextmanager
+def fitting_threads(detector: Detector, batch_size: int, on_gpu: bool) -> Iterator[None]:
+    """One CPU thread in the body for a small network, unless OMP_NUM_THREADS says otherwise; then as it was.
+
+    Decided by arithmetic and not by a trial, so that a run that is cut off goes on with the same rounding. Measured on two
+    cores: yolo-nano 0.25 at 160 px with two teachers trains at 39 images/s with two threads and 75 to 90 with one.
+    """
+    before = torch.get_num_threads()
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ and count_macs(detector) * batch_size < SMALL_BATCH_MACS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:

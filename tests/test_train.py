@@ -21,6 +21,7 @@ from edgekd.errors import ArtifactError, NonFiniteLossError, UserError
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
 from edgekd.train import TrainJob, lr_factor, train_detector
+from edgekd.training_setup import fitting_threads
 from tests.toy import toy_dataset
 
 MODEL = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
@@ -131,6 +132,23 @@ def test_a_run_that_was_stopped_goes_on_step_for_step(tmp_path: Path, how: signa
     assert step_losses(tmp_path / "killed") == step_losses(whole.out)
     ours, theirs = (load_detector(tmp_path / name).state_dict() for name in ("killed", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize(("omp", "batch_size", "expected"), [(None, 2, 1), (None, 10**6, 2), ("2", 2, 2)])
+def test_a_small_network_gets_one_thread(
+    omp: str | None, batch_size: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with fitting_threads(_detector(), batch_size, on_gpu=False):
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_accumulation_takes_fewer_steps(tmp_path: Path) -> None:
