@@ -112,8 +112,11 @@ class _Lines:
         if now - self.last < LINE_EVERY_S and done < total:
             return
         self.last, self.finished = now, done >= total
-        left = (now - self.start) / max(1, done - self.first) * (total - done)
-        tail = f", about {left:.0f} s left" if done < total else f", {now - self.start:.0f} s"
+        known = done - self.first
+        left = (now - self.start) / max(1, known) * (total - done)
+        tail = f", {now - self.start:.0f} s"
+        if done < total:  # the first step or two also load, compile and ask teachers: no measure of the others
+            tail = f", about {left:.0f} s left" if known > 2 else ""
         self.console.print(f"      {self.label}: {done}/{total}{tail}  {text}".rstrip(), markup=False)
 
 
