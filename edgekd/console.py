@@ -35,6 +35,10 @@ class Terminal:
         self.quiet, self.bars = quiet, bars
         self.console: Console = Console(stderr=True, highlight=False, soft_wrap=True)
 
+    def __reduce__(self) -> tuple[type[Terminal], tuple[bool, bool]]:
+        """In another process: the same, in lines, since two processes' bars would overwrite each other."""
+        return Terminal, (self.quiet, False)
+
     def stage(self, number: int, total: int, title: str) -> None:
         """Say which part of the chain begins."""
         if not self.quiet:

@@ -87,13 +87,13 @@ def _free_memory() -> int | None:
 
 def _run_all(trainings: Sequence[_Training], at_once: int) -> None:
     threads = max(1, _cores() // at_once)
-    quiet = trainings[0].work.terminal.quiet
+    _ = trainings[0].work.data_identity  # found once, and sent along
     # spawned, not forked: a fork of a process that has used torch's threads may hang
     pool = ProcessPoolExecutor(
         at_once, multiprocessing.get_context("spawn"), initializer=_begin_process, initargs=(threads, os.getpid())
     )
     try:
-        futures = [pool.submit(_train, replace(one, work=_portable(one.work)), quiet) for one in trainings]
+        futures = [pool.submit(_train, one) for one in trainings]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
@@ -110,14 +110,6 @@ def _run_all(trainings: Sequence[_Training], at_once: int) -> None:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _portable(work: Workspace) -> Workspace:
-    """A workspace that can go to another process: without the terminal, with the data's identity found already."""
-    _ = work.data_identity
-    copy = replace(work, terminal=None)  # type: ignore[arg-type]
-    copy.__dict__["data_identity"] = work.data_identity
-    return copy
-
-
 def _begin_process(threads: int, parent: int) -> None:
     import torch
 
@@ -129,13 +121,11 @@ def _begin_process(threads: int, parent: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(training: _Training, quiet: bool) -> None:
-    work = replace(training.work, terminal=Terminal(quiet, bars=False))
-    work.__dict__["data_identity"] = training.work.data_identity
+def _train(training: _Training) -> None:
     try:
         if training.teacher is None:
-            train_student(work, training.out)
+            train_student(training.work, training.out)
         else:
-            train_teacher(work, training.teacher, training.out)
+            train_teacher(training.work, training.teacher, training.out)
     except KeyboardInterrupt:  # the checkpoint is written; a pool's process would wait for the next training
         os._exit(1)

@@ -84,7 +84,7 @@ def test_a_killed_process_is_told(home: Path, tmp_path: Path, monkeypatch: pytes
         trained(home, tmp_path / "out", 2)
 
 
-def _die(training: side_by_side._Training, quiet: bool) -> None:
+def _die(training: side_by_side._Training) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
