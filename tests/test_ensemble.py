@@ -105,6 +105,27 @@ def test_the_stages_apart_are_the_whole(trio: list[PredictorTeacher]) -> None:
     assert [member["name"] for member in ensemble.describe()["members"]] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_deployed_ensemble_says_second_guesses_as_its_members_do(tmp_path: Path, fusion: str) -> None:
+    """An ensemble of one detector must not be worth less than the detector: mAP counts every class of a box."""
+    rows = [([10, 10, 40, 40], [0.8, 0.3]), ([60, 30, 90, 60], [0.1, 0.6]), ([12, 40, 30, 60], [0.005, 0.002])]
+    alone = black_box(tmp_path, "a", rows)
+    found = Ensemble([alone], EnsembleConfig(fusion=fusion)).detect(IMAGE)  # type: ignore[arg-type]
+    truth = alone.detect(IMAGE)
+    np.testing.assert_allclose(found.scores, truth.scores, rtol=1e-5)
+    np.testing.assert_array_equal(found.labels, truth.labels)
+    np.testing.assert_allclose(found.boxes_xyxy, truth.boxes_xyxy, atol=1e-3)
+
+
+def test_one_object_under_two_best_classes_is_said_once_a_class(tmp_path: Path) -> None:
+    teachers = [
+        black_box(tmp_path, "a", [([10, 10, 40, 40], [0.8, 0.3])]),
+        black_box(tmp_path, "b", [([10, 10, 40, 40], [0.2, 0.5])]),
+    ]
+    found = Ensemble(teachers, EnsembleConfig()).detect(IMAGE)
+    assert sorted(found.labels.tolist()) == [0, 1]
+
+
 def native(seed: int, name: str, **kwargs: object) -> NativeTeacher:
     return NativeTeacher(name, toy_detector(seed=seed, **kwargs), CLASSES)  # type: ignore[arg-type]
 

@@ -98,23 +98,24 @@ class Ensemble:
         """Fuse raw outputs of one image to detections in its own pixels."""
         if self._detectors:
             return self._finish_mean(raw, geometries[0])
-        found = self._soften(raw, geometries).hard()
-        above = found.take(found.scores > self.selection.score_threshold)
-        return above.take(np.argsort(-above.scores, kind="stable")[: self.selection.max_detections])
+        lowest = min(self.selection.score_threshold, ANSWER_THRESHOLD)  # what one doubts, another may be sure of
+        return detections_of(self._soften(raw, geometries, lowest), self.config, self.selection)
 
-    def _soften(self, raw: Sequence[Any], geometries: Sequence[Geometry]) -> SoftDetections:
+    def _soften(
+        self, raw: Sequence[Any], geometries: Sequence[Geometry], score_threshold: float = ANSWER_THRESHOLD
+    ) -> SoftDetections:
         if self._detectors:
             boxes, scores = self._mean(raw)
             found = select_soft(
                 boxes,
                 scores,
-                score_threshold=ANSWER_THRESHOLD,
+                score_threshold=score_threshold,
                 nms_iou=LIGHT_NMS_IOU,
                 max_detections=self.selection.max_detections,
             )
             return SoftDetections(geometries[0].to_source(found.boxes_xyxy), found.class_probs)
         triples = zip(self.teachers, raw, geometries, strict=True)
-        return self.fuse([teacher.soften(outputs, geometry) for teacher, outputs, geometry in triples])
+        return self.fuse([teacher.soften(outputs, geometry, score_threshold) for teacher, outputs, geometry in triples])
 
     def _finish_mean(self, raw: Sequence[DetectorOutput], geometry: Geometry) -> Detections:
         found = select(
@@ -175,6 +176,22 @@ def fuse(
     rows, decayed = soft_nms(pooled.boxes_xyxy, confidence, labels)
     factor = decayed / confidence[rows]
     return SoftDetections(pooled.boxes_xyxy[rows], pooled.class_probs[rows] * factor[:, None])
+
+
+def detections_of(fused: SoftDetections, config: EnsembleConfig, selection: Selection) -> Detections:
+    """What a deployed ensemble says: every class of a fused row that scores enough, as from a detector by itself.
+
+    The best class of each row alone would leave an ensemble without the second guesses that mAP gives its members credit
+    for. Rows of different best classes may lie on one object, so each class goes through NMS once more; after soft-NMS,
+    which leaves overlapping rows on purpose, it does not.
+    """
+    return select(
+        fused.boxes_xyxy,
+        fused.class_probs,
+        score_threshold=selection.score_threshold,
+        nms_iou=1.0 if config.fusion == "soft-nms" else selection.nms_iou,
+        max_detections=selection.max_detections,
+    )
 
 
 def _pooled(answers: Sequence[SoftDetections], weights: Sequence[float]) -> SoftDetections:
@@ -274,7 +291,7 @@ def learn_weights(
 
     def score(weights: Sequence[float]) -> float:
         fused = [fuse(image, weights, config, known) for image in zip(*answers, strict=True)]
-        return accuracy(records, [answer.hard() for answer in fused])
+        return accuracy(records, [detections_of(answer, config, DEFAULT_SELECTION) for answer in fused])
 
     best = [1.0] * len(answers)
     best_score = score(best)

@@ -18,7 +18,7 @@ from edgekd.teachers.base import TeacherOutput
 from edgekd.types import BoolArray, Detections, ImageArray, SoftDetections
 
 ANSWER_THRESHOLD = 0.01
-"""Candidates below this neither teach nor fuse; on VOC it costs an ensemble no AP50 and halves the rows."""
+"""Candidates below this do not teach; on VOC that costs an ensemble no AP50 and halves the rows."""
 
 
 class PredictorTeacher:
@@ -110,9 +110,9 @@ class PredictorTeacher:
         """Answer one original image with class distributions, after a light NMS, in its own pixels."""
         return self._answering.answer(image)
 
-    def soften(self, raw: Any, geometry: Any) -> SoftDetections:
-        """The last stage of `answer`, for whoever times the stages apart."""
-        return self._answering.soften(raw, geometry)
+    def soften(self, raw: Any, geometry: Any, score_threshold: float = ANSWER_THRESHOLD) -> SoftDetections:
+        """The last stage of `answer`, for whoever times the stages apart or wants candidates down to another score."""
+        return self.predictor.with_selection(score_threshold=score_threshold).soften(raw, geometry)
 
     def detect(self, image: ImageArray) -> Detections:
         """Answer one original image as a deployed detector, in the student's labels."""
