@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgekd.detectors import build_detector
 from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, UserError
+from edgekd.export.onnx import export_onnx
 from edgekd.predictor import load_predictor
+from edgekd.recipe import ExportConfig
 from edgekd.runtimes.openvino_runtime import OpenVinoRuntime
 from edgekd.runtimes.ort import OrtRuntime
+from edgekd.types import DetectorSpec, PreprocessSpec
 from tests.toy_onnx import write_constant_detector
 
 ARRAYS = {"boxes": np.ones((1, 5, 4), np.float32), "scores": np.full((1, 5, 2), 0.5, np.float32)}
@@ -61,6 +65,19 @@ class TestInstalled:
         with OpenVinoRuntime(path, input_hw=(64, 96)) as runtime, OrtRuntime(path, input_hw=(64, 96)) as reference:
             assert (runtime.input_shape, runtime.dynamic_batch) == (reference.input_shape, reference.dynamic_batch)
             np.testing.assert_array_equal(runtime.run(np.zeros((1, 3, 64, 96), np.float32))["boxes"], ARRAYS["boxes"])
+
+    def test_an_int8_yolo_computes_what_onnx_runtime_does(self, tmp_path: Path) -> None:
+        """OpenVINO moves the scales of the last convolutions behind the objectness, and must still know its axes."""
+        spec = DetectorSpec("yolov3-tiny", ("a", "b"), PreprocessSpec((96, 96)), width=0.25)
+        image = np.random.default_rng(0).normal(size=(1, 3, 96, 96)).astype(np.float32)
+        config = ExportConfig(calibration="minmax")
+        path = export_onnx(
+            build_detector(spec), tmp_path / "tiny.onnx", config=config, precision="int8", calibration=[image]
+        )
+        with OpenVinoRuntime(path) as runtime, OrtRuntime(path) as reference:
+            outputs, wanted = runtime.run(image), reference.run(image)
+        np.testing.assert_allclose(outputs["scores"], wanted["scores"], atol=0.02)
+        assert np.abs(outputs["boxes"] - wanted["boxes"]).mean() < 0.5
 
     def test_a_wrong_input_is_a_failure_with_both_shapes(self, model: Path) -> None:
         with pytest.raises(RuntimeFailure, match=r"1, 3, 32, 32"):

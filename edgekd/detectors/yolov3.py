@@ -199,9 +199,10 @@ class YoloV3(Detector):
             cells = head(fused).flatten(2).transpose(1, 2)
             rows.append(cells.reshape(cells.shape[0], -1, 5 + self.num_classes))
         raw = torch.cat(rows, dim=1)
-        return DetectorOutput(
-            raw[..., 5:], raw[..., :4], raw[..., 4], select_taps(self.tap_specs, [*backbone, *neck], taps)
-        )
+        # A slice, not an index: as a Gather, OpenVINO 2026 carries int8 scales through it with the axis that it drops.
+        objectness = raw[..., 4:5].squeeze(-1)
+        found = select_taps(self.tap_specs, [*backbone, *neck], taps)
+        return DetectorOutput(raw[..., 5:], raw[..., :4], objectness, found)
 
     def _boxes(self, raw: Tensor) -> Tensor:
         """(B, P, 4) raw coding to xyxy in input pixels."""
