@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,28 +16,6 @@ if TYPE_CHECKING:
 
 PROTOCOL = "How it is measured"
 GATE = "Gate for CI (exit 3 on a regression)"
-
-
-class Mode(str, Enum):
-    """One image at a time, or under full load as well."""
-
-    single = "single"
-    throughput = "throughput"
-
-
-class MlperfScenario(str, Enum):
-    """Scenarios of MLPerf Inference."""
-
-    single = "SingleStream"
-    multi = "MultiStream"
-
-
-class Execution(str, Enum):
-    """How an ensemble's members run."""
-
-    sequential = "sequential"
-    parallel = "parallel"
-    both = "both"
 
 
 QuickOption = Annotated[
@@ -87,7 +64,7 @@ PinOption = Annotated[
     typer.Option("--pin", help="Run on these CPUs only, such as 0 or 0-3.", metavar="CPUS", rich_help_panel=PROTOCOL),
 ]
 ModeOption = Annotated[
-    Mode,
+    Literal["single", "throughput"],
     typer.Option("--mode", help="Latency of one image; or images/s under full load too.", rich_help_panel=PROTOCOL),
 ]
 StreamsOption = Annotated[
@@ -103,7 +80,7 @@ BatchOption = Annotated[
     ),
 ]
 MlperfOption = Annotated[
-    MlperfScenario | None,
+    Literal["SingleStream", "MultiStream"] | None,
     typer.Option("--mlperf", help="Also by MLPerf's rules for a scenario.", rich_help_panel=PROTOCOL),
 ]
 MlperfSecondsOption = Annotated[
@@ -113,7 +90,7 @@ MlperfSecondsOption = Annotated[
     ),
 ]
 ExecutionOption = Annotated[
-    Execution,
+    Literal["sequential", "parallel", "both"],
     typer.Option("--execution", help="How an ensemble's members run.", rich_help_panel=PROTOCOL),
 ]
 TableOption = Annotated[

@@ -70,7 +70,7 @@ def bundle(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="DIR")],
     precision: PrecisionsOption = None,
-    target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = Target.tensorrt,
+    target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = "tensorrt",
     data: DataOption = None,
     split: Annotated[
         str | None, typer.Option("--split", help="Split of --data to calibrate and compare on.", metavar="NAME")
@@ -100,7 +100,7 @@ def bundle(
         [replace(entry, options=foreign_options(entry.path, classes, output, input_size)) for entry in entries],
         out,
         precisions=precisions_of(precision),
-        config=ExportConfig(target=target.value),
+        config=ExportConfig(target=target),
         data=None if data is None else export_data(data, split, format),
         say=Terminal(session.quiet).note,
     )

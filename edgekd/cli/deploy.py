@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,50 +16,15 @@ if TYPE_CHECKING:
     from edgekd.recipe import OnnxTeacher
 
 
-class Precision(str, Enum):
-    """Number formats of an exported file."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
-
-
-class Format(str, Enum):
-    """What is written: ONNX, which runs anywhere, or a TensorRT engine for the GPU here."""
-
-    onnx = "onnx"
-    engine = "engine"
-
-
-class Hardware(str, Enum):
-    """Which GPUs an engine runs on."""
-
-    exact = "exact"
-    same_capability = "same-capability"
-    ampere = "ampere+"
+Target = Literal["x86", "tensorrt"]
+"""What int8 is laid out for: unsigned activations (x86) or signed and symmetric ones (tensorrt)."""
 
 
 class RuntimeName(str, Enum):
-    """What can run an ONNX file."""
+    """What can run an ONNX file; an enumeration, since Typer takes no list of literals."""
 
     onnxruntime = "onnxruntime"
     openvino = "openvino"
-
-
-class Target(str, Enum):
-    """What int8 is laid out for: unsigned activations (x86) or signed and symmetric ones (tensorrt)."""
-
-    x86 = "x86"
-    tensorrt = "tensorrt"
-
-
-class Calibration(str, Enum):
-    """How int8 chooses what range of each activation to cover."""
-
-    auto = "auto"
-    minmax = "minmax"
-    entropy = "entropy"
-    percentile = "percentile"
 
 
 DataOption = Annotated[Path | None, typer.Option("--data", help="A data set (VOC, COCO or YOLO).", metavar="DIR")]
@@ -142,14 +107,15 @@ def export(
         typer.Argument(help="A run folder or a checkpoint; for an engine also an ONNX file.", metavar="RUN|CHECKPOINT"),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="FILE")],
-    format: Annotated[Format, typer.Option("--format", help="ONNX, or a TensorRT engine for the GPU here.")] = (
-        Format.onnx
-    ),
-    precision: Annotated[Precision, typer.Option("--precision", help="Number format.")] = Precision.fp32,
-    target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = Target.x86,
+    format: Annotated[
+        Literal["onnx", "engine"], typer.Option("--format", help="ONNX, or a TensorRT engine for the GPU here.")
+    ] = "onnx",
+    precision: Annotated[Literal["fp32", "fp16", "int8"], typer.Option("--precision", help="Number format.")] = "fp32",
+    target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = "x86",
     calibration: Annotated[
-        Calibration, typer.Option("--calibration", help="Of int8 ranges; auto takes the one with the best mAP.")
-    ] = Calibration.auto,
+        Literal["auto", "minmax", "entropy", "percentile"],
+        typer.Option("--calibration", help="Of int8 ranges; auto takes the one with the best mAP."),
+    ] = "auto",
     max_map_drop: Annotated[
         float,
         typer.Option(
@@ -181,8 +147,9 @@ def export(
         bool, typer.Option("--version-compatible", help="Later TensorRT may run it.", rich_help_panel=ENGINES)
     ] = False,
     hardware: Annotated[
-        Hardware, typer.Option("--hardware", help="Which GPUs may run it.", rich_help_panel=ENGINES)
-    ] = Hardware.exact,
+        Literal["exact", "same-capability", "ampere+"],
+        typer.Option("--hardware", help="Which GPUs may run it.", rich_help_panel=ENGINES),
+    ] = "exact",
     dla: Annotated[
         int | None, typer.Option("--dla", min=0, help="A Jetson's DLA core.", rich_help_panel=ENGINES)
     ] = None,
@@ -207,25 +174,23 @@ def export(
         nms=nms,
         opset=opset,
         dynamic_batch=dynamic_batch,
-        target=target.value,
-        calibration=calibration.value,
+        target=target,
+        calibration=calibration,
         map_budget=max_map_drop,
     )
     images = export_data(data, split, data_format) if data is not None else None
     say = Terminal(session.quiet).note
-    if format is Format.engine:
+    if format == "engine":
         from edgekd.export.engine import EngineOptions
         from edgekd.export.engine_job import export_engine
 
         options = EngineOptions(
-            workspace, level, _batch_profile(batch), version_compatible, hardware.value, dla, library_tactics
+            workspace, level, _batch_profile(batch), version_compatible, hardware, dla, library_tactics
         )
-        engine = export_engine(
-            source, out, precision=precision.value, config=config, options=options, data=images, say=say
-        )
+        engine = export_engine(source, out, precision=precision, config=config, options=options, data=images, say=say)
         session.finish(engine.to_dict(), lambda: _show_engine(engine))
         return
-    result = export_run(source, out, precision=precision.value, config=config, data=images, say=say)
+    result = export_run(source, out, precision=precision, config=config, data=images, say=say)
 
     def show() -> None:
         for note in result.notes:

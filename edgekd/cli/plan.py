@@ -104,9 +104,7 @@ def plan(
     images = _images(section or (base.data if base is not None else None), split)
     names = images.class_names if images is not None else tuple(f"class{i}" for i in range(_GENERIC_CLASSES))
     there = None if target is None else parse_target(target, python=target_python, ssh_config=ssh_config)
-    layout: Layout = "x86" if there is None else "tensorrt"
-    if int8_layout is not None:
-        layout = "x86" if int8_layout is Target.x86 else "tensorrt"
+    layout: Layout = int8_layout or ("x86" if there is None else "tensorrt")
     asked = Asked(
         max_latency_ms,
         threads if there is not None else threads or usable_threads(),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,14 +35,6 @@ RealtimeOption = Annotated[
 ]
 
 
-class VideoFormat(str, Enum):
-    """Kinds of video that OpenCV can write."""
-
-    mp4 = "mp4"
-    avi = "avi"
-    webm = "webm"
-
-
 def predict(
     context: typer.Context,
     artifact: Annotated[Path, typer.Argument(help="An ONNX file, a checkpoint or a run folder.", metavar="ARTIFACT")],
@@ -66,9 +57,9 @@ def predict(
     max_frames: MaxFramesOption = None,
     realtime: RealtimeOption = False,
     video_format: Annotated[
-        VideoFormat,
+        Literal["mp4", "avi", "webm"],
         typer.Option("--video-format", help="mp4 is MPEG-4, avi Motion JPEG, webm VP8.", rich_help_panel=VIDEO),
-    ] = VideoFormat.mp4,
+    ] = "mp4",
     json: JsonOption = False,
     device: DeviceOption = None,
     quiet: QuietOption = False,
@@ -99,7 +90,7 @@ def predict(
     )
     with predictor:
         if videos:
-            options = {"suffix": f".{video_format.value}", "realtime": realtime, "max_frames": max_frames}
+            options = {"suffix": f".{video_format}", "realtime": realtime, "max_frames": max_frames}
             _predict_videos(session, predictor, videos, out, options)
         else:
             _predict_images(session, predictor, [Path(source) for source in sources], out)
