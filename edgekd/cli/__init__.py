@@ -52,15 +52,13 @@ def _common(
     debug: DebugOption = False,
     sets: SetOption = None,
 ) -> None:
-    session = session_of(context)
+    session_of(context)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in ("train", "distill"):
         raise UserError(
             f"edgekd {context.invoked_subcommand} is for one process",
             got=f"one of {os.environ['WORLD_SIZE']} that torchrun started",
             expected="edgekd train or edgekd distill under torchrun",
         )
-    session.debug = debug
-    session.merge(json=json, seed=seed, device=device, quiet=quiet, sets=sets)
 
 
 app.command()(deploy.doctor)

@@ -142,7 +142,6 @@ def bench(
     With --baseline, the new figures are held against an earlier result, and a regression beyond its interval exits 3.
     """
     session = session_of(context)
-    session.merge(json=json, seed=seed, device=device, quiet=quiet)
     from edgekd.bench.entries import parse_artifact_argument
     from edgekd.bench.gate import EXIT_REGRESSED, open_gate
     from edgekd.bench.runner import bench_artifacts

@@ -87,7 +87,6 @@ def bundle(
     Copy it there and run `python3 bench.py`; or let `edgekd bench --target ssh://...` do both.
     """
     session = session_of(context)
-    session.merge(json=json, quiet=quiet)
     from dataclasses import replace
 
     from edgekd.bench.entries import parse_artifact_argument

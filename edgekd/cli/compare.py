@@ -41,7 +41,6 @@ def compare(
     Every run writes its own result; the same command goes on where an earlier one was cut off.
     """
     session = session_of(context)
-    session.merge(sets=sets, json=json, device=device, quiet=quiet)
     session.resume_hint = f"what is done is in {out}; the same command goes on from there"
     from edgekd.compare import CompareJob, one_by_one
     from edgekd.compare import compare as compare_job

@@ -32,7 +32,6 @@ def make(
 ) -> None:
     """Draw synthetic scenes with several classes as a VOC data set; the same from the same seed on any machine."""
     session = session_of(context)
-    session.merge(json=json, seed=seed, quiet=quiet)
     from edgekd.bench.device import usable_threads
     from edgekd.console import Terminal
     from edgekd.data.scenes import SCENE_CLASSES, make_scenes
@@ -63,7 +62,6 @@ def check(
 ) -> None:
     """Count and measure a data set and name every bad file; exits 2 if training on it would be wrong."""
     session = session_of(context)
-    session.merge(json=json, seed=seed, quiet=quiet)
     from edgekd.console import Terminal
     from edgekd.data.check import check_dataset
 
@@ -112,7 +110,6 @@ def split(
     Writes the files that name the splits and touches nothing else.
     """
     session = session_of(context)
-    session.merge(json=json, seed=seed, quiet=quiet)
     from dataclasses import asdict
 
     from edgekd.console import Terminal
@@ -161,7 +158,6 @@ def label(
     teachers, not how often it is right: correct at least the validation part by hand.
     """
     session = session_of(context)
-    session.merge(sets=sets, json=json, device=device, quiet=quiet)
     from edgekd.console import Terminal
     from edgekd.labelling import label_images
     from edgekd.recipe_file import load_recipe
@@ -195,7 +191,6 @@ def convert(
 ) -> None:
     """Write a data set in another layout, without loss."""
     session = session_of(context)
-    session.merge(json=json, quiet=quiet)
     from edgekd.data.convert import convert_dataset
 
     report = convert_dataset(source, out, to, format=format, splits=split, link=link)
@@ -229,7 +224,6 @@ def fetch(
 ) -> None:
     """Download a public data set from its official place; resumes, verifies, and tells how to do it by hand."""
     session = session_of(context)
-    session.merge(json=json, quiet=quiet)
     session.resume_hint = "the same command goes on with the download"
     from edgekd.console import Terminal
     from edgekd.data.fetch import fetch as fetch_dataset

@@ -60,7 +60,6 @@ InputSizeOption = Annotated[
 def doctor(context: typer.Context, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Say what this machine can do, and how to get what is missing."""
     session = session_of(context)
-    session.merge(json=json, quiet=quiet)
     from edgekd.doctor import examine, show
 
     found = examine()
@@ -87,7 +86,6 @@ def quantize(
     `export.qat` and `export.target` of the recipe say how: --set export.qat.epochs=5 --set export.target=tensorrt.
     """
     session = session_of(context)
-    session.merge(json=json, seed=seed, device=device, quiet=quiet, sets=sets)
     from edgekd.quantize import quantize_run
     from edgekd.recipe_file import load_recipe
     from edgekd.stages import RECIPE_FILE
@@ -165,7 +163,6 @@ def export(
     The images come from the run's own recipe unless --data names others; int8 is calibrated on its training split.
     """
     session = session_of(context)
-    session.merge(json=json, quiet=quiet)
     from edgekd.console import Terminal
     from edgekd.export import export_run
     from edgekd.recipe import ExportConfig
@@ -298,7 +295,6 @@ def report(
 ) -> None:
     """Write one self-contained HTML page of results: benchmarks, comparisons of methods, devices, videos."""
     session = session_of(context)
-    session.merge(json=json, quiet=quiet)
     from edgekd.report.page import write_report
 
     page = write_report(results, out, table)

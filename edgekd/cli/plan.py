@@ -85,7 +85,6 @@ def plan(
     off at any time: the same command goes on where it was.
     """
     session = session_of(context)
-    session.merge(json=json, device=device, quiet=quiet)
     from edgekd.bench.device import usable_threads
     from edgekd.bench.roof import cpu_roof
     from edgekd.console import Terminal

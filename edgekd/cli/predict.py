@@ -70,7 +70,6 @@ def predict(
     what was recorded is kept.
     """
     session = session_of(context)
-    session.merge(json=json, device=device, quiet=quiet)
     from edgekd.predictor import load_predictor
     from edgekd.video import is_video
 

@@ -23,7 +23,6 @@ def check(
 ) -> None:
     """Check a recipe and print it with every default filled in."""
     session = session_of(context)
-    session.merge(json=json, sets=sets, quiet=quiet)
     from edgekd.recipe_file import dump_recipe, load_recipe
 
     checked = load_recipe(recipe, session.overrides, needs=("data", "student", "teacher-files") if files else ())
@@ -34,7 +33,7 @@ def check(
 def schema(context: typer.Context, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Print the JSON schema of recipes, for editors."""
     session = session_of(context)
-    session.merge(json=True, quiet=quiet)  # the schema is a JSON document whatever is asked for
+    session.merge(json=True)  # the schema is a JSON document whatever is asked for
     from edgekd.recipe_file import recipe_schema
 
     session.finish(recipe_schema(), lambda: None)

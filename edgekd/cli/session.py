@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Annotated, Any
 
@@ -64,10 +64,11 @@ class Session:
         seed: int | None = None,
         device: str | None = None,
         quiet: bool = False,
-        sets: list[str] | None = None,
+        debug: bool = False,
+        sets: Sequence[str] | None = None,
     ) -> None:
         """Add what stood after the command to what stood before it; the later one wins."""
-        self.json, self.quiet = self.json or json, self.quiet or quiet
+        self.json, self.quiet, self.debug = self.json or json, self.quiet or quiet, self.debug or debug
         self.seed = self.seed if seed is None else seed
         self.device = self.device if device is None else device
         self.sets += sets or []
@@ -162,11 +163,18 @@ def _keep_traceback(error: BaseException) -> str:
 
 
 def session_of(context: typer.Context) -> Session:
-    """The session of a running command."""
+    """The session of a running command, with what this command was given of the common options.
+
+    A command declares those it takes in its signature and need not look at them.
+    """
     session = context.find_root().obj
     if not isinstance(session, Session):
-        raise TypeError("no session: the root callback has not run")
+        raise TypeError("no session: the root group has not run")
+    session.merge(**{name: value for name, value in context.params.items() if name in _COMMON})
     return session
+
+
+_COMMON = ("json", "seed", "device", "quiet", "debug", "sets")
 
 
 # Typer's base of usage errors, which it does not export (older ones take click's, newer ones their own).

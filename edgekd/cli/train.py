@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,7 +39,7 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Train the recipe's student alone, on ground truth. The same command resumes a run that was cut off."""
-    session = _begin(context, out, sets=sets, json=json, seed=seed, device=device, quiet=quiet)
+    session = _begin(context, out)
     from edgekd.recipe_file import load_recipe
     from edgekd.stages import train_student
     from edgekd.workspace import open_workspace
@@ -60,7 +60,7 @@ def distill(
     quiet: QuietOption = False,
 ) -> None:
     """Train the recipe's student with its teachers; teachers that are to be trained come first, in DIR/teachers."""
-    session = _begin(context, out, sets=sets, json=json, seed=seed, device=device, quiet=quiet)
+    session = _begin(context, out)
     from edgekd.recipe_file import load_recipe
     from edgekd.stages import distill_student, ready_teachers
     from edgekd.teaching import check_setup
@@ -88,7 +88,7 @@ def run(
 
     Stages whose inputs have not changed are skipped, and what was cut off is resumed.
     """
-    session = _begin(context, out, sets=sets, json=json, seed=seed, device=device, quiet=quiet)
+    session = _begin(context, out)
     from edgekd.pipeline import run_recipe
     from edgekd.recipe_file import load_recipe
 
@@ -104,9 +104,8 @@ def run(
         raise typer.Exit(1)
 
 
-def _begin(context: typer.Context, out: Path, **options: Any) -> Session:
+def _begin(context: typer.Context, out: Path) -> Session:
     session = session_of(context)
-    session.merge(**options)
     session.resume_hint = f"what is done is in {out}; the same command goes on from there"
     return session
 
