@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,84 +15,65 @@ if TYPE_CHECKING:
     from edgekd.bench.gate import Gate, Limits
     from edgekd.types import Dataset
 
-PROTOCOL = "How it is measured"
-GATE = "Gate for CI (exit 3 on a regression)"
+_protocol = partial(typer.Option, rich_help_panel="How it is measured")
+_gate = partial(typer.Option, rich_help_panel="Gate for CI (exit 3 on a regression)")
 
 
 QuickOption = Annotated[
     bool,
-    typer.Option(
-        "--quick", help="Seconds, not minutes: few samples and 64 images, so wide intervals.", rich_help_panel=PROTOCOL
-    ),
+    _protocol("--quick", help="Seconds, not minutes: few samples and 64 images, so wide intervals."),
 ]
 PublishOption = Annotated[
     bool,
-    typer.Option(
-        "--publish",
-        help="At least 1,000 samples and 30 s of each; says if it may be published.",
-        rich_help_panel=PROTOCOL,
-    ),
+    _protocol("--publish", help="At least 1,000 samples and 30 s of each; says if it may be published."),
 ]
 SamplesOption = Annotated[
     int | None,
-    typer.Option(
-        "--samples", min=20, help="Timed inferences of each; 200, or 1000 on a --target.", rich_help_panel=PROTOCOL
-    ),
+    _protocol("--samples", min=20, help="Timed inferences of each; 200, or 1000 on a --target."),
 ]
 SecondsOption = Annotated[
     float | None,
-    typer.Option(
-        "--seconds", min=0, help="Each is timed for so long at least; 0, or 30 on a --target.", rich_help_panel=PROTOCOL
-    ),
+    _protocol("--seconds", min=0, help="Each is timed for so long at least; 0, or 30 on a --target."),
 ]
 WarmupOption = Annotated[
     float | None,
-    typer.Option(
-        "--warmup", min=0, help="Seconds of warm-up at least (1), and until stable.", rich_help_panel=PROTOCOL
-    ),
+    _protocol("--warmup", min=0, help="Seconds of warm-up at least (1), and until stable."),
 ]
 EnergyOption = Annotated[
     float | None,
-    typer.Option(
+    _protocol(
         "--energy-seconds",
         min=0,
         help="Each runs alone for so long where power can be read; 10, or 30 on a --target; 0: no energy.",
-        rich_help_panel=PROTOCOL,
     ),
 ]
 PinOption = Annotated[
     str | None,
-    typer.Option("--pin", help="Run on these CPUs only, such as 0 or 0-3.", metavar="CPUS", rich_help_panel=PROTOCOL),
+    _protocol("--pin", help="Run on these CPUs only, such as 0 or 0-3.", metavar="CPUS"),
 ]
 ModeOption = Annotated[
     Literal["single", "throughput"],
-    typer.Option("--mode", help="Latency of one image; or images/s under full load too.", rich_help_panel=PROTOCOL),
+    _protocol("--mode", help="Latency of one image; or images/s under full load too."),
 ]
 StreamsOption = Annotated[
     int | None,
-    typer.Option(
-        "--streams", min=1, help="Throughput: inferences at once; one a thread if not given.", rich_help_panel=PROTOCOL
-    ),
+    _protocol("--streams", min=1, help="Throughput: inferences at once; one a thread if not given."),
 ]
 BatchOption = Annotated[
     int,
-    typer.Option(
-        "--batch", min=1, help="Throughput: images of one inference, where a file takes more.", rich_help_panel=PROTOCOL
-    ),
+    _protocol("--batch", min=1, help="Throughput: images of one inference, where a file takes more."),
 ]
 MlperfOption = Annotated[
     Literal["SingleStream", "MultiStream"] | None,
-    typer.Option("--mlperf", help="Also by MLPerf's rules for a scenario.", rich_help_panel=PROTOCOL),
+    _protocol("--mlperf", help="Also by MLPerf's rules for a scenario."),
 ]
 MlperfSecondsOption = Annotated[
     float,
-    typer.Option(
-        "--mlperf-seconds", min=0.1, help="Of each; the rules want 600, less is told.", rich_help_panel=PROTOCOL
-    ),
+    _protocol("--mlperf-seconds", min=0.1, help="Of each; the rules want 600, less is told."),
 ]
 ExecutionOption = Annotated[
     Literal["sequential", "parallel", "both"],
-    typer.Option("--execution", help="How an ensemble's members run.", rich_help_panel=PROTOCOL),
+    _protocol("--execution", help="How an ensemble's members run."),
 ]
 TableOption = Annotated[
     list[Path] | None,
@@ -99,41 +81,31 @@ TableOption = Annotated[
 ]
 BaselineOption = Annotated[
     Path | None,
-    typer.Option("--baseline", help="An earlier result.json.", metavar="FILE", rich_help_panel=GATE),
+    _gate("--baseline", help="An earlier result.json.", metavar="FILE"),
 ]
 BaselineFilesOption = Annotated[
     list[Path] | None,
-    typer.Option(
+    _gate(
         "--baseline-files",
         help="Where the earlier files lie, known by hash: they are measured again, side by side.",
         metavar="DIR",
-        rich_help_panel=GATE,
     ),
 ]
 MaxSlowdownOption = Annotated[
     str | None,
-    typer.Option("--max-slowdown", help="Of median latency, such as 5%.", metavar="PERCENT", rich_help_panel=GATE),
+    _gate("--max-slowdown", help="Of median latency, such as 5%.", metavar="PERCENT"),
 ]
 MaxMapDropOption = Annotated[
     float | None,
-    typer.Option("--max-map-drop", min=0, help="Of AP50, in points of 100.", metavar="POINTS", rich_help_panel=GATE),
+    _gate("--max-map-drop", min=0, help="Of AP50, in points of 100.", metavar="POINTS"),
 ]
 AcrossOption = Annotated[
     bool,
-    typer.Option(
-        "--across-conditions",
-        help="Compare stored latencies although machine, threads, runtime or images differ.",
-        rich_help_panel=GATE,
-    ),
+    _gate("--across-conditions", help="Compare stored latencies although machine, threads, runtime or images differ."),
 ]
 GateSummaryOption = Annotated[
     Path | None,
-    typer.Option(
-        "--summary",
-        help="Write the verdict as Markdown; also appended to $GITHUB_STEP_SUMMARY.",
-        metavar="FILE.md",
-        rich_help_panel=GATE,
-    ),
+    _gate("--summary", help="Write the verdict as Markdown; also appended to $GITHUB_STEP_SUMMARY.", metavar="FILE.md"),
 ]
 
 
