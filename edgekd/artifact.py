@@ -24,13 +24,30 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA = "edgekd.manifest/1"
 
 
+def require_file(path: Path) -> None:
+    """Refuse what can never be written as a file; for long work to ask before it begins.
+
+    Raises:
+        ArtifactError: a folder, or something below a file.
+    """
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder", expected="a file to write", fix=f"such as {path / 'NAME'}")
+    over = next(parent for parent in path.absolute().parents if parent.exists())
+    if not over.is_dir():
+        raise ArtifactError(f"{path} cannot be written", got=f"{over} is a file", expected="a folder to write into")
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` and move it into place on success; on any error, nothing is left.
 
     The temporary name keeps the suffix, since some writers choose the format by it.
+
+    Raises:
+        ArtifactError: there can be no such file.
     """
     path = Path(path)
+    require_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)

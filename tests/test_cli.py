@@ -242,6 +242,55 @@ def test_bench_refuses_what_it_cannot_read(scenes: Path) -> None:
     assert edgekd("bench", "a.onnx", "--ensemble", "--data", scenes, "--split", "val").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "idle", "need"),
+    [
+        ("bench a.onnx --data d --split val --streams 2", "--streams", "--mode throughput"),
+        ("bench a.onnx --data d --split val --mlperf-seconds 2", "--mlperf-seconds", "--mlperf"),
+        ("bench a.onnx --data d --split val --realtime", "--realtime", "--video"),
+        ("bench a.onnx --data d --split val --precision int8", "--precision", "--target"),
+        (
+            "bench a.onnx --data d --split val --baseline-files f --summary s.md",
+            "--baseline-files, --summary",
+            "--baseline",
+        ),
+        ("bench a.onnx --video v.mp4 --publish --table t.md", "--table, --publish", "--data, and without --video"),
+        ("bench a.onnx --video v.mp4 --data d", "--data", "without --video"),
+        ("bench a.onnx --video v.mp4 --time-limit 3", "--time-limit", "--target"),
+        ("bench a.onnx --target ssh://x --video v.mp4", "--video", "without --target"),
+        ("bench a.onnx --target ssh://x --mode throughput", "--mode", "without --target"),
+        ("bundle a.onnx --out b --split val", "--split", "--data"),
+        ("export run --out a.onnx --split val", "--split", "--data"),
+        ("export run --out a.onnx --level 3 --no-library-tactics", "--level, --library-tactics", "--format engine"),
+        ("plan --max-latency-ms 3 --out p --host-ms 1", "--host-ms", "--target"),
+        ("plan --max-latency-ms 3 --out p --split val", "--split", "--data or --teachers"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(words: str, idle: str, need: str) -> None:
+    result = edgekd(*words.split())
+    assert result.exit_code == 2
+    assert f"{idle} do" in result.stderr
+    assert result.stderr.splitlines()[1].endswith(need)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--out", "{}"), "is a folder"),
+        (("--out", "{}/file/result.json"), "is a file"),
+        (("--table", "{}/t.docx"), ".docx"),
+        (("--table", "{}"), "no suffix"),
+    ],
+)
+def test_bench_measures_nothing_that_it_could_not_write(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    (tmp_path / "file").touch()
+    given = [word.format(tmp_path) for word in words]
+    result = edgekd("bench", "nothing.onnx", "--data", "nowhere", "--split", "val", *given)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_every_command_takes_json_and_quiet() -> None:
     def commands(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], set[str]]]:
         for name, command in group.commands.items():

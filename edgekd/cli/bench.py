@@ -34,6 +34,7 @@ from edgekd.cli.bench_options import (
     judged,
     limits_of,
     on_cpus,
+    refuse_idle_options,
     write_tables,
 )
 from edgekd.cli.bundle import (
@@ -142,21 +143,18 @@ def bench(
     With --baseline, the new figures are held against an earlier result, and a regression beyond its interval exits 3.
     """
     session = session_of(context)
+    refuse_idle_options(context)
     from edgekd.bench.entries import parse_artifact_argument
     from edgekd.bench.gate import EXIT_REGRESSED, open_gate
     from edgekd.bench.runner import bench_artifacts
     from edgekd.console import Terminal
     from edgekd.data import read_dataset
-    from edgekd.errors import UserError
     from edgekd.summary import summary_text
     from edgekd.workspace import is_synthetic
 
     entries = [declared(parse_artifact_argument(text), classes, output, input_size) for text in artifacts]
     limits = limits_of(baseline, max_slowdown, max_map_drop)
-    if limits is not None and (target is not None or video is not None):
-        raise UserError("--baseline is for data sets", got="--target or --video", fix="leave one of them out")
-    if profile and (target is not None or video is not None):
-        raise UserError("--profile is for data sets here", got="--target or --video", fix="leave one of them out")
+    check_out(out, baseline, table, summary)
     if target is not None:
         from edgekd.device.target import parse_target
 
@@ -182,7 +180,6 @@ def bench(
         return
     data, split = _given("--data", data), _given("--split", split)
     wanted = effort(quick, publish, samples=samples, seconds=seconds, warmup=warmup, energy=energy_seconds, limit=limit)
-    check_out(out, baseline)
     with on_cpus(pin):
         config = bench_config(
             samples=wanted.samples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from edgekd.cli.session import refuse_idle
 
 if TYPE_CHECKING:
     from edgekd.bench.gate import Gate, Limits
@@ -138,6 +141,37 @@ def effort(quick: bool, publish: bool, **given: Any) -> Effort:
     return replace(preset, **{key: value for key, value in given.items() if value is not None})
 
 
+_ALWAYS = {"artifacts", "out", "threads", "classes", "output", "input_size", "json", "seed", "device", "quiet"}
+_FOR_VIDEO = {"video", "max_frames", "realtime"}
+_FOR_TARGET = {"target", "target_python", "ssh_config", "time_limit", "precision"}
+_VIDEO_TOO = {"score", "iou", "max_detections", "runtime", "cuda_graph"}
+_TARGET_TOO = {"data", "split", "format", "samples", "seconds", "warmup", "energy_seconds"}
+
+
+def refuse_idle_options(context: typer.Context) -> None:
+    """Refuse what does nothing in the benchmark that is asked for: over a data set, a video, or on a device.
+
+    Raises:
+        UserError: there is such an option.
+    """
+    given = context.params
+    if given["target"] is not None:
+        refuse_idle(context, {"--data, and without --target": given.keys() - _ALWAYS - _FOR_TARGET - _TARGET_TOO})
+        return
+    if given["video"] is not None:
+        refuse_idle(context, {"--target": _FOR_TARGET})
+        refuse_idle(context, {"--data, and without --video": given.keys() - _ALWAYS - _FOR_VIDEO - _VIDEO_TOO})
+        return
+    met = {
+        "--video": (False, _FOR_VIDEO),
+        "--target": (False, _FOR_TARGET),
+        "--mode throughput": (given["mode"] == "throughput", {"streams", "batch"}),
+        "--mlperf": (given["mlperf"] is not None, {"mlperf_seconds"}),
+        "--baseline": (given["baseline"] is not None, {"baseline_files", "across_conditions", "summary"}),
+    }
+    refuse_idle(context, {need: names for need, (there, names) in met.items() if not there})
+
+
 def limits_of(baseline: Path | None, max_slowdown: str | None, max_map_drop: float | None) -> Limits | None:
     """The gate's limits; None where no gate was asked for.
 
@@ -182,16 +216,22 @@ def on_cpus(text: str | None) -> AbstractContextManager[None]:
     return pinned(None if text is None else parse_cpus(text))
 
 
-def check_out(out: Path, baseline: Path | None) -> None:
-    """Refuse to write over the baseline or what lies beside it.
+def check_out(out: Path, baseline: Path | None, tables: Sequence[Path] | None, summary: Path | None) -> None:
+    """Refuse files that could not be written when everything is measured, or that would be written over the baseline.
 
     Raises:
-        UserError: it would be.
+        UserError: there is one.
     """
+    from edgekd.artifact import require_file
     from edgekd.bench.baseline import read_baseline
     from edgekd.bench.runner import files_beside
     from edgekd.errors import UserError
+    from edgekd.report.table import require_format
 
+    for file in tables or ():
+        require_format(file.suffix)
+    for file in (out, *(tables or ()), *(() if summary is None else (summary,))):
+        require_file(file)
     if baseline is None:
         return
     kept = {baseline.resolve(), *(baseline.parent.resolve() / name for name in read_baseline(baseline).file_names)}

@@ -17,7 +17,7 @@ from edgekd.cli.deploy import (
     export_data,
     foreign_options,
 )
-from edgekd.cli.session import JsonOption, QuietOption, session_of
+from edgekd.cli.session import JsonOption, QuietOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,6 +87,7 @@ def bundle(
     Copy it there and run `python3 bench.py`; or let `edgekd bench --target ssh://...` do both.
     """
     session = session_of(context)
+    refuse_idle(context, {"--data": {"split", "format"} if data is None else ()})
     from dataclasses import replace
 
     from edgekd.bench.entries import parse_artifact_argument

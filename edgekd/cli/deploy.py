@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, session_of
+from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
     from edgekd.export import ExportData
@@ -163,6 +163,14 @@ def export(
     The images come from the run's own recipe unless --data names others; int8 is calibrated on its training split.
     """
     session = session_of(context)
+    engine_only = {"batch", "workspace", "level", "version_compatible", "hardware", "dla", "library_tactics"}
+    refuse_idle(
+        context,
+        {
+            "--data": {"split", "data_format"} if data is None else (),
+            "--format engine": engine_only if format == "onnx" else (),
+        },
+    )
     from edgekd.console import Terminal
     from edgekd.export import export_run
     from edgekd.recipe import ExportConfig

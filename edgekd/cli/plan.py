@@ -9,7 +9,7 @@ import typer
 
 from edgekd.cli.bundle import SshConfigOption, TargetOption, TargetPythonOption, precisions_of
 from edgekd.cli.deploy import FormatOption, Target, ThreadsOption
-from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
+from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
     from edgekd.device.target import Target as Device
@@ -85,6 +85,14 @@ def plan(
     off at any time: the same command goes on where it was.
     """
     session = session_of(context)
+    refuse_idle(
+        context,
+        {
+            "--target": {"target_python", "ssh_config", "host_ms"} if target is None else (),
+            "--data": {"format"} if data is None else (),
+            "--data or --teachers": {"split"} if data is None and not teachers else (),
+        },
+    )
     from edgekd.bench.device import usable_threads
     from edgekd.bench.roof import cpu_roof
     from edgekd.console import Terminal

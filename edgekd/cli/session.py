@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Annotated, Any
 
@@ -175,6 +175,24 @@ def session_of(context: typer.Context) -> Session:
 
 
 _COMMON = ("json", "seed", "device", "quiet", "debug", "sets")
+
+
+def refuse_idle(context: typer.Context, unmet: Mapping[str, Collection[str]]) -> None:
+    """Refuse options that would do nothing in this command line.
+
+    Args:
+        unmet: what was not given -> the parameters that only matter together with it.
+
+    Raises:
+        UserError: one of them was given.
+    """
+    for need, names in unmet.items():
+        sources = {parameter.opts[0]: context.get_parameter_source(str(parameter.name))
+                   for parameter in context.command.params if parameter.name in names}  # fmt: skip
+        idle = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if idle:
+            said = "does" if len(idle) == 1 else "do"
+            raise UserError(f"{', '.join(idle)} {said} nothing here", expected=f"only together with {need}")
 
 
 # Typer's base of usage errors, which it does not export (older ones take click's, newer ones their own).

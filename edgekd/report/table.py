@@ -26,9 +26,18 @@ def write_table(result: Mapping[str, Any], suffix: str) -> str:
     Raises:
         UserError: another suffix.
     """
+    require_format(suffix)
+    return FORMATS[suffix](measured(result, RESULT))
+
+
+def require_format(suffix: str) -> None:
+    """Refuse what no table is written as.
+
+    Raises:
+        UserError: another suffix.
+    """
     if suffix not in FORMATS:
         raise UserError("a table is not written in that format", got=suffix or "no suffix", expected=", ".join(FORMATS))
-    return FORMATS[suffix](measured(result, RESULT))
 
 
 def _markdown(result: Mapping[str, Any]) -> str:
