@@ -152,6 +152,13 @@ def test_other_conditions_are_refused_unless_the_old_file_is_there(place: Path, 
     assert data["gate"]["conditions"]
 
 
+def test_old_files_are_looked_for_in_folders_that_exist(place: Path, tmp_path: Path) -> None:
+    result, data = gated(place, "good.onnx", tmp_path / "new.json", "--baseline-files", tmp_path / "none")
+    assert result.exit_code == 2
+    assert "none: there is no such folder" in result.stderr
+    assert not data
+
+
 def test_across_conditions_compares_and_says_so(place: Path, tmp_path: Path) -> None:
     baseline = moved(place, tmp_path / "old", device__cpu="another processor")
     result, data = gated(place, "poor.onnx", tmp_path / "new.json", "--across-conditions", baseline=baseline)

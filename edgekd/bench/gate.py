@@ -83,10 +83,14 @@ def open_gate(
         across: compare stored latencies although something differs.
 
     Raises:
-        ArtifactError: the baseline cannot be read. UserError: no limit, no counterpart, or no fair comparison.
+        ArtifactError: the baseline cannot be read. UserError: no limit, no such folder, no counterpart, or no fair
+            comparison.
     """
     if limits.slowdown is None and limits.map_drop is None:
         raise UserError("--baseline without a limit", fix="give --max-slowdown 5%, --max-map-drop 0.5, or both")
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder", expected="one that holds the baseline's files")
     baseline = read_baseline(path)
     pairs, again = pair_up(baseline, artifacts, folders)
     differing = differences(baseline, dataset, config, min(LATENCY_IMAGES, len(dataset)))
