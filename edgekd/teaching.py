@@ -13,6 +13,7 @@ from edgekd.artifact import is_current, sha256_file, write_json, write_manifest
 from edgekd.checkpoint import detector_file
 from edgekd.data.view_plan import ViewPlan
 from edgekd.detectors import build_detector, spec_for
+from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.errors import ArtifactError, DistillationSetupError
 from edgekd.recipe import CacheConfig, CheckpointTeacher, OnnxTeacher, TeacherConfig, TrainedTeacher
@@ -35,12 +36,13 @@ def check_setup(work: Workspace) -> None:
     Raises:
         EdgeKDError: a model option, a teacher, a class map, the fusion or a distillation term is wrong.
     """
-    recipe, classes = work.recipe, work.train.class_names
-    student = build_detector(spec_for(recipe.student, classes))
+    recipe, classes, records = work.recipe, work.train.class_names, work.train.records
+    student = build_detector(fitted_spec(spec_for(recipe.student, classes), records))
     built: list[PredictorTeacher] = []
     for config in recipe.teachers:
         if isinstance(config, TrainedTeacher):
-            built.append(NativeTeacher(config.name, build_detector(spec_for(config.train, classes)), classes))
+            spec = fitted_spec(spec_for(config.train, classes), records)
+            built.append(NativeTeacher(config.name, build_detector(spec), classes))
         else:
             built.append(build_teacher(config, classes))
     ensemble = Ensemble(built, recipe.ensemble)

@@ -22,6 +22,7 @@ from edgekd.checkpoint import BEST_FILE, MODEL_FILE, save_detector
 from edgekd.data.loader import Batch, TrainLoader
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector
+from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.detectors.shared_norm import share_batch_norm
 from edgekd.distill import Clock, Distiller, term_parameters
 from edgekd.errors import UserError
@@ -108,7 +109,8 @@ class _Trainer:
         torch.manual_seed(job.seed)
         if self.cfg.deterministic:
             torch.use_deterministic_algorithms(True)
-        detector = build_detector(spec_for(job.model, job.dataset.class_names))
+        spec = fitted_spec(spec_for(job.model, job.dataset.class_names), job.dataset.records)
+        detector = build_detector(spec)
         if job.model.weights is not None:
             from edgekd.detectors.weights import load_backbone_weights
 

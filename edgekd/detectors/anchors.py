@@ -24,11 +24,14 @@ class PriorLayout:
         grids_hw: cells of each level.
         scales: side of the square prior of each level, as a share of the input's, and one more behind the last.
         aspect_ratios: for each level, those besides 1; each is used upright too.
+        shapes_wh: for each level its shapes themselves, as shares of the input's sides, in the place of those that scales
+            and aspect ratios make; as many.
     """
 
     grids_hw: tuple[tuple[int, int], ...]
     scales: tuple[float, ...]
     aspect_ratios: tuple[tuple[float, ...], ...]
+    shapes_wh: tuple[tuple[tuple[float, float], ...], ...] | None = None
 
     @property
     def priors_a_cell(self) -> tuple[int, ...]:
@@ -40,6 +43,8 @@ class PriorLayout:
 
         The second square has the geometric mean of this level's scale and the next one's.
         """
+        if self.shapes_wh is not None:
+            return list(self.shapes_wh[level])
         scale, following = self.scales[level], self.scales[level + 1]
         between = math.sqrt(scale * following)
         shapes = [(scale, scale), (between, between)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -20,7 +21,7 @@ from edgekd.detectors.backbones.mobilenet_v2 import MobileNetV2
 from edgekd.detectors.backbones.vgg import VGG
 from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, TapSpec, Targets
 from edgekd.detectors.ssd_losses import NEGATIVES_A_POSITIVE, confident, multibox_losses, soft_multibox_losses
-from edgekd.detectors.ssd_options import FAMILIES, LEVELS, check_width, read_options, ssd_spec_defaults
+from edgekd.detectors.ssd_options import FAMILIES, LEVELS, Shapes, check_width, read_options, ssd_spec_defaults
 from edgekd.errors import RecipeError
 from edgekd.ranks import world_size
 from edgekd.types import DetectorSpec
@@ -182,7 +183,7 @@ class SSD(Detector):
         few, all_ratios = options.aspect_ratios[:1], options.aspect_ratios
         ratios = (all_ratios,) * LEVELS if lite else (few, all_ratios, all_ratios, all_ratios, few, few)
         scales = even_scales(options.min_scale, options.max_scale, LEVELS, half_level_first=not lite)
-        self.prior_layout = PriorLayout(grids, scales, ratios)
+        self.prior_layout = _with_shapes(PriorLayout(grids, scales, ratios), options.priors, spec.model)
         self.head = SsdHead(self.neck.channels, self.prior_layout.priors_a_cell, len(spec.class_names), lite)
         initialise(self.neck)
         initialise(self.head)
@@ -240,9 +241,9 @@ class SSD(Detector):
         return self.priors
 
     def layout(self) -> tuple[object, ...]:
-        """Grids, prior scales and aspect ratios. Relative to the input, so two input sizes may share a layout."""
+        """Grids and the shapes of a cell's priors. Relative to the input, so two input sizes may share a layout."""
         layout = self.prior_layout
-        return ("ssd", layout.grids_hw, layout.scales, layout.aspect_ratios)
+        return ("ssd", layout.grids_hw, *(tuple(layout.cell_shapes_wh(level)) for level in range(LEVELS)))
 
     def _meta_maps(self, input_hw: tuple[int, int]) -> tuple[Tensor, ...]:
         # Two images: batch norm in training mode refuses one value a channel.
@@ -257,6 +258,16 @@ class SSD(Detector):
         levels = zip(self.neck.channels, self.prior_layout.grids_hw, strict=True)
         specs += [TapSpec(f"neck.l{index}", "neck", c, grid) for index, (c, grid) in enumerate(levels)]
         return {tap.name: tap for tap in specs}
+
+
+def _with_shapes(layout: PriorLayout, priors: str | Shapes, model: str) -> PriorLayout:
+    """The layout with a recipe's own shapes; as published as long as they are to be fitted."""
+    if isinstance(priors, str):
+        return layout
+    counts = tuple(len(level) for level in priors)
+    if counts != layout.priors_a_cell:
+        raise RecipeError(f"{model}: wrong number of priors on the levels", got=counts, expected=layout.priors_a_cell)
+    return replace(layout, shapes_wh=priors)
 
 
 def build_ssd(spec: DetectorSpec) -> SSD:

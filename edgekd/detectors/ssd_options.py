@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from edgekd.errors import RecipeError
 from edgekd.recipe import ModelConfig
 from edgekd.types import PreprocessSpec
 
 LEVELS = 6
+Shapes = tuple[tuple[tuple[float, float], ...], ...]
+"""Of each level's priors: (w, h) as shares of the input's sides."""
 MIN_WIDTH, MAX_WIDTH = 0.25, 1.4
 
 
@@ -26,16 +28,22 @@ class SsdOptions:
         aspect_ratios: of the other priors; each is used upright too.
         match_iou: with a box, from which a prior learns it. The papers' 0.5 leaves objects smaller than a cell of the
             finest level with one prior or none; 0.4 gives them more.
+        priors: "published": those of the scales and ratios. "fitted": as many, but where the training images' boxes are
+            not well covered, shapes that cover them (`prior_fit`). Or for each level its (w, h) as shares of the input's
+            sides, which is what "fitted" becomes in a trained detector.
     """
 
     min_scale: float
     max_scale: float
     aspect_ratios: tuple[float, ...] = (2.0, 3.0)
     match_iou: float = 0.5
+    priors: Literal["published", "fitted"] | Shapes = "published"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as they stand in `DetectorSpec.options`."""
-        return {**asdict(self), "aspect_ratios": list(self.aspect_ratios)}
+        priors = self.priors
+        plain = priors if isinstance(priors, str) else [[list(shape) for shape in level] for level in priors]
+        return {**asdict(self), "aspect_ratios": list(self.aspect_ratios), "priors": plain}
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,23 @@ def read_options(model: str, given: Mapping[str, Any], input_hw: tuple[int, int]
             f"{model}: aspect_ratios repeat", got=list(ratios), expected="different ratios above 1 (1 is always there)"
         )
     match_iou = _number(model, "match_iou", values["match_iou"], low=0.1, high=0.9)
-    return SsdOptions(min_scale, max_scale, ratios, match_iou)
+    return SsdOptions(min_scale, max_scale, ratios, match_iou, _priors(model, values["priors"]))
+
+
+def _priors(model: str, value: object) -> Literal["published", "fitted"] | Shapes:
+    if value == "published" or value == "fitted":
+        return value
+    try:
+        levels = tuple(tuple((float(w), float(h)) for w, h in level) for level in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        levels = ()
+    if len(levels) != LEVELS or not all(0 < side <= 4 for level in levels for shape in level for side in shape):
+        raise RecipeError(
+            f"{model}: bad priors",
+            got=repr(value)[:200],
+            expected=f"published, fitted, or {LEVELS} levels of [width, height] as shares of the input",
+        )
+    return levels
 
 
 def _number(model: str, name: str, value: object, low: float = 0.01, high: float = 1.5) -> float:

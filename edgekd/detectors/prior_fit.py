@@ -1,0 +1,120 @@
+"""Prior shapes that suit a data set: where an SSD's published ones leave its boxes badly covered, others take their place.
+
+The idea of learning the shapes from the training boxes is YOLOv2's (Redmon and Farhadi, CVPR 2017), which clusters them.
+Clusters know nothing of an SSD's grids: a prior of a small object's very size is of no use if it stands half a cell away.
+So each prior in turn becomes the shape that adds most to how well the boxes are covered wherever they lie between cells,
+if any adds more than `LEAST_GAIN`; the others stay as published, and with them what augmentation makes of the boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.detectors.anchors import PriorLayout
+from edgekd.types import DetectorSpec, ImageRecord, IntArray
+
+LEAST_GAIN = 5e-4
+"""In coverage, which lies in [0, 1]."""
+LEAST_BOXES = 100
+"""With fewer boxes the published shapes stay."""
+LARGEST_CELLS = 4.0
+"""A fitted shape is at most so many cells wide (geometric mean), so that large objects stay on coarse levels."""
+_LOW, _HIGH = 0.3, 0.7  # an overlap below the first is worth nothing, above the second no more
+_SIDES = (0.125, 0.375)  # how far a box's centre lies from the nearest prior's, in cells
+_SWEEPS, _CANDIDATES, _BOXES = 3, 256, 4096
+
+Float64 = NDArray[np.float64]
+
+
+def fitted_spec(spec: DetectorSpec, records: Sequence[ImageRecord]) -> DetectorSpec:
+    """`spec` with the shapes for these images' boxes written out, if its option `priors` asks for it; else as it is."""
+    if spec.options.get("priors") != "fitted":
+        return spec
+    import torch
+
+    from edgekd.detectors.ssd import SSD
+
+    sizes, labels = _box_sizes(records)
+    if len(sizes) < LEAST_BOXES:
+        return replace(spec, options={**spec.options, "priors": "published"})
+    with torch.random.fork_rng(devices=[]):  # the training's own initialisation stays what it is without a fit
+        layout = SSD(spec).prior_layout
+    shapes = fit_shapes(layout, sizes, labels)
+    return replace(spec, options={**spec.options, "priors": [np.round(level, 4).tolist() for level in shapes]})
+
+
+def _box_sizes(records: Sequence[ImageRecord]) -> tuple[Float64, IntArray]:
+    """(N, 2) width and height as shares of the image's, which an SSD's input is stretched to, and (N,) labels."""
+    sizes, labels = [np.zeros((0, 2))], [np.zeros(0, np.int64)]
+    for record in records:
+        boxes = record.boxes_xyxy[record.trainable].astype(np.float64)
+        sizes.append((boxes[:, 2:] - boxes[:, :2]) / np.array(record.image_hw[::-1]))
+        labels.append(record.labels[record.trainable])
+    together, classes = np.concatenate(sizes), np.concatenate(labels)
+    real = (together > 0).all(1)
+    return together[real], classes[real]
+
+
+def fit_shapes(layout: PriorLayout, sizes_wh: Float64, labels: IntArray) -> list[Float64]:
+    """For each level (priors a cell, 2) shapes, shares of the input's sides, that cover boxes (N, 2) of classes (N,).
+
+    A class counts by the square root of its boxes: frequent ones for more, rare ones not for nothing.
+    """
+    weights = np.bincount(labels)[labels] ** -0.5
+    draw = np.random.default_rng(0)
+    if len(sizes_wh) > _BOXES:
+        chosen = draw.choice(len(sizes_wh), _BOXES, replace=False)
+        sizes_wh, weights = sizes_wh[chosen], weights[chosen]
+    weights = weights / weights.sum()
+    likely = draw.choice(len(sizes_wh), min(_CANDIDATES, len(sizes_wh)), replace=False, p=weights)
+    candidates = sizes_wh[np.sort(likely)]
+    levels = range(len(layout.grids_hw))
+    shapes = [np.array(layout.cell_shapes_wh(level)) for level in levels]
+    covered = [coverage(sizes_wh, shapes[level], layout.grids_hw[level]) for level in levels]
+    offered = []
+    for level, (rows, columns) in enumerate(layout.grids_hw):
+        fits = np.sqrt(candidates.prod(1) * rows * columns) <= LARGEST_CELLS
+        offered.append(coverage(sizes_wh, candidates, (rows, columns)) * (fits | (level == levels[-1])))
+    for _ in range(_SWEEPS):
+        changed = False
+        for level in levels:
+            for place in range(len(shapes[level])):
+                others = [np.delete(c, place, 1) if k == level else c for k, c in enumerate(covered)]
+                rest = np.concatenate(others, 1).max(1)
+                now = weights @ np.maximum(rest, covered[level][:, place])
+                then = weights @ np.maximum(rest[:, None], offered[level])
+                best = int(then.argmax())
+                if then[best] > now + LEAST_GAIN:
+                    shapes[level][place], covered[level][:, place] = candidates[best], offered[level][:, best]
+                    changed = True
+        if not changed:
+            break
+    return shapes
+
+
+def coverage(sizes_wh: Float64, shapes_wh: Float64, grid_hw: tuple[int, int]) -> Float64:
+    """(N, M) in [0, 1]: how well a prior of each shape in the nearest cell covers a box, averaged over where it may lie.
+
+    Args:
+        sizes_wh: (N, 2) and shapes_wh: (M, 2), shares of the input's sides. grid_hw: cells of the shapes' level.
+    """
+    shared = [
+        _shared(sizes_wh[:, axis], shapes_wh[:, axis], np.array(_SIDES) / cells)
+        for axis, cells in ((0, grid_hw[1]), (1, grid_hw[0]))
+    ]
+    both = shared[0][:, :, :, None] * shared[1][:, :, None, :]
+    area = sizes_wh.prod(1)[:, None] + shapes_wh.prod(1)[None]
+    iou = both / (area[:, :, None, None] - both)
+    worth: Float64 = np.clip((iou - _LOW) / (_HIGH - _LOW), 0.0, 1.0).mean((2, 3))
+    return worth
+
+
+def _shared(first: Float64, second: Float64, apart: Float64) -> Float64:
+    """(N, M, distances): length that intervals of these lengths share when their centres lie so far apart."""
+    a, b = first[:, None, None] / 2, second[None, :, None] / 2
+    lengths: Float64 = np.clip(np.minimum(a, apart + b) - np.maximum(-a, apart - b), 0.0, None)
+    return lengths
