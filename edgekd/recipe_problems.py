@@ -15,6 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from edgekd.errors import RecipeError
 from edgekd.recipe import TEACHER_KINDS, Recipe
 from edgekd.yaml_document import Document, KeyPath, Problem, dotted
 
@@ -49,6 +50,14 @@ def schema_problems(document: Document) -> tuple[Recipe | None, list[Problem]]:
             for path, details in groups.items()
             if _relevant(path, details, groups)
         ]
+
+
+def option_problem(error: ValidationError, **options: str) -> RecipeError:
+    """The first mistake in values that options of the command line gave; `options`: field -> option, if called otherwise."""
+    detail = error.errors(include_url=False)[0]
+    field = str(detail["loc"][0])
+    option = options.get(field, field).replace("_", "-")
+    return RecipeError(f"--{option}: {detail['msg']}", got=str(detail["input"]))
 
 
 def _key_path(detail: ErrorDetails, data: Any) -> KeyPath:

@@ -172,9 +172,10 @@ def test_terms_that_do_not_fit_give_way(scenes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", [True, False])
 def test_without_a_base_the_data_is_filled_in(scenes: Path, tmp_path: Path, given: bool) -> None:
     section = DataConfig(root=str(scenes)) if given else None
-    [file], [note] = write_recipes([row(NANO, 0.35, 96, "int8", 1e8, 5.0)], None, section, tmp_path, 2, 8.0)
+    [file], notes = write_recipes([row(NANO, 0.35, 96, "int8", 1e8, 5.0)], None, section, tmp_path, 2, 8.0)
     recipe = load_recipe(file, needs=("data",) if given else ())
-    assert "no teachers" in note
+    assert "no teachers" in notes[-1]
+    assert any("made up" in note for note in notes) is not given
     assert recipe.bench.threads == 2
     assert recipe.export.precisions == ("fp32", "int8")
 
@@ -215,9 +216,12 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> Made:
     return made
 
 
-def planned(out: Path, budget_ms: float = 8.0, **changes: Any) -> dict[str, Any]:
+def planned(
+    out: Path, budget_ms: float = 8.0, candidates: Sequence[Candidate] | None = None, **changes: Any
+) -> dict[str, Any]:
     asked = Asked(budget_ms, **{"threads": 1, **changes})
-    return make_plan(made_up({NANO: 1.0, SSD: 0.7}), asked, out, class_names=SCENE_CLASSES, images=None)
+    candidates = candidates or made_up({NANO: 1.0, SSD: 0.7})
+    return make_plan(candidates, asked, out, class_names=SCENE_CLASSES, images=None)
 
 
 def test_a_plan_goes_on_with_what_it_has(tmp_path: Path, meter: Made) -> None:
@@ -236,6 +240,32 @@ def test_a_plan_goes_on_with_what_it_has(tmp_path: Path, meter: Made) -> None:
     assert len(set(meter.asked)) == len(meter.asked) > measured, "another budget needs others, and keeps what it can"
     planned(tmp_path, threads=2)
     assert len(set(meter.asked)) < len(meter.asked), "other circumstances start anew"
+
+
+def test_a_narrower_plan_speaks_of_its_own_candidates(tmp_path: Path, meter: Made) -> None:
+    wide = planned(tmp_path)
+    few = [candidate for candidate in made_up({SSD: 0.7}) if candidate.shape.width == 1.4]
+    found = planned(tmp_path, budget_ms=0.1, candidates=few)
+    assert len(found["rows"]) >= len(wide["rows"]), "what is known is kept"
+    assert set(found["measured"]) <= {candidate.name for candidate in few}
+    assert found["within"] == []
+    text = plan_text(found)
+    assert f"{len(found['measured'])} of {len(few)} candidates measured, 0 within 0.1 ms" in text
+    assert f"the fastest was {SSD}-w1.4" in text
+
+
+def test_what_could_not_be_measured_is_counted_apart(
+    tmp_path: Path, meter: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, dict[str, Any]]]:
+        yield from ((candidate, {"name": candidate.name, "failed": "it broke"}) for candidate in candidates)
+
+    monkeypatch.setattr(meter, "measure", fail)
+    found = planned(tmp_path, candidates=made_up({SSD: 0.7})[:4])
+    assert found["measured"] == []
+    assert len(found["failed"]) == 4
+    assert "0 of 4 candidates measured, 0 within 8 ms; 4 could not be: it broke" in plan_text(found)
+    assert "none could be measured" in plan_text(found)
 
 
 def test_time_ends_a_plan(tmp_path: Path, meter: Made) -> None:
@@ -288,8 +318,20 @@ def test_real_candidates_here(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_exit_2(tmp_path: Path) -> None:
-    for words in (("--widths", "wide"), ("--models", "nope"), ("--precision", "fp8"), ("--teachers", tmp_path / "no")):
-        assert edgekd("plan", "--max-latency-ms", 8, "--out", tmp_path / "o", *words).exit_code == 2
+    mistakes = {
+        ("--widths", "wide"): "--widths: not numbers",
+        ("--widths", "9"): "--widths: Input should be",
+        ("--input-sizes", "100.5"): "--input-sizes: not whole numbers",
+        ("--input-sizes", "2048"): "--input-sizes: Input should be",
+        ("--input-sizes", "100", "--models", NANO): "cannot take this input size",
+        ("--models", "nope"): "nope",
+        ("--precision", "fp8"): "fp8",
+        ("--teachers", str(tmp_path / "no")): "no recipe",
+    }
+    for words, message in mistakes.items():
+        done = edgekd("plan", "--max-latency-ms", 8, "--out", tmp_path / "o", *words)
+        assert done.exit_code == 2, done.output
+        assert message in done.stderr
 
 
 def test_on_a_device(scenes: Path, tmp_path: Path) -> None:

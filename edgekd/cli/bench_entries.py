@@ -69,18 +69,17 @@ def bench_config(**values: Any) -> BenchConfig:
     """The benchmark's settings.
 
     Raises:
-        UserError: one is out of range.
+        RecipeError: one is out of range.
     """
     from pydantic import ValidationError
 
-    from edgekd.errors import UserError
     from edgekd.recipe import BenchConfig
+    from edgekd.recipe_problems import option_problem
 
     try:
         return BenchConfig(**values)
     except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        raise UserError(f"{detail['loc'][0]}: {detail['msg']}", got=str(detail["input"])) from error
+        raise option_problem(error, score_threshold="score", nms_iou="iou", warmup_seconds="warmup") from error
 
 
 def asked_ensemble(artifacts: list[BenchArtifact], asked: bool | None) -> BenchEnsemble | None:

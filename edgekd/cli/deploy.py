@@ -268,9 +268,9 @@ def foreign_options(
         return None
     from pydantic import ValidationError
 
-    from edgekd.errors import RecipeError
     from edgekd.labels import NAMED_LABEL_SETS
     from edgekd.recipe import OnnxTeacher
+    from edgekd.recipe_problems import option_problem
 
     listed = classes not in (None, "auto", *NAMED_LABEL_SETS)
     names = tuple(name.strip() for name in str(classes).split(",")) if listed else classes
@@ -280,8 +280,7 @@ def foreign_options(
             name="detector", onnx=str(artifact), **{key: value for key, value in given.items() if value is not None}
         )
     except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        raise RecipeError(f"--{detail['loc'][0]}: {detail['msg']}", got=str(detail["input"])) from error
+        raise option_problem(error, class_names="classes") from error
 
 
 def report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -126,8 +126,8 @@ def plan(
     with locked(out), terminal.counting("counting MACs") as progress:
         candidates = grid(
             models.split(",") if models else MODELS,
-            _numbers("--widths", widths) or WIDTHS,
-            [int(size) for size in _numbers("--input-sizes", input_sizes) or INPUT_SIZES],
+            _numbers("--widths", widths, float) or WIDTHS,
+            _numbers("--input-sizes", input_sizes, int) or INPUT_SIZES,
             precisions_of(precision) or ["fp32"],
             names,
             most_macs=_most_macs(asked, cpu_roof(asked.threads)) if there is None else None,
@@ -184,7 +184,10 @@ def _arguments(target: Device | None, device: str | None, threads: int | None) -
     return (f"--provider={kind}", *short, *(() if threads is None else (f"--threads={threads}",)))
 
 
-def _numbers(option: str, text: str | None) -> list[float]:
+Number = TypeVar("Number", int, float)
+
+
+def _numbers(option: str, text: str | None, kind: type[Number]) -> list[Number]:
     """ "0.5,1" as numbers.
 
     Raises:
@@ -193,6 +196,7 @@ def _numbers(option: str, text: str | None) -> list[float]:
     from edgekd.errors import UserError
 
     try:
-        return [float(part) for part in (text or "").split(",") if part.strip()]
+        return [kind(part) for part in (text or "").split(",") if part.strip()]
     except ValueError as error:
-        raise UserError(f"{option}: not numbers with commas", got=text) from error
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option}: not {what} with commas between", got=text) from error

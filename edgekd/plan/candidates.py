@@ -6,15 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from edgekd.errors import UserError
 from edgekd.recipe import MODELS, ModelConfig
+from edgekd.recipe_problems import option_problem
 
 if TYPE_CHECKING:
+    from edgekd.detectors.base import Detector
     from edgekd.export.onnx import Precision
 
 WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.4)
 INPUT_SIZES = tuple(range(160, 417, 32))
 _COUNTED_AT = 320
+_SUITS_ALL = 32
+"""Every family takes multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,15 @@ class Shape:
 
     @property
     def config(self) -> ModelConfig:
-        """As a recipe says it."""
-        return ModelConfig(model=self.model, width=self.width, input_size=self.input_size)
+        """As a recipe says it.
+
+        Raises:
+            RecipeError: a width or size that no model can have.
+        """
+        try:
+            return ModelConfig(model=self.model, width=self.width, input_size=self.input_size)
+        except ValidationError as error:
+            raise option_problem(error, width="widths", input_size="input-sizes") from error
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,10 @@ def grid(
         raise UserError("not what a plan can be made of", got=", ".join(unknown), expected=", ".join(MODELS))
     found = []
     for done, model in enumerate(models, 1):
+        for size in input_sizes:
+            shape = Shape(model, min(widths), size)
+            if shape.config.input_size % _SUITS_ALL:
+                _build(shape, class_names)
         for width in sorted(widths):
             counted = _count(Shape(model, width, _COUNTED_AT), class_names)
             of_size = {size: counted * (size / _COUNTED_AT) ** 2 for size in sorted(input_sizes)}
@@ -104,8 +121,17 @@ def grid(
 def _count(shape: Shape, class_names: Sequence[str]) -> int:
     import torch
 
-    from edgekd.detectors import build_detector, spec_for
     from edgekd.detectors.complexity import count_macs
 
-    with torch.device("meta"):  # shapes are enough
-        return count_macs(build_detector(spec_for(shape.config, class_names)))
+    with torch.device("meta"):
+        return count_macs(_build(shape, class_names))
+
+
+def _build(shape: Shape, class_names: Sequence[str]) -> Detector:
+    """Without weights: shapes are enough."""
+    import torch
+
+    from edgekd.detectors import build_detector, spec_for
+
+    with torch.device("meta"):
+        return build_detector(spec_for(shape.config, class_names))

@@ -84,6 +84,10 @@ class _Record:
             raise UserError(f"{self.file}: not a plan that can be read", got=error, fix="move it away") from error
         return bool(self.rows)
 
+    def of(self, candidates: Sequence[Candidate]) -> list[Row]:
+        """What is known of these; an earlier plan may have measured others as well."""
+        return [self.rows[candidate.name] for candidate in candidates if candidate.name in self.rows]
+
     def times(self, candidates: Sequence[Candidate]) -> dict[Candidate, float | None]:
         """Milliseconds of what is measured; None of what could not be."""
         known = {c: self.rows[c.name] for c in candidates if c.name in self.rows}
@@ -123,10 +127,11 @@ def make_plan(
     with tempfile.TemporaryDirectory(prefix="edgekd-plan-") as work:
         meter = _meter(asked, class_names, _image_files(images, Path(work)), Path(work), say)
         search = Search(candidates, asked.budget_ms, _rate(asked))
-        _measure(search, meter, candidates, record, started + asked.time_limit_s, say)
-    others = contention.facts()["cores_used_by_others"] if asked.target is None else None
+        new = _measure(search, meter, candidates, record, started + asked.time_limit_s, say)
+    others = contention.facts()["cores_used_by_others"] if new and asked.target is None else None
     left = search.left(record.times(candidates))
-    best = ranked([row for row in record.rows.values() if _asked_for(row, candidates)], asked.budget_ms)
+    rows = record.of(candidates)
+    best = ranked(rows, asked.budget_ms)
     for file in out.glob("[0-9][0-9]-*.yaml"):  # of an earlier plan in this folder
         file.unlink()
     files, notes = write_recipes(best[: asked.top], base, data, out, asked.threads, asked.budget_ms)
@@ -140,28 +145,34 @@ def make_plan(
         device=device_facts() if asked.target is None else {"target": asked.target.name},
         roof=cpu_roof(asked.threads) if asked.target is None else None,
         heuristic=HEURISTIC,
-        within=[row["name"] for row in record.rows.values() if fits(row, asked.budget_ms)],
+        measured=[row["name"] for row in rows if "failed" not in row],
+        failed=[row["name"] for row in rows if "failed" in row],
+        within=[row["name"] for row in rows if fits(row, asked.budget_ms)],
         best=[row["name"] for row in best],
         recipes=[file.name for file in files],
-        notes=[*notes, *_notes(asked, images, record, left, others)],
+        notes=[*notes, *_notes(asked, images, rows, left, others)],
     )
 
 
 def _measure(
     search: Search, meter: Meter, candidates: Sequence[Candidate], record: _Record, deadline: float, say: Tell
-) -> None:
-    """Round after round, until nothing near the budget is unknown or time is up."""
-    by_name = {candidate.name: candidate for candidate in candidates}
+) -> bool:
+    """Round after round, until nothing near the budget is unknown or time is up; whether anything was measured."""
+    new = False
     while time.monotonic() < deadline:
         chosen = search.next_round(record.times(candidates))
         if not chosen:
-            return
+            break
         for candidate, row in meter.measure(chosen):
             record.rows[candidate.name] = row
             record.save()
-            say(_progress(row, search.budget_ms, len(record.rows), search.left(record.times(list(by_name.values())))))
+            new = True
+            times = record.times(candidates)
+            done = sum(ms is not None for ms in times.values())
+            say(_progress(row, search.budget_ms, done, search.left(times)))
             if time.monotonic() >= deadline:
                 break
+    return new
 
 
 def _progress(row: Row, budget_ms: float, done: int, left: int) -> str:
@@ -213,15 +224,11 @@ def _rate(asked: Asked) -> float:
     return _SHARE_OF_PEAK * peak * 1e6 if peak else _GUESSED_RATE
 
 
-def _asked_for(row: Row, candidates: Sequence[Candidate]) -> bool:
-    return any(row["name"] == candidate.name for candidate in candidates)
-
-
-def _notes(asked: Asked, images: Dataset | None, record: _Record, left: int, others: float | None) -> list[str]:
+def _notes(asked: Asked, images: Dataset | None, rows: Sequence[Row], left: int, others: float | None) -> list[str]:
     said = [HEURISTIC]
     if others is not None and others > _CONTENTION_WORTH_SAYING:
         said.append(
-            f"other processes used {others:.1f} cores meanwhile: latencies are too high; use another --out later"
+            f"other processes used {others:.1f} cores meanwhile: latencies may be too high; use another --out later"
         )
     if images is None:
         said.append("timed on generated scenes of 320 x 240: give your own images with --data")
@@ -229,7 +236,7 @@ def _notes(asked: Asked, images: Dataset | None, record: _Record, left: int, oth
         said.append(
             f"on the device inference alone was timed; {asked.host_ms:g} ms were added for the rest (--host-ms)"
         )
-    if any(row.get("precision") == "int8" for row in record.rows.values()):
+    if any(row.get("precision") == "int8" for row in rows):
         said.append(
             "int8 of an untrained network is as fast as a trained one's; what int8 loses in accuracy is unknown"
         )

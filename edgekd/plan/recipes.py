@@ -34,6 +34,8 @@ HEURISTIC = (
 
 Row = Mapping[str, Any]
 
+_ANY_DATA = "data/my-data"
+
 
 def fits(row: Row, budget_ms: float) -> bool:
     """Whether a candidate was measured within the budget."""
@@ -70,6 +72,8 @@ def write_recipes(
         base: all but the student is taken from it. data: instead of the base's.
     """
     files, notes = [], list[str]()
+    if rows and base is None and data is None:
+        notes.append(f"data.root of the recipes is made up ({_ANY_DATA}): put yours there, or give --data")
     for number, row in enumerate(rows, 1):
         recipe = _checked(_recipe(row, base, data, threads), notes)
         file = out / f"{number:02d}-{recipe.name}.yaml"
@@ -98,7 +102,7 @@ def _recipe(row: Row, base: Recipe | None, data: DataConfig | None, threads: int
     precisions = tuple(dict.fromkeys(("fp32", row["precision"])))
     name = f"{row['model']}-w{row['width']:g}-{row['input_size']}-{row['precision']}"
     if base is None:
-        section = data or DataConfig(root="data/my-data")
+        section = data or DataConfig(root=_ANY_DATA)
         values: dict[str, Any] = {"name": name, "data": section.model_dump()}
         values.update(bench=BenchConfig(threads=threads).model_dump())
         values.update(export=ExportConfig(precisions=precisions).model_dump(), student=student)

@@ -33,9 +33,19 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         for r in shown
     ]
     lines.insert(1, "-" * max(map(len, lines)))
+    lines += [
+        "",
+        f"ms of one image; budget: the median as a share of {plan['budget_ms']:g} ms; roof: the least that the machine's "
+        "arithmetic and memory allow, as a share of what inference took",
+    ]
     if not plan["best"]:
-        lines = [f"nothing that was measured is within {plan['budget_ms']:g} ms: {_nearest(plan)}"]
-    counted = f"{len(rows)} of {plan['candidates']} candidates measured, {len(plan['within'])} within {plan['budget_ms']:g} ms"
+        lines = [f"nothing is known to be within {plan['budget_ms']:g} ms: {_nearest(plan)}"]
+    counted = (
+        f"{len(plan['measured'])} of {plan['candidates']} candidates measured, {len(plan['within'])} within "
+        f"{plan['budget_ms']:g} ms"
+    )
+    if plan["failed"]:
+        counted += f"; {len(plan['failed'])} could not be: {rows[plan['failed'][0]]['failed'].splitlines()[0]}"
     lines += [
         "",
         counted,
@@ -64,8 +74,9 @@ def _cells(number: int, row: Mapping[str, Any], budget_ms: float) -> list[str]:
 
 
 def _nearest(plan: Mapping[str, Any]) -> str:
-    timed = [row for row in plan["rows"] if "failed" not in row]
+    timed = [row for row in plan["rows"] if row["name"] in plan["measured"]]
     if not timed:
-        return "nothing could be measured"
+        never = "there was no time for any" if plan["left"] else "each is expected to take many times that"
+        return "none could be measured" if plan["failed"] else never
     fastest = min(timed, key=lambda row: float(row["latency_ms"]["median"]))
     return f"the fastest was {fastest['name']} with {fastest['latency_ms']['median']:.2f} ms"
