@@ -1,4 +1,4 @@
-"""Which CPUs a benchmark runs on: pinned for its length, so that the scheduler's moves are not measured."""
+"""Which CPUs a benchmark runs on, pinned so that the scheduler's moves are not measured; and OpenCV's threads."""
 
 from __future__ import annotations
 
@@ -64,3 +64,16 @@ def _pin_all(cpus: set[int]) -> None:
     for task in [int(path.name) for path in _TASKS.iterdir()] if _TASKS.is_dir() else [0]:
         with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
             os.sched_setaffinity(task, cpus)
+
+
+@contextlib.contextmanager
+def opencv_threads(threads: int | None) -> Iterator[None]:
+    """OpenCV resizes with all cores unless told otherwise; None leaves it all."""
+    import cv2
+
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(-1 if threads is None else threads)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)

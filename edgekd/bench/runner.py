@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from edgekd.artifact import sha256_file, source_commit, write_json
 from edgekd.bench.accuracy import Accuracy, evaluate
-from edgekd.bench.affinity import affinity
+from edgekd.bench.affinity import affinity, opencv_threads
 from edgekd.bench.device import device_facts, usable_threads
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble, check_entries
 from edgekd.bench.examples import agreement, choose_examples, write_examples
@@ -85,7 +85,7 @@ def bench_artifacts(
         seed=seed,
     )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_opencv_threads(threads))
+        stack.enter_context(opencv_threads(threads))
         opener = Opener(dataset, config, threads, runtime, provider, stack)
         subjects = [opener.detector(artifact) for artifact in artifacts]
         if ensemble is not None:
@@ -221,16 +221,3 @@ def fingerprint(dataset: Dataset) -> str:
 def _block(samples: int) -> int:
     """Inferences a block: at least ten rounds, for an interval over rounds to mean something."""
     return min(10, max(2, samples // 10))
-
-
-@contextlib.contextmanager
-def _opencv_threads(threads: int) -> Iterator[None]:
-    """OpenCV resizes with all cores unless told otherwise."""
-    import cv2
-
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(threads)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(before)

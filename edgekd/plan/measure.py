@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from edgekd.bench.affinity import opencv_threads
 from edgekd.bench.complexity import describe_artifact
 from edgekd.bench.roof import bytes_moved, cpu_roof
 from edgekd.device.roof import share_of_roof
@@ -120,7 +120,7 @@ class Here:
         from edgekd.bench.systems import System
         from edgekd.predictor import load_predictor
 
-        with load_predictor(file, threads=self.threads, nms_iou=_NMS_IOU) as predictor, _opencv_threads(self.threads):
+        with load_predictor(file, threads=self.threads, nms_iou=_NMS_IOU) as predictor, opencv_threads(self.threads):
             scores = predictor.candidates(predictor.infer(predictor.prepare(self.images[0])[0]))[1].ravel()
             threshold = float(np.sort(scores)[-1 - min(PRE_NMS_TOP_K, scores.size - 1)])
             plan = MeasurementPlan(self.samples, warmup_seconds=self.warmup_s)
@@ -210,16 +210,3 @@ def _row(candidate: Candidate, file: Path, infer_ms: float, machine: Any) -> Row
 
 def _failed(candidate: Candidate, error: EdgeKDError) -> Row:
     return {"name": candidate.name, "failed": str(error)}
-
-
-@contextmanager
-def _opencv_threads(threads: int | None) -> Iterator[None]:
-    """OpenCV resizes with all cores unless told otherwise."""
-    import cv2
-
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(-1 if threads is None else threads)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(before)
