@@ -113,7 +113,8 @@ def _require_unlabelled(root: Path) -> None:
     except DataError as error:
         if "but no annotations" in error.what:
             return
-        raise DataError(f"{root} is no folder of images without annotations", got=error.what) from error
+        expected = "a folder with images in it, and no annotations"
+        raise DataError(f"{root} cannot be labelled", got=error.what, expected=expected) from error
     raise DataError(
         f"{root} has annotations already",
         got=f"a data set in {form} layout",

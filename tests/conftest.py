@@ -1,4 +1,4 @@
-"""Shared fixtures: where the real data and weights lie, with a stated skip where they are absent."""
+"""Shared fixtures: where the real data and weights lie, with a stated skip where they are absent; an untrained detector."""
 
 from __future__ import annotations
 
@@ -48,3 +48,19 @@ def mobilenet_v2_weights() -> Path:
 def yolo11n_onnx() -> Path:
     """A COCO-trained detector as ONNX, a black box."""
     return shared("weights/onnx_teachers/yolo11n.onnx")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained detector of cats and dogs: it finds boxes all over. For reading only."""
+    import torch
+
+    from edgekd.checkpoint import save_detector
+    from edgekd.detectors import build_detector, spec_for
+    from edgekd.recipe import ModelConfig
+
+    torch.manual_seed(0)
+    config = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    save_detector(path, build_detector(spec_for(config, ("cat", "dog"))), {})
+    return path

@@ -179,6 +179,20 @@ def recording(folder: Path, teacher: ToyTeacher | None = None, **changes: Any) -
     return Recording(teacher, wanted, plan, folder / "views", identity)
 
 
+def loader_of(made: Recording, plan: ViewPlan, store: ViewStore, batch_size: int = 4, workers: int = 0) -> TrainLoader:
+    return TrainLoader(
+        made.plan.dataset,
+        preprocess=made.teacher.preprocess,
+        augment=AugmentConfig(),
+        batch_size=batch_size,
+        seed=3,
+        epochs=2,
+        workers=workers,
+        plan=plan,
+        stores=(store,),
+    )
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -211,17 +225,7 @@ def test_a_cache_of_other_views_is_refused(tmp_path: Path) -> None:
     made = recording(tmp_path)
     store = made.fill()
     other = replace(made.plan, seed=99)
-    loader = TrainLoader(
-        made.plan.dataset,
-        preprocess=made.teacher.preprocess,
-        augment=AugmentConfig(),
-        batch_size=4,
-        seed=3,
-        epochs=2,
-        workers=0,
-        plan=other,
-        stores=(store,),
-    )
+    loader = loader_of(made, other, store)
     with pytest.raises(ArtifactError, match="other views"):
         next(loader.epoch(0))
 
@@ -253,17 +257,7 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path: Path, where: int | No
 def test_rows_are_those_of_their_images(tmp_path: Path, workers: int) -> None:
     made = recording(tmp_path)
     tap = made.wanted.taps[0]
-    loader = TrainLoader(
-        made.plan.dataset,
-        preprocess=made.teacher.preprocess,
-        augment=AugmentConfig(),
-        batch_size=7,
-        seed=3,
-        epochs=2,
-        workers=workers,
-        plan=made.plan,
-        stores=(made.fill(),),
-    )
+    loader = loader_of(made, made.plan, made.fill(), batch_size=7, workers=workers)
     for epoch in range(2):
         for batch in loader.epoch(epoch):
             (kept,) = batch.stored

@@ -15,22 +15,6 @@ from edgekd.data.check import check_dataset
 from tests.data_layouts import picture
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained detector, which finds boxes all over."""
-    import torch
-
-    from edgekd.checkpoint import save_detector
-    from edgekd.detectors import build_detector, spec_for
-    from edgekd.recipe import ModelConfig
-
-    torch.manual_seed(0)
-    config = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    save_detector(path, build_detector(spec_for(config, ("cat", "dog"))), {})
-    return path
-
-
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     root = tmp_path / "my photos ü"
@@ -124,4 +108,4 @@ def test_a_folder_without_images(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = label(tmp_path, tmp_path / "empty", checkpoint)
     assert result.exit_code == 2
-    assert "no folder of images" in result.stderr
+    assert "expected: a folder with images in it" in result.stderr

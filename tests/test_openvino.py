@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import builtins
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_without_openvino_the_message_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *args: object, **kwargs: object) -> object:
-        if name == "openvino":
-            raise ImportError("no openvino here")
-        return real(name, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "openvino", None)  # what importing it then raises is an ImportError
     with pytest.raises(MissingDependencyError, match=r"edgekd\[openvino\]"):
         OpenVinoRuntime(model)
 

@@ -19,22 +19,6 @@ from edgekd.predict import find_images, output_names
 from edgekd.types import Detections
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained detector: it finds boxes all over, which is what drawing and writing need."""
-    import torch
-
-    from edgekd.checkpoint import save_detector
-    from edgekd.detectors import build_detector, spec_for
-    from edgekd.recipe import ModelConfig
-
-    torch.manual_seed(0)
-    config = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    save_detector(path, build_detector(spec_for(config, ("cat", "dog"))), {})
-    return path
-
-
 def picture(path: Path, hw: tuple[int, int] = (40, 60), seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 255, (*hw, 3), np.uint8)

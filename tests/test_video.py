@@ -45,21 +45,6 @@ def make_video(path: Path, count: int = 12, fps: float = 20.0) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
-    from edgekd.checkpoint import save_detector
-    from edgekd.detectors import build_detector, spec_for
-    from edgekd.recipe import ModelConfig
-
-    torch.manual_seed(0)
-    config = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
-    path = tmp_path_factory.mktemp("model") / "model.pt"
-    save_detector(path, build_detector(spec_for(config, ("cat", "dog"))), {})
-    return path
-
-
 def edgekd(*arguments: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     return result.exit_code, result.stdout, result.stderr

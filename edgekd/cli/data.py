@@ -172,7 +172,8 @@ def label(
     def show() -> None:
         objects = ", ".join(f"{name} {count}" for name, count in report.objects.items()) or "nothing found"
         typer.echo(f"{report.file}: {report.images} images; {objects}")
-        typer.echo("These are the teachers' opinions, which nobody has checked: look at `edgekd data check --sheet`.")
+        look = f"edgekd data check {report.file.parent} --sheet sheet.png"
+        typer.echo(f"These are the teachers' opinions, which nobody has checked: look at them with `{look}`.")
 
     session.finish(report.to_dict(), show)
 
