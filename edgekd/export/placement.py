@@ -111,6 +111,15 @@ def tensors_to_quantise(model: ModelProto, nodes: Set[str], target: Target) -> l
     return [name for name in order if name in wanted]
 
 
+def scale_owners(model: ModelProto, nodes: Set[str], target: Target) -> dict[str, str]:
+    """x86: the output of an int8 node that only moves values, to the tensor whose scale it takes over."""
+    owners: dict[str, str] = {}
+    for node in model.graph.node:
+        if target == "x86" and node.name in nodes and node.op_type in MOVERS:
+            owners.update(dict.fromkeys(node.output, owners.get(node.input[0], node.input[0])))
+    return owners
+
+
 def fused_side(add: NodeProto, index: GraphIndex) -> str | None:
     """The input of a residual Add that a convolution makes for it alone: TensorRT adds in that convolution."""
     for name in reversed(index.activations(add)):

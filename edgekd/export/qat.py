@@ -1,17 +1,15 @@
 """Quantisation-aware fine-tuning: a trained detector learns weights, and activation scales, that survive int8.
 
-Every convolution that the exporter will compute in int8 rounds its input and its weights in the forward pass as the
-exported file will: the same tensors, scales, zero points and steps as `qdq.quantise` writes. Rounding passes gradients
-straight through (Bengio et al., 2013), and the input scales are learned by LSQ (Esser et al., ICLR 2020, eq. 1-3), here as
-logarithms. Weight scales are not learned: they follow max |w| a channel, as in the exporter. BatchNorm stays as it is: a
-scale a channel does not change which step a weight rounds to. What is not simulated: the outputs of residual Adds and of
-the last convolutions, which the exporter calibrates afterwards.
+The forward pass rounds as the exported file will; `simulation` says how, and what it leaves out. Rounding passes gradients
+straight through (Bengio et al., 2013), and the scales of activations are learned by LSQ (Esser et al., ICLR 2020, eq. 1-3),
+here as logarithms. The scales of weights are not learned: they follow max |w| a channel, as in the exporter. BatchNorm
+keeps its statistics.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +20,9 @@ from torch.nn import functional as F
 from edgekd.data.loader import TrainLoader
 from edgekd.detectors.base import Detector, DetectorOutput
 from edgekd.errors import ExportError, NonFiniteLossError
-from edgekd.export.calibration import Ranges, collect
-from edgekd.export.graph import GraphIndex
-from edgekd.export.onnx import trace
-from edgekd.export.placement import MOVERS, Target, int8_nodes, is_weighted
-from edgekd.export.precision import weight_limit
-from edgekd.export.qdq import Parameters, activation_parameters
+from edgekd.export.calibration import Ranges
+from edgekd.export.placement import Target
+from edgekd.export.simulation import QuantisedDetector, range_keys
 from edgekd.preprocess import normalisation
 from edgekd.recipe import QatConfig
 from edgekd.types import FloatArray
@@ -36,139 +31,32 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 FACTS_KEY = "int8"
-"""In a checkpoint's facts: {"target", "ranges": {convolution: [low, high]}, ...}."""
-_PREFIX, _SUFFIX = "detector.", ".weight"
+"""In a checkpoint's facts: {"target", "ranges": {tensor, by `simulation.range_keys`: [low, high]}, ...}."""
 _SCALE_LR = 1e-3
 _BACKGROUND = 0.01
 
 
-def conv_inputs(model: ModelProto, nodes: Set[str], target: Target) -> dict[str, str]:
-    """Each int8 convolution's path in the detector to the tensor whose pair quantises its input.
-
-    On x86 a pooling or reshaping in between takes its input's scale, so the tensor before it counts.
-    """
-    index = GraphIndex(model)
-    found = {}
-    for node in model.graph.node:
-        weights = node.input[1] if len(node.input) > 1 else ""
-        if node.name not in nodes or not is_weighted(node, index) or not weights.startswith(_PREFIX):
-            continue
-        tensor = node.input[0]
-        while target == "x86" and (maker := index.producer.get(tensor)) is not None:
-            if maker.name not in nodes or maker.op_type not in MOVERS:
-                break
-            tensor = maker.input[0]
-        found[weights.removeprefix(_PREFIX).removesuffix(_SUFFIX)] = tensor
-    return found
-
-
 def learned_ranges(model: ModelProto, facts: Mapping[str, Any], target: Target) -> Ranges:
-    """Ranges that fine-tuning left in a checkpoint's facts, by tensor of the traced model; none for another target."""
+    """Ranges that fine-tuning left in a checkpoint's facts, by tensor of the traced model; none for another target.
+
+    A checkpoint of an earlier version has ranges for the inputs of convolutions alone; calibration finds the others.
+
+    Raises:
+        ExportError: a range is for a tensor that the model has not.
+    """
     learned = facts.get(FACTS_KEY)
     if not learned or learned["target"] != target:
         return {}
-    inputs = conv_inputs(model, set(int8_nodes(model, target)), target)
-    return {inputs[conv]: (low, high) for conv, (low, high) in learned["ranges"].items() if conv in inputs}
-
-
-class ActivationGrid(nn.Module):
-    """Rounds an activation to the steps of a scale that is learned; the zero point stays."""
-
-    def __init__(self, start: Parameters, target: Target) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(float(start.scale)).log())
-        self.zero_point = int(start.zero_point)
-        self.least, self.most = (0, 255) if target == "x86" else (-128, 127)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Values (B, ...) as int8 would hold them; the scale's gradient is damped as in LSQ."""
-        damping = (values[0].numel() * (self.most - self.least)) ** -0.5
-        scale = self.log_scale.exp()
-        scale = scale * damping + (scale * (1 - damping)).detach()
-        steps = _rounded(values / scale) + self.zero_point
-        rounded: Tensor = (steps.clamp(self.least, self.most) - self.zero_point) * scale
-        return rounded
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """(lowest, highest) value, from which `activation_parameters` makes this scale and zero point again."""
-        scale = float(self.log_scale.detach().exp())
-        lowest = 0 if self.least == 0 else -127
-        return (lowest - self.zero_point) * scale, (self.most - self.zero_point) * scale
-
-
-class QuantisedConv(nn.Module):
-    """A convolution whose input and weights are rounded; it trains the weights of the one that it stands for."""
-
-    def __init__(self, conv: nn.Conv2d, grid: ActivationGrid, limit: int) -> None:
-        super().__init__()
-        self.conv, self.grid, self.limit = conv, grid, limit
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) to the convolution's output."""
-        conv, weight = self.conv, self.conv.weight
-        scale = weight.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-9) / self.limit
-        weight = _rounded(weight / scale) * scale
-        return F.conv2d(self.grid(images), weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _rounded(values: Tensor) -> Tensor:
-    return values + (values.round() - values).detach()
-
-
-class QuantisedDetector:
-    """A copy of a detector that computes as its int8 export will, calibrated and ready to be fine-tuned.
-
-    Args:
-        images: prepared training images to start the scales from, each (1, 3, H, W) float32.
-
-    Raises:
-        ExportError: none of its convolutions can be found in the exported graph.
-
-    Attributes:
-        module: the copy, in eval mode, so that BatchNorm stays as it is. target: what int8 is laid out for.
-    """
-
-    def __init__(self, detector: Detector, images: Sequence[FloatArray], target: Target) -> None:
-        self.module = copy.deepcopy(detector).float().cpu().eval()
-        self.target, limit = target, weight_limit(target)
-        model = trace(self.module)
-        inputs = conv_inputs(model, set(int8_nodes(model, target)), target)
-        if not inputs:
-            raise ExportError(f"no convolution of {detector.spec.model} was found in its exported graph")
-        seen = collect(model, sorted(set(inputs.values())), images)
-        grids = {
-            name: ActivationGrid(activation_parameters(found.lowest, found.highest, target), target)
-            for name, found in seen.items()
-        }
-        self._convs: dict[str, QuantisedConv] = {}
-        for path, tensor in inputs.items():
-            conv = self.module.get_submodule(path)
-            assert isinstance(conv, nn.Conv2d)
-            self._convs[path] = QuantisedConv(conv, grids[tensor], limit)
-            _put(self.module, path, self._convs[path])
-
-    def ranges(self) -> dict[str, list[float]]:
-        """The learned (low, high) of each convolution's input."""
-        return {path: list(conv.grid.range) for path, conv in self._convs.items()}
-
-    def scales(self) -> list[nn.Parameter]:
-        """The logarithms of the activation scales, each once."""
-        return list({id(conv.grid): conv.grid.log_scale for conv in self._convs.values()}.values())
-
-    def plain(self) -> Detector:
-        """The detector with the fine-tuned weights, as it was built: what a checkpoint holds."""
-        detector = copy.deepcopy(self.module)
-        for path in self._convs:
-            wrapped = detector.get_submodule(path)
-            assert isinstance(wrapped, QuantisedConv)
-            _put(detector, path, wrapped.conv)
-        return detector.cpu()
-
-
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
+    tensors = range_keys(model, target)
+    unknown = [key for key in learned["ranges"] if key not in tensors]
+    if unknown:
+        raise ExportError(
+            "the checkpoint has learned int8 ranges of tensors that its exported graph has not",
+            got=", ".join(unknown[:3]),
+            expected=f"some of {len(tensors)} tensors, such as {next(iter(tensors), 'none')}",
+            fix="run edgekd quantize again, with this version",
+        )
+    return {tensors[key]: (low, high) for key, (low, high) in learned["ranges"].items()}
 
 
 @dataclass(frozen=True)
@@ -200,9 +88,9 @@ def fine_tune(
     Raises:
         NonFiniteLossError: the loss became NaN or infinite.
     """
-    quantised = QuantisedDetector(detector, calibration, target)
-    teacher, student = copy.deepcopy(detector).float().eval().to(device), quantised.module.to(device)
-    scales = quantised.scales()
+    student = QuantisedDetector(detector, calibration, target).to(device)
+    teacher = copy.deepcopy(detector).float().eval().to(device)
+    scales = student.scales()
     known = {id(scale) for scale in scales}
     weights = [p for p in student.parameters() if id(p) not in known and p.requires_grad]
     optimizer = torch.optim.Adam([{"params": weights, "lr": config.lr}, {"params": scales, "lr": _SCALE_LR}])
@@ -216,7 +104,7 @@ def fine_tune(
             images = batch.images_u8.to(device).float() * factor + shift
             output = student(images)
             loss = torch.stack(
-                list(student.detection_losses(output, batch.targets.to(torch.device(device))).values())
+                list(student.detector.detection_losses(output, batch.targets.to(torch.device(device))).values())
             ).sum()
             if config.distill:
                 with torch.no_grad():
@@ -234,8 +122,8 @@ def fine_tune(
             if tell is not None:
                 tell(step, total, seen[-1])
         losses.append(sum(seen) / max(1, len(seen)))
-    facts = {FACTS_KEY: {"target": target, "ranges": quantised.ranges(), "qat": config.model_dump(mode="json")}}
-    return QatResult(quantised.plain(), facts, tuple(losses))
+    facts = {FACTS_KEY: {"target": target, "ranges": student.ranges(), "qat": config.model_dump(mode="json")}}
+    return QatResult(student.plain(), facts, tuple(losses))
 
 
 def self_distillation(output: DetectorOutput, truth: DetectorOutput, activation: str) -> Tensor:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from edgekd.export.calibration import Ranges
 from edgekd.export.graph import GraphIndex, copy_of, prune, replace_nodes
 from edgekd.export.placement import (
-    MOVERS,
     WEIGHT_AXIS,
     Target,
     folded_activations,
     fused_side,
     is_weighted,
+    scale_owners,
     tensors_to_quantise,
 )
 
@@ -28,8 +28,8 @@ _INPUT_CHANNELS = 8
 """x86: a convolution on fewer channels gets zero channels added. ONNX Runtime copies its input channel by channel at
 every kernel position; with 3 channels that takes longer than the arithmetic (MobileNetV2 at 320 px: 0.73 ms, 0.33 with
 8, of 6 in all)."""
-_LARGEST_BIAS = 2.0**30
-_DUST = 1e-9
+LARGEST_BIAS = 2.0**30
+DUST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Parameters:
 def activation_parameters(low: float, high: float, target: Target) -> Parameters:
     """Scale and zero point that represent [low, high] and zero exactly."""
     if target == "tensorrt":
-        scale = max(abs(low), abs(high), _DUST) / 127.0
+        scale = max(abs(low), abs(high), DUST) / 127.0
         return Parameters(np.array(scale, np.float32), np.array(0, np.int8))
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = max(high - low, _DUST) / 255.0
+    scale = max(high - low, DUST) / 255.0
     zero_point = np.clip(round(-low / scale), 0, 255)
     return Parameters(np.array(scale, np.float32), np.array(zero_point, np.uint8))
 
@@ -93,15 +93,10 @@ def _shared_parameters(
     model: ModelProto, ranges: Ranges, nodes: Set[str], tensors: list[str], target: Target
 ) -> dict[str, Parameters]:
     parameters: dict[str, Parameters] = {}
-    moved = {
-        output: node.input[0]
-        for node in model.graph.node
-        if node.name in nodes and node.op_type in MOVERS
-        for output in node.output
-    }
+    owners = scale_owners(model, nodes, target)
     for name in tensors:  # graph order: a mover's input comes before its output
-        source = parameters.get(moved.get(name, "")) if target == "x86" else None
-        parameters[name] = source or activation_parameters(*ranges[name], target)
+        shared = parameters.get(owners.get(name, ""))
+        parameters[name] = shared or activation_parameters(*ranges[name], target)
     return parameters
 
 
@@ -161,12 +156,12 @@ class _PairWriter:
         weights = np.pad(weights, [(0, 0), (0, extra), *[(0, 0)] * (weights.ndim - 2)])
         axis = WEIGHT_AXIS[node.op_type]
         others = tuple(dim for dim in range(weights.ndim) if dim != axis)
-        scale = np.maximum(np.abs(weights).max(axis=others), _DUST) / np.float32(self.weight_limit)
+        scale = np.maximum(np.abs(weights).max(axis=others), DUST) / np.float32(self.weight_limit)
         bias = self.index.constant(node.input[2]).astype(np.float32) if len(node.input) > 2 and node.input[2] else None
         if self.target == "x86" and bias is not None:
             # A dead channel has next to no weights but may have a bias, which must fit in int32.
             step = self.parameters[source].scale
-            scale = np.maximum(scale, np.abs(bias) / (step * np.float32(_LARGEST_BIAS)))
+            scale = np.maximum(scale, np.abs(bias) / (step * np.float32(LARGEST_BIAS)))
         parameters = Parameters(scale.astype(np.float32), np.zeros(len(scale), np.int8))
         name = f"{node.name}_weight"
         stored_scale, zero = self._store(name, parameters)
