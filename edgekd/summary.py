@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgekd.report.table import write_table
+from edgekd.report.table import conditions, in_markdown, write_table
 from edgekd.report.words import (
     NOTHING,
     ROLE_NAMES,
     answer,
     gain,
-    images,
     interval,
     milliseconds,
     number,
@@ -42,12 +41,29 @@ def summary_text(result: Mapping[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = [_line(row, widths) for row in rows]
     lines.insert(1, "-" * max(len(line) for line in lines))
-    data = result["data"]
-    lines += ["", f"data: {data['name']}, split {data['split']}, {images(result)}"]
+    lines += ["", conditions(result), _run_by(result["rows"])]
     lines += [sentence for sentence in (answer(result), gain(result)) if sentence]
     lines += [said for row in result["rows"] for said in _under_load(row)]
     lines += [f"note: {warning}" for warning in result.get("warnings", ())]
     return "\n".join(lines)
+
+
+def publish_text(result: Mapping[str, Any]) -> str:
+    """Whether the figures may be published, in one line under their summary."""
+    reasons = [text for text in result["unfit_to_publish"] if text not in result["warnings"]]
+    if notes := len(result["unfit_to_publish"]) - len(reasons):
+        reasons.insert(0, f"{notes} of the notes above" if notes > 1 else "a note above")
+    return f"not fit to publish: {'; '.join(reasons)}" if reasons else "fit to publish: enough samples, a quiet machine"
+
+
+def _run_by(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What computed each row; names are left out where it was the same for all."""
+    by: dict[str, list[str]] = {}
+    for row in rows:
+        by.setdefault(f"{row['runtime']} ({row['provider']})", []).append(row["name"])
+    if len(by) == 1:
+        return f"run by {next(iter(by))}"
+    return "; ".join(f"{', '.join(names)}: run by {runtime}" for runtime, names in by.items())
 
 
 def _under_load(row: Mapping[str, Any]) -> list[str]:
@@ -63,7 +79,7 @@ def _under_load(row: Mapping[str, Any]) -> list[str]:
     if scenario := row.get("mlperf"):
         said.append(
             f"{row['name']}: {scenario['scenario']}: {milliseconds(scenario['latency_ms'])} ms, {scenario['metric']}, "
-            f"{number(scenario['queries'], 0)} queries; {scenario['note']}: {'; '.join(scenario['deviations'])}"
+            f"{number(scenario['queries'], 0)} queries; {scenario['note']}. Deviations: {'; '.join(scenario['deviations'])}"
         )
     if device := row.get("device_ms"):
         said.append(
@@ -101,7 +117,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 def gate_markdown(gate: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """A gate's verdict as GitHub-flavoured Markdown: what was compared, how, and what failed."""
     failed = [pair["name"] for pair in gate["pairs"] if pair["latency"]["regressed"] or pair["map"]["regressed"]]
-    verdict = f"regression in {', '.join(map(_escape, failed))}" if failed else "no regression beyond the limits"
+    verdict = f"regression in {', '.join(map(in_markdown, failed))}" if failed else "no regression beyond the limits"
     lines = [
         f"### edgekd bench: {verdict}",
         "",
@@ -111,24 +127,29 @@ def gate_markdown(gate: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         "",
     ]
     lines += [
-        f"- **{_escape(pair['name'])}**: latency {pair['latency']['basis']}; AP50 {pair['map']['basis']}"
-        + "".join(f"; {_escape(text)}" for text in pair["conditions"])
+        f"- **{in_markdown(pair['name'])}**{_other_name(pair)}: latency {pair['latency']['basis']}; AP50 {pair['map']['basis']}"
+        + "".join(f"; {in_markdown(text)}" for text in pair["conditions"])
         for pair in gate["pairs"]
     ]
     created = gate["baseline_created"]
-    lines.append(f"- Baseline: {_escape(gate['baseline'])}" + (f", {_escape(created)}" if created else ""))
-    lines += [f"- Otherwise than in the baseline: {_escape(text)}" for text in gate["conditions"]]
+    lines.append(f"- Baseline: {in_markdown(gate['baseline'])}" + (f", {in_markdown(created)}" if created else ""))
+    lines += [f"- Otherwise than in the baseline: {in_markdown(text)}" for text in gate["conditions"]]
     if gate["versions"]:
-        lines.append(f"- Versions: {_escape('; '.join(gate['versions']))}")
-    lines += [f"- {_escape(text)}" for text in (*gate["notes"], *result["warnings"])]
+        lines.append(f"- Versions: {in_markdown('; '.join(gate['versions']))}")
+    lines += [f"- {in_markdown(text)}" for text in (*gate["notes"], *result["warnings"])]
     table = write_table(result, ".md")
     return "\n".join([*lines, "", "<details><summary>All figures</summary>", "", table, "</details>", ""])
+
+
+def _other_name(pair: Mapping[str, Any]) -> str:
+    """What it is held against, where that was called otherwise."""
+    return "" if pair["baseline"] == pair["name"] else f" against {in_markdown(pair['baseline'])}"
 
 
 def _gate_row(pair: Mapping[str, Any]) -> str:
     latency, accuracy = pair["latency"], pair["map"]
     cells = [
-        _escape(pair["name"]),
+        in_markdown(pair["name"]),
         f"{milliseconds(latency['old'])} → {milliseconds(latency['new'])}",
         "not compared"
         if "change" not in latency
@@ -147,11 +168,3 @@ def _gate_row(pair: Mapping[str, Any]) -> str:
 def _verdict(latency: Mapping[str, Any], accuracy: Mapping[str, Any]) -> str:
     slower, worse = latency["regressed"], accuracy["regressed"]
     return "❌ " + " and ".join(["slower"] * slower + ["less accurate"] * worse) if slower or worse else "✅"
-
-
-def _escape(text: object) -> str:
-    """Text that no Markdown table or HTML takes apart."""
-    plain = " ".join(str(text).split())
-    for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
-        plain = plain.replace(character, written)
-    return plain

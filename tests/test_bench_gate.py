@@ -95,6 +95,14 @@ def test_regressions_are_found_side_by_side(
     assert EXIT_REGRESSED == 3
 
 
+def test_another_name_and_fitness_to_publish_are_told(place: Path, tmp_path: Path) -> None:
+    options = ("--baseline", place / "old" / "result.json", "--max-map-drop", 100, "--publish", "--seconds", 0)
+    result = bench(place, f"other={place / 'poor.onnx'}", out=tmp_path / "new.json", options=options)
+    assert result.exit_code == 0, result.output
+    assert "- **other** against student: latency" in result.stdout
+    assert "not fit to publish: " in result.stdout
+
+
 def moved(place: Path, folder: Path, *, detections: bool = True, **changes: object) -> Path:
     """The baseline without the file that it measured, with changed facts; returns its result.json."""
     folder.mkdir()

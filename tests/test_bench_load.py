@@ -22,6 +22,7 @@ from edgekd.bench.runner import bench_artifacts
 from edgekd.bench.systems import System
 from edgekd.bench.throughput import measure_throughput, throughput_facts
 from edgekd.recipe import BenchConfig
+from edgekd.summary import publish_text, summary_text
 from edgekd.types import Detections
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, POOR_SCORES, make_dataset, write_detector
 from tests.test_bench_latency import IMAGES, FakeClock, FakeSystem
@@ -195,6 +196,14 @@ def test_a_whole_benchmark_under_load(tmp_path: Path) -> None:
     assert not (tmp_path / "detections.npz").exists()
     assert result["settings"]["affinity"] == affinity()
     assert any("20 samples" in reason for reason in result["unfit_to_publish"])
+    text = summary_text(result)
+    assert "\nrun by onnxruntime (CPUExecutionProvider)\n" in text
+    assert "student: SingleStream: " in text
+    assert "intervals are 95 %" in text
+    rows["student"]["runtime"] = "openvino"
+    assert "ensemble-parallel: run by onnxruntime (CPUExecutionProvider); student: run by openvino" in summary_text(
+        result
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,6 +241,13 @@ def test_parallel_members_answer_as_in_sequence(tmp_path: Path) -> None:
     assert len(one) > 0
     np.testing.assert_array_equal(one.boxes_xyxy, other.boxes_xyxy)
     np.testing.assert_array_equal(one.scores, other.scores)
+
+
+def test_publish_says_both_ways() -> None:
+    assert publish_text({"warnings": ["a"], "unfit_to_publish": []}).startswith("fit to publish")
+    one = publish_text({"warnings": ["a", "b"], "unfit_to_publish": ["a", "too few"]})
+    assert one == "not fit to publish: a note above; too few"
+    assert "2 of the notes" in publish_text({"warnings": ["a", "b"], "unfit_to_publish": ["a", "b"]})
 
 
 def test_what_spoils_a_measurement_is_said() -> None:

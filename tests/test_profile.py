@@ -88,9 +88,12 @@ def test_profiles_go_into_the_result(tmp_path: Path) -> None:
     assert shown.count("\n") == 3
 
 
-def test_a_runtime_without_profiler_says_so() -> None:
-    rows = [{"name": "a", "role": "student", "runtime": "torch", "profile": None}]
-    assert profile_text({"rows": rows}) == "a: torch has no profiler; export it to ONNX"
+@pytest.mark.parametrize(
+    ("runtime", "way"), [("torch", "export it to ONNX"), ("openvino", "--runtime onnxruntime shows them")]
+)
+def test_a_runtime_without_profiler_says_so(runtime: str, way: str) -> None:
+    rows = [{"name": "a", "role": "student", "runtime": runtime, "profile": None}]
+    assert profile_text({"rows": rows}) == f"a: {runtime} says nothing of its layers; {way}"
 
 
 def test_not_on_a_target(tmp_path: Path) -> None:

@@ -103,9 +103,9 @@ def run_scenario(
     latencies = np.sort(np.array(taken, np.float64)) / 1e6
     deviations = ["timed by edgekd, not by LoadGen"]
     if seconds < RULE_SECONDS:
-        deviations.append(f"ran for {lasted:.0f} s; the rules want {RULE_SECONDS:.0f} s")
+        deviations.append(f"ran for {lasted:.0f} s where the rules want {RULE_SECONDS:.0f} s")
     if len(images) < LIBRARY_IMAGES:
-        deviations.append(f"{len(images)} images in the library; the rules want {LIBRARY_IMAGES}")
+        deviations.append(f"{len(images)} images in the library where the rules want {LIBRARY_IMAGES}")
     return {
         "scenario": scenario,
         "metric": f"early-stopping estimate of a query's {100 * rule.percentile:.0f}th percentile latency",

@@ -145,12 +145,15 @@ def profile_text(result: Mapping[str, Any], shown: int = SHOWN) -> str:
         found = row.get("profile")
         if found is None:
             if row["role"] != "ensemble":
-                parts.append(f"{row['name']}: {row['runtime']} has no profiler; export it to ONNX")
+                way = "--runtime onnxruntime shows them" if row["runtime"] == "openvino" else "export it to ONNX"
+                parts.append(f"{row['name']}: {row['runtime']} says nothing of its layers; {way}")
             continue
         layers = found["layers"][:shown]
         share = sum(layer["share"] for layer in layers)
         head = f"{row['name']}: the slowest {len(layers)} of {len(found['layers'])} layers take {share:.0%}"
-        parts.append("\n".join([f"{head} ({found['tool']}, {found['total_ms']:.2f} ms in all)", *_table(layers)]))
+        parts.append(
+            "\n".join([f"{head} ({found['tool']}, {found['total_ms']:.2f} ms in all while profiled)", *_table(layers)])
+        )
     return "\n\n".join(parts)
 
 

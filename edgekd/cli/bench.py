@@ -149,7 +149,7 @@ def bench(
     from edgekd.bench.runner import bench_artifacts
     from edgekd.console import Terminal
     from edgekd.data import read_dataset
-    from edgekd.summary import summary_text
+    from edgekd.summary import publish_text, summary_text
     from edgekd.workspace import is_synthetic
 
     entries = [declared(parse_artifact_argument(text), classes, output, input_size) for text in artifacts]
@@ -215,20 +215,19 @@ def bench(
             memory=not quick,
             progress=Terminal(session.quiet).staged(),
         )
-    layers = ""
-    if profile:
-        from edgekd.bench.profile import add_profiles, profile_text
+        layers = ""
+        if profile:
+            from edgekd.bench.profile import add_profiles, profile_text
 
-        add_profiles(result, entries, dataset, out, provider=one_provider(entries, session.device))
-        layers = f"\n\n{profile_text(result)}"
+            add_profiles(result, entries, dataset, out, provider=one_provider(entries, session.device))
+            layers = f"\n\n{profile_text(result)}"
     write_tables(result, table)
+    fit = f"\n{publish_text(result)}" if publish else ""
     if gate is None:
-        unfit = result["unfit_to_publish"] if publish else ()
-        said = "\n".join(("", *(f"not fit to publish: {reason}" for reason in unfit)))
-        session.finish(result, lambda: typer.echo(f"{summary_text(result)}{said}{layers}\n\nresult: {out}"))
+        session.finish(result, lambda: typer.echo(f"{summary_text(result)}{fit}{layers}\n\nresult: {out}"))
         return
     verdict = judged(gate, result, dataset, out, summary, session.seed or 0)
-    session.finish(result, lambda: typer.echo(f"{verdict}{layers}\nresult: {out}"))
+    session.finish(result, lambda: typer.echo(f"{verdict}{fit}{layers}\nresult: {out}"))
     if not result["gate"]["passed"]:
         typer.echo(f"regression beyond the limits: see gate in {out}", err=True)
         raise typer.Exit(EXIT_REGRESSED)

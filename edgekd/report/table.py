@@ -43,12 +43,13 @@ def require_format(suffix: str) -> None:
 def _markdown(result: Mapping[str, Any]) -> str:
     """With the findings and conditions under it."""
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|:--|:--|" + "--:|" * (len(_HEADINGS) - 2)]
-    lines += ["| " + " | ".join(_in_markdown(cell) for cell in _cells(row)) + " |" for row in result["rows"]]
-    said = [_in_markdown(text) for text in (answer(result), gain(result)) if text]
-    return "\n".join([*lines, "", " ".join(said), "", _in_markdown(_conditions(result))]) + "\n"
+    lines += ["| " + " | ".join(in_markdown(cell) for cell in _cells(row)) + " |" for row in result["rows"]]
+    said = [in_markdown(text) for text in (answer(result), gain(result)) if text]
+    return "\n".join([*lines, "", " ".join(said), "", in_markdown(conditions(result))]) + "\n"
 
 
-def _conditions(result: Mapping[str, Any]) -> str:
+def conditions(result: Mapping[str, Any]) -> str:
+    """What was measured on, how, and what the figures mean."""
     data, settings = result["data"], result["settings"]
     cpu = result["device"]["cpu"] or result["device"]["machine"] or "an unknown processor"
     kind = "Synthetic data" if data["synthetic"] else "Data"
@@ -76,7 +77,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _in_markdown(text: object) -> str:
+def in_markdown(text: object) -> str:
     """Text that no Markdown table or HTML takes apart."""
     plain = " ".join(str(text).split())
     for character, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
@@ -120,7 +121,7 @@ def _latex(result: Mapping[str, Any]) -> str:
     """A booktabs table with a caption; needs `\\usepackage{booktabs}`."""
     lines = [
         r"% \usepackage{booktabs}", r"\begin{table}", r"\centering\small",
-        rf"\caption{{{_in_latex(answer(result))} {_in_latex(_conditions(result))}}}",
+        rf"\caption{{{_in_latex(answer(result))} {_in_latex(conditions(result))}}}",
         r"\begin{tabular}{l" + "r" * 6 + "}", r"\toprule",
         r"Detector & AP$_{50}$ & AP & Latency (ms) & Speed-up & Params (M) & GMACs \\", r"\midrule",
     ]  # fmt: skip
