@@ -235,6 +235,15 @@ def test_doctor_exits_0_where_the_base_works() -> None:
     assert json.loads(result.stdout)["ok"] is (result.exit_code == 0)
 
 
+def test_quantize_wants_a_run(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").touch()
+    for source in (tmp_path / "a.onnx", tmp_path / "none"):
+        result = edgekd("quantize", source, "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "is no run folder" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_bench_refuses_what_it_cannot_read(scenes: Path) -> None:
     result = edgekd("bench", "teacher:a=no.onnx", "--data", scenes, "--split", "val")
     assert result.exit_code == 2

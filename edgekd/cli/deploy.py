@@ -86,16 +86,21 @@ def quantize(
     `export.qat` and `export.target` of the recipe say how: --set export.qat.epochs=5 --set export.target=tensorrt.
     """
     session = session_of(context)
+    from edgekd.errors import ArtifactError
     from edgekd.quantize import quantize_run
     from edgekd.recipe_file import load_recipe
     from edgekd.stages import RECIPE_FILE
     from edgekd.workspace import open_workspace
 
+    if recipe is None and not source.is_dir():
+        raise ArtifactError(f"{source} is no run folder", expected="one that `edgekd train` or `distill` wrote")
     checked = load_recipe(recipe or source / RECIPE_FILE, session.overrides, needs=("data",))
     with open_workspace(checked, out, device=session.device or "auto", quiet=session.quiet) as work:
         result = quantize_run(work, source, out)
     found = {"folder": str(out), "model": str(result.model), "metrics": result.metrics, "skipped": result.skipped}
-    session.finish(found, lambda: typer.echo(f"{result.model}\nnext: edgekd export {out} --precision int8 --out FILE"))
+    losses = ", ".join(f"{loss:.4g}" for loss in result.metrics.get("loss", ()))
+    said = f"{'nothing to do: ' if result.skipped else ''}{result.model} (loss of each epoch: {losses})"
+    session.finish(found, lambda: typer.echo(f"{said}\nnext: edgekd export {out} --precision int8 --out FILE"))
 
 
 def export(

@@ -143,8 +143,9 @@ def _split_lines(split: SplitSummary) -> list[str]:
         lines.append(f"  images   {w} x {h} to {big_w} x {big_h} px")
     if split.objects:
         sizes = ", ".join(f"{name} {count} ({count / split.objects:.0%})" for name, count in split.sizes.items())
-        lines.append(f"  sizes    {sizes}")
-        lines.append("  side     " + ", ".join(f"{q} {value:.3f}" for q, value in split.relative_size.items()))
+        lines.append(f"  sizes    {sizes}; bounds are 32 x 32 and 96 x 96 px, as COCO has them")
+        sides = ", ".join(f"{q} {value:.3f}" for q, value in split.relative_size.items())
+        lines.append(f"  side     {sides}: quantiles of sqrt(box area / image area)")
         width = max(len(name) for name, count in split.per_class.items() if count)
         for name, count in sorted(split.per_class.items(), key=lambda entry: -entry[1]):
             if not count:
