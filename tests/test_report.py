@@ -23,8 +23,10 @@ from edgekd.cli import app
 from edgekd.errors import ArtifactError, UserError
 from edgekd.recipe import BenchConfig
 from edgekd.report import svg, words
+from edgekd.report.commands import commands_of
 from edgekd.report.page import write_report
 from edgekd.report.shape import RESULT, measured
+from edgekd.report.sources import collect
 from edgekd.report.table import write_table
 from edgekd.report.tradeoff import pareto_front
 from edgekd.report.training import training_runs
@@ -195,6 +197,24 @@ def test_images_without_objects(tmp_path: Path) -> None:
     artifacts = [BenchArtifact(path, "t", "teacher"), BenchArtifact(path, "s")]
     bench_artifacts(artifacts, dataset, config=config, out=tmp_path / "result.json", memory=False)
     assert "their accuracy could not be compared" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_command_measures_the_same_again(run_folder: Path, tmp_path: Path) -> None:
+    result = json.loads((run_folder / "bench" / "result.json").read_text())
+    found = dict(commands_of(collect([run_folder])))["The benchmark alone, from the exported files"]
+    assert not any(option in found for option in ("--runtime", "--mode", "--batch", "--mlperf"))
+    for row in result["rows"]:
+        row.update(artifact="a.onnx", runtime="openvino")
+    student = next(row for row in result["rows"] if row["role"] == "student")
+    result["rows"].append({**student, "name": f"{student['name']}+onnxruntime", "runtime": "onnxruntime"})
+    result["settings"].update(mode="throughput", streams=2, mlperf="MultiStream", mlperf_seconds=3.0)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    found = dict(commands_of(collect([tmp_path])))["The benchmark alone, from the exported files"]
+    assert f":{student['name']}=a.onnx" in found
+    assert "+onnxruntime=" not in found
+    assert "--runtime openvino --runtime onnxruntime" in found
+    assert "--mode throughput --streams 2 --batch 1" in found
+    assert "--mlperf MultiStream --mlperf-seconds 3.0" in found
 
 
 def test_training_curves_follow_the_log(run_folder: Path) -> None:

@@ -14,6 +14,8 @@ _OPTIONS = {
     "samples": "--samples", "seconds": "--seconds", "warmup_seconds": "--warmup", "threads": "--threads",
     "score_threshold": "--score", "nms_iou": "--iou", "max_detections": "--max-detections", "seed": "--seed",
 }  # fmt: skip
+_THROUGHPUT = {"mode": "--mode", "streams": "--streams", "batch": "--batch"}
+_MLPERF = {"mlperf": "--mlperf", "mlperf_seconds": "--mlperf-seconds"}
 
 
 def commands_of(sources: Sources) -> list[tuple[str, str]]:
@@ -44,13 +46,23 @@ def _commit(sources: Sources) -> str | None:
 
 def _bench(result: Mapping[str, Any]) -> str:
     settings, data = result["settings"], result["data"]
+    rows = [row for row in result["rows"] if row["role"] != "ensemble"]
+    runtimes = [str(row["runtime"]) for row in rows if str(row["artifact"]).endswith(".onnx")]
+    names = {f"{row['name']}+{runtime}" for row in rows for runtime in runtimes}
     files = [
         shlex.quote(f"{_ROLES.get(row['role'], row['role'])}:{row['name']}={row['artifact'] or 'FILE'}")
-        for row in result["rows"]
-        if row["role"] != "ensemble"
+        for row in rows
+        if row["name"] not in names  # `--runtime` twice measures each file on both
     ]
     place = [("--data", data["name"]), ("--split", data["split"])]
-    options = [f"{option} {shlex.quote(settings[key])}" for key, option in _OPTIONS.items() if settings.get(key)]
+    if "openvino" in runtimes:
+        place += [("--runtime", runtime) for runtime in dict.fromkeys(runtimes)]
+    wanted = {
+        **_OPTIONS,
+        **(_THROUGHPUT if settings.get("mode") == "throughput" else {}),
+        **(_MLPERF if settings.get("mlperf") else {}),
+    }
+    options = [f"{option} {shlex.quote(settings[key])}" for key, option in wanted.items() if settings.get(key)]
     parts = [f"{option} {shlex.quote(value)}" for option, value in place if value]
     ensemble = ["--ensemble"] if result["ensemble"]["members"] else []
     return " \\\n    ".join(
