@@ -60,7 +60,7 @@ def open_onnx(
     threads: int | None = None,
     engine: OnnxEngine = "onnxruntime",
 ) -> OnnxDetector:
-    """Open an ONNX file; what `declared` says wins over what the file says.
+    """Open an ONNX file; what `declared` says wins over what a foreign file says. Classes and outputs of our own are known.
 
     Raises:
         ArtifactError: missing, damaged, or not a detector. UserError: its outputs or size must be declared.
