@@ -26,6 +26,7 @@ from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.detectors.shared_norm import share_batch_norm
 from edgekd.distill import Clock, Distiller, term_parameters
 from edgekd.errors import UserError
+from edgekd.heap import give_back
 from edgekd.learning import LearningStep, StepInput, check_finite
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import METRICS_FILE, Listener, RunLog
@@ -152,6 +153,7 @@ class _Trainer:
                         self._evaluate(log)
                     self.progress.epoch, self.progress.batch = epoch + 1, 0
                     self._save_state()
+                    give_back()
         finally:
             self.loader.close()
         return self._finish()

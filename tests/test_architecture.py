@@ -27,6 +27,7 @@ LAYERS = {
     "console": 1,
     "draw": 1,
     "ranks": 1,
+    "heap": 1,
     "data": 2,
     "data.loader": 3,  # makes the tensors that detectors learn from
     "detectors": 3,
