@@ -28,7 +28,7 @@ def test_spec_round_trips_through_plain_types_and_builds(model: str) -> None:
 @pytest.mark.parametrize("model", SSDS)
 def test_spec_has_every_option_written_out(model: str) -> None:
     spec = spec_for(ModelConfig(model=model, options={"min_scale": 0.08}), CLASSES)
-    assert set(spec.options) == {"min_scale", "max_scale", "aspect_ratios", "match_iou", "priors"}
+    assert set(spec.options) == {"min_scale", "max_scale", "aspect_ratios", "match_iou", "priors", "finest_stride"}
     assert spec.options["min_scale"] == 0.08
     assert spec.preprocess.resize == "stretch"
     assert spec.preprocess.input_hw == (320, 320)

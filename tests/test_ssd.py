@@ -268,3 +268,42 @@ def test_sixty_steps_learn_four_images(teach: str) -> None:
             union = (best[:, 2:] - best[:, :2]).prod(-1) + (box[2:] - box[:2]).prod() - inter
             assert (inter / union).max() > 0.7
             assert scores[index, :, label].max() > 0.6
+
+
+def fine(model: str = LITE, size: int = 96, classes: tuple[str, ...] = ("a", "b", "c"), width: float = 0.25) -> SSD:
+    torch.manual_seed(0)
+    options = {"finest_stride": 8}
+    return build_ssd(spec_for(ModelConfig(model=model, input_size=size, width=width, options=options), classes))
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name.endswith("-lite")])
+@pytest.mark.parametrize("size", [96, 130, 200])  # odd grids too: 17 over 9, 25 over 13
+def test_a_finer_first_level(model: str, size: int) -> None:
+    detector, usual = fine(model, size).eval(), build(model, size)
+    assert detector.prior_layout.grids_hw[1:] == usual.prior_layout.grids_hw[:-1]
+    assert detector.prior_layout.grids_hw[0] == detector.tap_specs["backbone.s8"].grid_hw
+    found = detector(images(size), ("neck.l0",))
+    assert found.cls_logits.shape == (2, len(detector.prior_boxes()), 4)
+    assert found.taps["neck.l0"].shape[1:] == (detector.neck.channels[0], *detector.prior_layout.grids_hw[0])
+    assert detector.spec.options["min_scale"] == pytest.approx(min(0.35, max(0.05, 16 / size)), abs=1e-3)
+
+
+def test_the_finer_level_reads_both_maps_and_costs_little() -> None:
+    detector = fine(size=320, width=1.0)
+    assert count_macs(detector) < 1.1 * count_macs(build(size=320, width=1.0))
+    maps = [
+        torch.randn(2, m.channels, side, side, requires_grad=True)
+        for m, side in zip(detector.backbone.maps, (12, 6, 3), strict=True)
+    ]
+    detector.neck(maps)[0].sum().backward()
+    assert maps[0].grad is not None
+    assert maps[0].grad.abs().sum() > 0
+    assert maps[1].grad is not None
+    assert maps[1].grad.abs().sum() > 0
+    assert maps[2].grad is None
+
+
+@pytest.mark.parametrize(("model", "stride"), [("vgg11-ssd", 8), (LITE, 4), (LITE, True), (LITE, "8")])
+def test_a_finest_stride_that_cannot_be(model: str, stride: object) -> None:
+    with pytest.raises(RecipeError, match="finest_stride"):
+        spec_for(ModelConfig(model=model, input_size=96, width=0.25, options={"finest_stride": stride}), ("a",))

@@ -28,6 +28,7 @@ from edgekd.types import DetectorSpec
 
 __all__ = ["SSD", "build_ssd", "ssd_spec_defaults"]
 
+_FINE_CHANNELS = 128
 _LITE_EPS = 1e-3  # TensorFlow's, in which SSD-lite was published; steadier than 1e-5 where a batch has few cells
 
 
@@ -78,14 +79,42 @@ class SsdNeck(nn.Module):
         return levels
 
 
-class SsdLiteNeck(nn.Module):
-    """Four extra levels: 1x1 to half the channels, 3x3 depthwise of stride 2, 1x1. A 1x1 grid stays 1x1."""
+class FineLevel(nn.Module):
+    """The stride-8 map with what the stride-16 map knows: one step of a feature pyramid (Lin et al., CVPR 2017), depthwise."""
 
-    def __init__(self, fine_channels: int, coarse_channels: int, width: float) -> None:
+    def __init__(self, fine_channels: int, coarse_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.lateral = ConvUnit(fine_channels, out_channels, 1, eps=_LITE_EPS)
+        self.top = ConvUnit(coarse_channels, out_channels, 1, eps=_LITE_EPS)
+        self.smooth = ConvUnit(out_channels, out_channels, 3, groups=out_channels, eps=_LITE_EPS)
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """(B, C8, H, W) and (B, C16, H / 2, W / 2) to (B, out, H, W)."""
+        smooth: Tensor = self.smooth(
+            self.lateral(fine) + F.interpolate(self.top(coarse), fine.shape[-2:], mode="nearest")
+        )
+        return smooth
+
+
+class SsdLiteNeck(nn.Module):
+    """Extra levels: 1x1 to half the channels, 3x3 depthwise of stride 2, 1x1. A 1x1 grid stays 1x1.
+
+    Args:
+        channels: of the backbone's maps, fine to coarse. finest_stride: 16, the paper's, with four extra levels; or 8, with a
+            `FineLevel` before and one extra level less.
+    """
+
+    def __init__(self, channels: Sequence[int], width: float, finest_stride: int) -> None:
         super().__init__()
         self.extras = nn.ModuleList()
-        self.channels = [fine_channels, coarse_channels]
-        for out in (512, 256, 256, 128):
+        self.channels = list(channels[-2:])
+        outs = [512, 256, 256, 128]
+        self.fine: FineLevel | None = None
+        if finest_stride == 8:
+            fine_channels = scaled_channels(_FINE_CHANNELS, width, 64)
+            self.fine = FineLevel(channels[-3], channels[-2], fine_channels)
+            del outs[-1]
+        for out in outs:
             out_channels = scaled_channels(out, width, 64)
             squeezed = out_channels // 2
             self.extras.append(
@@ -96,13 +125,15 @@ class SsdLiteNeck(nn.Module):
                 )
             )
             self.channels.append(out_channels)
+        if self.fine is not None:
+            self.channels.insert(0, fine_channels)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The backbone's maps to six levels, fine to coarse, of which the backbone's last two are the first."""
+        """The backbone's maps to six levels, fine to coarse; the backbone's last two are among them."""
         levels = [maps[-2], maps[-1]]
         for extra in self.extras:
             levels.append(extra(levels[-1]))
-        return levels
+        return levels if self.fine is None else [self.fine(maps[-3], maps[-2]), *levels]
 
 
 class SsdHead(nn.Module):
@@ -176,7 +207,7 @@ class SSD(Detector):
         fine, coarse = (m.channels for m in self.backbone.maps[-2:])
         self.neck: SsdLiteNeck | SsdNeck
         if lite:
-            self.neck = SsdLiteNeck(fine, coarse, spec.width)
+            self.neck = SsdLiteNeck([m.channels for m in self.backbone.maps], spec.width, options.finest_stride)
         else:
             self.neck = SsdNeck(fine, coarse, _grid(maps[-1]), spec.width)
         grids = tuple(_grid(level) for level in _on_meta(self.neck, maps))
