@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import ranks
-from edgekd.artifact import read_manifest, sha256_file, sha256_json, write_text
+from edgekd.artifact import is_current, read_manifest, sha256_file, sha256_json, write_text
 from edgekd.checkpoint import LAST_FILE, STATE_SCHEMA, read_payload
 from edgekd.detectors.base import Detector
+from edgekd.detectors.prior_fit import prior_advice
 from edgekd.distill import Distiller
 from edgekd.recipe import CheckpointTeacher, DistillConfig, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
 from edgekd.recipe_file import dump_recipe
@@ -119,6 +120,10 @@ def _weights_identity(weights: str | None) -> str | None:
 def _train(work: Workspace, job: TrainJob, label: str) -> RunResult:
     if work.replaced is not None and _holds_another(job):
         _set_aside(work, job.out)
+    if ranks.rank() == 0 and not is_current(job.out, "run", job.inputs):
+        advice = prior_advice(job.model, job.dataset.class_names, job.dataset.records)
+        if advice is not None:
+            work.terminal.warn(f"{label}: {advice}")
     with work.terminal.training(label) as listener:
         result = train_detector(job, listener)
     accuracy = result.metrics.get("ap50")

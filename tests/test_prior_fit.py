@@ -10,7 +10,7 @@ import torch
 
 from edgekd.checkpoint import load_detector
 from edgekd.detectors import build_detector, spec_for
-from edgekd.detectors.prior_fit import LEAST_BOXES, coverage, fit_shapes, fitted_spec
+from edgekd.detectors.prior_fit import LEAST_BOXES, coverage, fit_shapes, fitted_spec, prior_advice
 from edgekd.errors import RecipeError
 from edgekd.recipe import ModelConfig
 from edgekd.types import ImageRecord
@@ -87,6 +87,22 @@ def test_a_spec_is_fitted_without_a_draw_from_torchs_generator() -> None:
 def test_too_few_boxes_leave_the_published_ones() -> None:
     spec = fitted_spec(spec_for(FITTED, ("a", "b")), records(cells(LEAST_BOXES - 1)))
     assert spec.options["priors"] == "published"
+
+
+def test_advice_names_the_class_that_the_priors_miss() -> None:
+    usual = ModelConfig(model="mobilenetv2-ssd-lite", input_size=320, width=0.25)
+    small = np.full((60, 2), 0.055) * np.random.default_rng(0).uniform(0.9, 1.1, (60, 2))
+    middle = np.full((60, 2), 0.14) * np.random.default_rng(1).uniform(0.9, 1.1, (60, 2))
+    mixed = records(np.stack([small, middle], 1).reshape(-1, 2))  # small ones are of class 0
+    advice = prior_advice(usual, ("dust", "plate"), mixed)
+    assert advice is not None
+    assert "class dust (60)" in advice
+    options = {"finest_stride": 8, "priors": "fitted"}
+    assert str(options).replace("'", "") in advice
+    assert prior_advice(usual.model_copy(update={"options": options}), ("dust", "plate"), mixed) is None
+    assert prior_advice(usual, ("dust", "plate"), records(np.stack([middle, middle], 1).reshape(-1, 2))) is None
+    assert prior_advice(usual, ("dust", "plate"), mixed[:20]) is None  # too few to say
+    assert prior_advice(ModelConfig(model="yolo-nano", input_size=320), ("dust", "plate"), mixed) is None
 
 
 def test_other_detectors_are_left_alone() -> None:

@@ -10,22 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from edgekd.detectors.anchors import PriorLayout
+from edgekd.boxes import iou_matrix
+from edgekd.detectors import spec_for
+from edgekd.detectors.anchors import PriorLayout, xyxy_from_cxcywh
+from edgekd.recipe import ModelConfig
 from edgekd.types import DetectorSpec, ImageRecord, IntArray
 
 LEAST_GAIN = 5e-4
 """In coverage, which lies in [0, 1]."""
 LEAST_BOXES = 100
 """With fewer boxes the published shapes stay."""
+MISSED, LEAST_OBJECTS = 0.3, 20
+"""`prior_advice` speaks of a class of so many objects, of which this share is missed."""
 LARGEST_CELLS = 4.0
 """A fitted shape is at most so many cells wide (geometric mean), so that large objects stay on coarse levels."""
 _LOW, _HIGH = 0.3, 0.7  # an overlap below the first is worth nothing, above the second no more
 _SIDES = (0.125, 0.375)  # how far a box's centre lies from the nearest prior's, in cells
-_SWEEPS, _CANDIDATES, _BOXES = 3, 256, 4096
+_SWEEPS, _CANDIDATES, _BOXES, _SAMPLE = 3, 256, 4096, 300
 
 Float64 = NDArray[np.float64]
 
@@ -34,8 +41,6 @@ def fitted_spec(spec: DetectorSpec, records: Sequence[ImageRecord]) -> DetectorS
     """`spec` with the shapes for these images' boxes written out, if its option `priors` asks for it; else as it is."""
     if spec.options.get("priors") != "fitted":
         return spec
-    import torch
-
     from edgekd.detectors.ssd import SSD
 
     sizes, labels = _box_sizes(records)
@@ -45,6 +50,48 @@ def fitted_spec(spec: DetectorSpec, records: Sequence[ImageRecord]) -> DetectorS
         layout = SSD(spec).prior_layout
     shapes = fit_shapes(layout, sizes, labels)
     return replace(spec, options={**spec.options, "priors": [np.round(level, 4).tolist() for level in shapes]})
+
+
+def prior_advice(config: ModelConfig, class_names: Sequence[str], records: Sequence[ImageRecord]) -> str | None:
+    """Which class an SSD's priors miss, and the options that mend it; None where none is missed or nothing would mend it.
+
+    A class is missed where `MISSED` or more of its objects, at least `LEAST_OBJECTS`, overlap no prior by half.
+    """
+    if not config.model.endswith(("-ssd", "-ssd-lite")):
+        return None
+    count = np.bincount(np.concatenate([r.labels[r.trainable] for r in records]), minlength=len(class_names))
+    now = _missed(spec_for(config, class_names), records) * (count >= LEAST_OBJECTS)
+    worst = int(now.argmax())
+    if now[worst] < MISSED:
+        return None
+    better: dict[str, Any] = {"finest_stride": 8} if config.model.endswith("-lite") else {}
+    better["priors"] = "fitted"
+    then = _missed(spec_for(config.model_copy(update={"options": {**config.options, **better}}), class_names), records)
+    if then[worst] > now[worst] / 2:
+        return None
+    options = ", ".join(f"{name}: {value}" for name, value in better.items())
+    return (
+        f"{now[worst]:.0%} of the objects of class {class_names[worst]} ({count[worst]}) overlap no prior by half, and are "
+        f"hard to learn; {then[worst]:.0%} with `options: {{{options}}}`"
+    )
+
+
+def _missed(spec: DetectorSpec, records: Sequence[ImageRecord]) -> Float64:
+    """(classes,) share of each class's objects, at most `_SAMPLE` of them, that overlap no prior by half."""
+    from edgekd.detectors.ssd import SSD
+
+    with torch.random.fork_rng(devices=[]):
+        layout = SSD(fitted_spec(spec, records)).prior_layout
+    priors = xyxy_from_cxcywh(layout.priors((1, 1))).numpy()
+    boxes = np.concatenate([r.boxes_xyxy[r.trainable] / np.tile(r.image_hw[::-1], 2) for r in records])
+    labels = np.concatenate([r.labels[r.trainable] for r in records])
+    shares = np.zeros(len(spec.class_names))
+    for label in range(len(shares)):
+        rows = np.flatnonzero(labels == label)
+        rows = rows[np.linspace(0, len(rows) - 1, min(_SAMPLE, len(rows))).astype(int)]
+        if len(rows):
+            shares[label] = (iou_matrix(boxes[rows].astype(np.float32), priors).max(1) < 0.5).mean()
+    return shares
 
 
 def _box_sizes(records: Sequence[ImageRecord]) -> tuple[Float64, IntArray]:
