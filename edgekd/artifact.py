@@ -6,10 +6,12 @@ A stage writes its files, then its `manifest.json` last, so a folder without one
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import __version__
-from edgekd.errors import ArtifactError
+from edgekd.errors import ArtifactError, is_refusal, refusal
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = "edgekd.manifest/1"
+_FULL_BYTES = 1 << 16
+"""Free bytes below which a writer that failed has filled the disk."""
 
 
 def require_file(path: Path) -> None:
@@ -44,12 +48,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The temporary name keeps the suffix, since some writers choose the format by it.
 
     Raises:
-        ArtifactError: there can be no such file.
+        ArtifactError: there can be no such file. UserError: not by this user. EdgeKDError: the disk is full.
     """
     path = Path(path)
     require_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise refusal(error, path) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -58,6 +65,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
+    except OSError as error:
+        if is_refusal(error) and error.filename in (None, name):  # else it speaks of another file
+            raise refusal(error, path) from error
+        raise
+    except Exception as error:
+        if shutil.disk_usage(path.parent).free < _FULL_BYTES:  # torch and ONNX say nothing of the disk
+            raise refusal(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,7 +7,9 @@ a traceback is shown only for exceptions outside this tree, which are bugs.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class EdgeKDError(Exception):
@@ -102,3 +104,33 @@ class RuntimeFailure(EdgeKDError):
 
 class PeerError(EdgeKDError):
     """Another process of the same distributed run, or the machine it was on, has died."""
+
+
+_NOT_ALLOWED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+)
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the system refused a file (no right to it, no room for it), which is no bug of edgekd."""
+    return isinstance(error, OSError) and error.errno in _NOT_ALLOWED | _FULL
+
+
+def refusal(error: OSError, path: Path | str | None = None) -> EdgeKDError:
+    """What to tell of an OSError: a place that the user may not use is a `UserError`, a full disk is the machine's.
+
+    Args:
+        error: what the system said.
+        path: what was to be written, where the error names none or a temporary file.
+    """
+    said = error.strerror or str(error)
+    if path is None:
+        what, got = f"{error.filename or 'a file'}: {said}", None
+    else:
+        what, got = f"{path} cannot be written", said
+    if error.errno in _FULL:
+        return EdgeKDError(what, got=got, fix="free some space there, or choose another place")
+    if error.errno in _NOT_ALLOWED:
+        return UserError(what, got=got, fix="choose another place, or give yourself the right to this one")
+    return EdgeKDError(what, got=got)

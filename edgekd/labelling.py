@@ -94,10 +94,7 @@ def label_images(
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for number, name in enumerate(classes, 1)],
     }
-    try:
-        write_json(root / FILE_NAME, data)
-    except OSError as error:
-        raise DataError(f"{root} cannot be written to", got=error.strerror) from error
+    write_json(root / FILE_NAME, data)
     found = Counter(classes[entry["category_id"] - 1] for entry in annotations)
     return LabelReport(root / FILE_NAME, len(images), {name: found[name] for name in classes}, failures)
 

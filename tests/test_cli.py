@@ -171,7 +171,8 @@ def test_unknown_devices_are_refused(recipe: Path, name: str) -> None:
         (ExportError("the exporter failed", got="x"), 1, "error: the exporter failed\n  got:      x"),
         (KeyboardInterrupt(), 130, "the same command goes on from there"),
         (ZeroDivisionError("a bug"), 1, "internal error: ZeroDivisionError: a bug"),
-        (OSError(28, "No space left on device", "/x/y"), 1, "error: /x/y: No space left on device"),
+        (OSError(28, "No space left on device", "/x/y"), 1, "error: /x/y: No space left on device\n  fix:      free"),
+        (PermissionError(13, "Permission denied", "/x/y"), 2, "error: /x/y: Permission denied\n  fix:      choose"),
     ],
 )
 def test_how_errors_end(
@@ -186,6 +187,7 @@ def test_how_errors_end(
     assert result.exit_code == code
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+    assert ("traceback" in result.stderr) is ("internal" in words)
     if "internal" in words:
         kept = Path(result.stderr.split("traceback: ")[1].strip())
         assert "ZeroDivisionError: a bug" in kept.read_text()

@@ -17,7 +17,7 @@ from edgekd.cli import app
 from edgekd.data import detect_format, list_splits, read_dataset
 from edgekd.data.check import check_dataset
 from edgekd.data.split import split_dataset, stratify
-from edgekd.errors import DataError
+from edgekd.errors import DataError, UserError
 from tests.data_layouts import picture, voc_xml
 
 COUNT = 30
@@ -243,7 +243,7 @@ def test_broken_annotations_are_told_before_anything_is_written(tmp_path: Path) 
 def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
     root = yolo(tmp_path / "data")
     root.chmod(0o555)
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         split_dataset(root, val=0.2)
 
 

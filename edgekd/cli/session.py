@@ -19,7 +19,7 @@ from typing import IO, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgekd.errors import EdgeKDError, PeerError, RecipeError, UserError
+from edgekd.errors import EdgeKDError, PeerError, RecipeError, UserError, is_refusal, refusal
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -106,6 +106,8 @@ class Session:
 
         Of several processes the first tells at once; another one only what it has met alone.
         """
+        if isinstance(error, OSError) and is_refusal(error):
+            error = refusal(error)
         if isinstance(error, KeyboardInterrupt):
             hint = f"; {self.resume_hint}" if self.resume_hint else ""
             message, code = f"interrupted{hint}", INTERRUPTED

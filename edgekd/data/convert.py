@@ -28,7 +28,7 @@ from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.reading import class_names_of, open_source
 from edgekd.data.records import Resolved, resolve
 from edgekd.data.writers import Content, Placed, image_folder, write_coco, write_voc, write_yolo
-from edgekd.errors import DataError, EdgeKDError
+from edgekd.errors import DataError, refusal
 
 _WRITERS = {"voc": write_voc, "coco": write_coco, "yolo": write_yolo}
 
@@ -88,7 +88,7 @@ def convert_dataset(
             _put_images(folder, to, content, link)
             _WRITERS[to](folder, content)
     except OSError as error:
-        raise EdgeKDError(f"{printable(out)} cannot be written", got=error) from error
+        raise refusal(error, printable(out)) from error
     return ConvertReport(
         out,
         to,  # type: ignore[arg-type]  # checked above

@@ -23,7 +23,7 @@ from typing import IO
 from edgekd import __version__
 from edgekd.artifact import atomic_path, write_text
 from edgekd.data.problems import printable
-from edgekd.errors import DataError, EdgeKDError
+from edgekd.errors import DataError, refusal
 
 _BLOCK = 1 << 20
 _TIMEOUT_S = 30.0
@@ -105,7 +105,7 @@ def fetch(
             _unpack(downloads / file.name, out, file, progress)
             write_text(_marker(downloads, file), file.md5 + "\n")
     except OSError as error:
-        raise EdgeKDError(f"{printable(out)} cannot be written", got=error) from error
+        raise refusal(error, printable(out)) from error
     return out
 
 

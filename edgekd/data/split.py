@@ -26,7 +26,7 @@ from edgekd.data.layout import Format, RawImage, Source, stem_of
 from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.reading import open_source
 from edgekd.data.voc import VocSource
-from edgekd.errors import DataError
+from edgekd.errors import DataError, refusal
 
 _TAKEN = frozenset({"train", "val", "valid", "validation", "test", "trainval"})
 
@@ -211,7 +211,7 @@ def _write(texts: Mapping[Path, str], source: Source, parts: Mapping[str, Sequen
     """Write the files and read them back; on any error, none stays.
 
     Raises:
-        DataError: the folder cannot be written to, or the splits do not come back as they were drawn.
+        DataError: the splits do not come back as they were drawn. EdgeKDError: the folder cannot be written to.
     """
     written: list[Path] = []
     try:
@@ -229,7 +229,7 @@ def _write(texts: Mapping[Path, str], source: Source, parts: Mapping[str, Sequen
                 )
     except OSError as error:
         _remove(written)
-        raise DataError(f"{printable(source.root)} cannot be written to", got=error.strerror) from error
+        raise refusal(error, printable(source.root)) from error
     except BaseException:
         _remove(written)
         raise
