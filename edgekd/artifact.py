@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -101,6 +102,35 @@ def sha256_json(data: object) -> str:
     """Hex SHA-256 of a JSON value, whatever the order of its keys."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def unread_torch_file(path: Path, error: Exception, instead: str) -> tuple[str, str | None]:
+    """What a file seems to be that torch does not load with `weights_only=True`; torch's own advice is to run its code.
+
+    Args:
+        path: the file.
+        error: what torch raised.
+        instead: what to do with a file that holds Python objects.
+
+    Returns:
+        (what was found, how to mend it).
+    """
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(64)
+    except OSError as refused:
+        return refused.strerror or str(refused), None
+    if not head:
+        return "an empty file (0 bytes)", "copy or download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself", "`git lfs pull` fetches the file"
+    if "TorchScript" in str(error):
+        return "a TorchScript archive", instead
+    if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or head[:1] == b"\x80"):
+        return "Python objects, whose loading may run any code; they are never loaded", instead
+    if head.startswith(b"PK"):
+        return "a damaged or cut-off file", "copy or download it again"
+    return f"no file of torch.save: it begins with {head[:16]!r}", None
 
 
 def versions() -> dict[str, str]:

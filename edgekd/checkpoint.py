@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from edgekd.artifact import atomic_path
+from edgekd.artifact import atomic_path, unread_torch_file
 from edgekd.detectors import build_detector
 from edgekd.detectors.base import Detector
 from edgekd.errors import ArtifactError
@@ -20,6 +20,7 @@ from edgekd.types import DetectorSpec
 DETECTOR_SCHEMA = "edgekd.detector/1"
 STATE_SCHEMA = "edgekd.state/1"
 MODEL_FILE, BEST_FILE, LAST_FILE = "model.pt", "best.pt", "last.pt"
+_EXPORT = "export that detector to ONNX and give it as a teacher's `onnx`, or load it in a `module` of your own"
 
 
 def save_detector(path: Path, detector: Detector, facts: Mapping[str, Any]) -> None:
@@ -70,11 +71,9 @@ def read_payload(path: Path, schema: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file") from error
     except Exception as error:  # a damaged file makes torch raise nearly anything, struct.error among it
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        got, fix = unread_torch_file(path, error, _EXPORT)
         raise ArtifactError(
-            f"{path}: not a readable checkpoint",
-            got=first_line[:200],
-            expected="a file written by edgekd (read with weights_only=True)",
+            f"{path}: not a readable checkpoint", got=got, expected="a file written by edgekd", fix=fix
         ) from error
     found = payload.get("schema") if isinstance(payload, dict) else type(payload).__name__
     if found != schema:

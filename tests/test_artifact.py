@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from edgekd.artifact import atomic_path
-from edgekd.errors import EdgeKDError, UserError
+from edgekd.checkpoint import load_detector
+from edgekd.errors import ArtifactError, EdgeKDError, UserError
 
 
 @pytest.mark.parametrize(("number", "kind"), [(13, UserError), (30, UserError), (28, EdgeKDError)])
@@ -43,3 +46,33 @@ def test_with_room_left_a_writer_keeps_its_own_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "model.pt"):
         (tmp_path / "input").read_bytes()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("content", "found", "fix"),
+    [
+        ("module", "Python objects", "export that detector to ONNX"),
+        ("pickle", "Python objects", "export that detector to ONNX"),
+        ("half", "damaged or cut-off", "download it again"),
+        (b"", "an empty file", "download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer", "git lfs pull"),
+        (b"<html>404</html>", "it begins with b'<html>404", None),
+    ],
+)
+def test_checkpoints_of_others_are_named_for_what_they_are(
+    tmp_path: Path, content: str | bytes, found: str, fix: str | None
+) -> None:
+    path = tmp_path / "teacher.pt"
+    torch.save(torch.nn.Conv2d(3, 3, 1), path)  # saved whole, as Ultralytics saves its own
+    if content == "pickle":
+        content = pickle.dumps(Path("x"), protocol=4)
+    if content == "half":
+        content = path.read_bytes()[:300]
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="not a readable checkpoint") as caught:
+        load_detector(path)
+    assert found in str(caught.value.got)
+    assert "weights_only" not in str(caught.value)
+    assert caught.value.fix is None if fix is None else fix in str(caught.value.fix)

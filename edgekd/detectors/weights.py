@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edgekd.artifact import atomic_path, sha256_file
+from edgekd.artifact import atomic_path, sha256_file, unread_torch_file
 from edgekd.detectors.backbones.vgg import VGG
 from edgekd.detectors.base import Detector
 from edgekd.errors import WeightsError
@@ -131,10 +131,12 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign or damaged file makes torch raise nearly anything
+        got, fix = unread_torch_file(path, error, "save its weights alone: torch.save(model.state_dict(), FILE)")
         raise WeightsError(
             f"{path}: not a weights file that can be read safely",
-            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            got=got,
             expected="a state dict saved by torch.save, without other Python objects",
+            fix=fix,
         ) from error
     if isinstance(payload, Mapping):
         for key in _WRAPPERS:
