@@ -277,3 +277,34 @@ def test_any_image_of_a_batch() -> None:
     boxes, scores = decode(arrays, form, HW, item=1)
     np.testing.assert_array_equal(boxes, BOXES + 1)
     np.testing.assert_array_equal(scores, SCORES / 2)
+
+
+@pytest.mark.parametrize("padding", [0, -1, None])
+def test_boxes_as_shares_where_the_probe_found_nothing(padding: int | None) -> None:
+    empty = np.zeros((0, 6), np.float32) if padding is None else np.full((1, 5, 6), padding, np.float32)
+    found = recognise(Probe("t.onnx", {"o": empty}, HW), OnnxTeacher(name="t", onnx="t.onnx"), NAMES)
+    rows = np.concatenate([BOXES[:5] / SHARES, [[0.9, 1]] * 5], 1).astype(np.float32)
+    np.testing.assert_allclose(decode({"o": rows}, found.form, HW)[0], BOXES[:5], rtol=1e-5, atol=1e-3)
+    rows[:, :4] = BOXES[:5]
+    np.testing.assert_allclose(decode({"o": rows}, found.form, HW)[0], BOXES[:5])
+
+
+def test_a_declared_unit_of_boxes_is_never_guessed_again() -> None:
+    declared = OnnxTeacher(name="t", onnx="t.onnx", box_format="xyxy")
+    found = recognise(Probe("t.onnx", {"o": np.zeros((0, 6), np.float32)}, HW), declared, NAMES)
+    tiny = np.array([[0.2, 0.2, 1.5, 1.5, 0.9, 1]], np.float32)
+    np.testing.assert_allclose(decode({"o": tiny}, found.form, HW)[0], tiny[:, :4])
+
+
+@pytest.mark.parametrize("row", [[1, 2, 30, 40, 90.0, 1], [2, 0.9, 1, 2, 30, 1]], ids=["percent", "label first"])
+def test_scores_above_one_are_refused(row: list[float]) -> None:
+    found = recognise(
+        Probe("t.onnx", {"o": np.zeros((0, 6), np.float32)}, HW), OnnxTeacher(name="t", onnx="t.onnx"), NAMES
+    )
+    with pytest.raises(ArtifactError, match="scores above 1"):
+        decode({"o": np.array([row], np.float32)}, found.form, HW)
+
+
+def test_a_head_that_gives_no_number_is_not_to_be_declared() -> None:
+    with pytest.raises(UserError, match="NaN or infinite"):
+        recognise(Probe("t.onnx", {"o": YOLO * np.nan}, HW), OnnxTeacher(name="t", onnx="t.onnx"), NAMES)

@@ -144,7 +144,9 @@ def _image_input(inputs: Sequence[TensorInfo], source: str) -> TensorInfo:
             f"{source}: this is not a detector that edgekd can feed",
             got=f"inputs {listed}",
             expected="one float32 or float16 image input (B, 3, H, W)",
-            fix="export it with channels first and float input",
+            fix="export it with channels first and float input"
+            if len(inputs) == 1
+            else "export it with the image as its only input: fold the others into the graph as constants",
         )
     return images[0]
 

@@ -17,6 +17,9 @@ BoxFormat = Literal["xyxy", "cxcywh", "xyxy-normalised", "cxcywh-normalised"]
 Activation = Literal["none", "sigmoid", "softmax"]
 Background = Literal["none", "first", "last"]
 Arrays = Mapping[str, NDArray[Any]]
+NORMALISED_BELOW = 2.0
+"""Boxes that all end within it are shares of the input: in pixels they would lie in one corner of it."""
+_HIGHEST_SCORE = 1.01  # half precision rounds
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class OutputFormat:
         background: where a score column for "no object" stands; in "detections", "first" means labels start at 1.
         channels_first: values run along the second to last axis, candidates along the last.
         columns: "detections" in one array: the columns of (x1, y1, x2, y2, score, label).
+        unit_unseen: `box_format` is "xyxy" because nothing was found on the probe picture: an image whose boxes all end
+            within `NORMALISED_BELOW` has them as shares.
     """
 
     kind: OutputKind
@@ -44,6 +49,7 @@ class OutputFormat:
     background: Background = "none"
     channels_first: bool = False
     columns: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    unit_unseen: bool = False
 
     @property
     def is_finished(self) -> bool:
@@ -70,11 +76,11 @@ def decode(
 
     Raises:
         RuntimeFailure: the outputs hold values that are not finite, or are not what `form` says.
-        ArtifactError: finished detections with labels outside the class names.
+        ArtifactError: finished detections with labels outside the class names, or scores above 1.
     """
     try:
         boxes, scores = _READERS[form.kind](outputs, form, item)
-        boxes = _to_pixels(np.asarray(boxes, np.float32), form.box_format, input_hw)
+        boxes = _to_pixels(np.asarray(boxes, np.float32), _box_format(boxes, form), input_hw)
     except (KeyError, IndexError, ValueError) as error:
         raise RuntimeFailure(
             "a detector's outputs are not what its output format says",
@@ -154,6 +160,14 @@ def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[ND
     classes: IntArray = np.rint(labels).astype(np.int64) - (form.background == "first")
     confidence = activate(scores, form.activation)
     real = (classes >= 0) & (confidence > 0)  # padding has no score or no label
+    if (highest := float(confidence[real].max(initial=0.0))) > _HIGHEST_SCORE:
+        raise ArtifactError(
+            "a detector gives scores above 1",
+            got=f"{highest:g}",
+            expected="probabilities, in rows of x1, y1, x2, y2, score, label",
+            fix="declare `score_activation: sigmoid` where they are logits; rows in another order, or percent, must be "
+            "exported anew",
+        )
     if form.background == "last":
         real &= classes != form.num_classes
     if (outside := classes[real & (classes >= form.num_classes)]).size:
@@ -189,6 +203,12 @@ def _checked_width(scores: FloatArray, form: OutputFormat) -> FloatArray:
     if scores.shape[-1] != form.num_classes:
         raise ValueError(f"{scores.shape[-1]} score columns for {form.num_classes} classes")
     return scores
+
+
+def _box_format(boxes: NDArray[Any], form: OutputFormat) -> BoxFormat:
+    if form.unit_unseen and boxes.size and float(np.abs(boxes).max()) <= NORMALISED_BELOW:
+        return "xyxy-normalised"
+    return form.box_format
 
 
 def _to_pixels(boxes: FloatArray, box_format: BoxFormat, input_hw: tuple[int, int]) -> FloatArray:

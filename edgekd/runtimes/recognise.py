@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from edgekd.errors import UserError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.outputs import Activation, Background, BoxFormat, OutputFormat, OutputKind, activate, item_of
+from edgekd.runtimes.outputs import (
+    NORMALISED_BELOW,
+    Activation,
+    Background,
+    BoxFormat,
+    OutputFormat,
+    OutputKind,
+    activate,
+    item_of,
+)
 from edgekd.types import FloatArray
 
 _BOX_WORDS = ("box", "bbox", "loc")
@@ -137,18 +146,28 @@ def _finished(
             "declare `class_names`: a list in label order, coco, coco91 (COCO's own ids) or voc",
         )
     background: Background = "none" if declared.background == "auto" else declared.background
-    boxes = np.asarray(arrays[outputs[0]], np.float32)[..., list(columns[:4])]
+    boxes = np.asarray(arrays[outputs[0]], np.float32)[..., list(columns[:4])].reshape(-1, 4)
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]  # padding, of zeros or -1, says nothing of the unit
     box_format: str = declared.box_format
+    unit_unseen = box_format == "auto" and not len(boxes)
     if box_format == "auto":
-        normalised = boxes.size > 0 and 0 < float(np.abs(boxes).max()) <= 2.0
+        normalised = len(boxes) > 0 and float(np.abs(boxes).max()) <= NORMALISED_BELOW
         box_format = "xyxy-normalised" if normalised else "xyxy"
     activation: Activation = "none" if declared.score_activation == "auto" else declared.score_activation
     if names == NAMED_LABEL_SETS["coco91"]:
         background = "none"  # these names already have the background at 0
     form = OutputFormat(
-        "detections", outputs, len(names), cast(BoxFormat, box_format), activation, background, columns=columns
+        "detections",
+        outputs,
+        len(names),
+        cast(BoxFormat, box_format),
+        activation,
+        background,
+        columns=columns,
+        unit_unseen=unit_unseen,
     )
-    return Recognised(form, names, (f"outputs recognised as finished detections, boxes as {box_format}",))
+    unit = "pixels or shares as each image shows" if unit_unseen else box_format
+    return Recognised(form, names, (f"outputs recognised as finished detections, boxes as {unit}",))
 
 
 def _row_roles(
@@ -249,7 +268,8 @@ def _yolo_kind(
         return "yolo-objectness"
     raise probe.unclear(
         f"{columns} values a candidate fit neither 4 + {classes} nor 5 + {classes} classes",
-        "declare `class_names`, and `output: yolo` or `output: yolo-objectness`",
+        "declare `class_names`, and `output: yolo` or `output: yolo-objectness`; a head for masks, keypoints or rotated "
+        "boxes has further values: take the detection model of it",
     )
 
 
@@ -373,8 +393,11 @@ def _box_format(probe: Probe, boxes: FloatArray, declared: OnnxTeacher, usual: s
         return declared.box_format
     boxes = boxes[np.isfinite(boxes).all(1)]
     if not len(boxes):
-        raise probe.unclear("no finite box on the probe picture", "declare `box_format`")
-    normalised = float(np.abs(boxes).max()) <= 2.0
+        raise probe.unclear(
+            "no finite box on the probe picture",
+            "export the detector anew: its outputs are NaN or infinite, as after an overflow in reduced precision",
+        )
+    normalised = float(np.abs(boxes).max()) <= NORMALISED_BELOW
     height, width = (1.0, 1.0) if normalised else (float(extent) for extent in probe.input_hw)
     as_corners = bool((boxes[:, 2:] >= boxes[:, :2]).all())
     as_centres = bool((boxes[:, 2:] >= 0).all()) and _mostly_inside(boxes, width, height)
