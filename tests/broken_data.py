@@ -31,7 +31,7 @@ def coco(root: Path) -> Path:
 
 def yolo(root: Path) -> Path:
     line = "0 0.5 0.5 0.5 0.5"
-    return make_yolo(root, {"train": {"a": [line], "b": [line]}, "val": {"c": []}}, ["dog"])
+    return make_yolo(root, {"train": {"a": [line], "b": [line]}, "val": {"c": [line]}}, ["dog"])
 
 
 MAKERS = {"voc": voc, "coco": coco, "yolo": yolo}
@@ -178,6 +178,13 @@ VOC_CASES = {
         "unannotated-image",
         "new.png",
     ),
+    "shares": Case(
+        "voc",
+        both(*(write(f"Annotations/{name}.xml", voc_xml([("dog", (0.1, 0.1, 0.5, 0.9))])) for name in "ab")),  # type: ignore[list-item]
+        "boxes-as-shares",
+        "all 2 boxes",
+    ),
+    "names alike": Case("voc", xml(voc_xml([*DOG, ("Dog ", (3, 3, 9, 9))])), "alike-classes", "'Dog' and 'dog'"),
     "sidecar": Case("voc", write("edgekd.json", "[]"), "bad-layout", "edgekd.json"),
 }
 
@@ -223,6 +230,12 @@ COCO_CASES = {
     "no size": Case("coco", image_entry(0, width=None), "no-size", "images[0] (id 1)"),
     "infinite size": Case("coco", image_entry(0, width=INF), "no-size", "images[0] (id 1)"),
     "image gone": Case("coco", image("coco", Path.unlink), "missing-image", "images[0] (id 1)"),
+    "file twice": Case(
+        "coco",
+        edit(lambda data: data["images"][1].update(file_name=data["images"][0]["file_name"])),
+        "shared-image",
+        "images[1] (id 2)",
+    ),
     "nothing": Case("coco", edit(lambda data: data.update(images=[], annotations=[])), "empty-split", ""),
     "no objects": Case("coco", edit(lambda data: data.update(annotations=[])), "empty-split", ""),
 }
@@ -249,6 +262,18 @@ YOLO_CASES = {
     "no area": Case("yolo", labels("0 0.5 0.5 0 0.5\n"), "empty-box", "a.txt:1"),
     "twice": Case("yolo", labels("0 0.5 0.5 0.5 0.5\r\n0 0.5 0.5 0.5 0.5\r\n"), "duplicate-box", "a.txt:2"),
     "label without image": Case("yolo", image("yolo", Path.unlink), "orphan-label", "a.txt"),
+    "label in upper case": Case(
+        "yolo",
+        lambda root: (root / "labels/train/a.txt").rename(root / "labels/train/a.TXT"),
+        "orphan-label",
+        "a.TXT: labels end in .txt",
+    ),
+    "nothing to measure": Case(
+        "yolo",
+        lambda root: shutil.rmtree(root / "labels" / "val"),
+        "unmeasurable-split",
+        "split 'val'",
+    ),
     "yaml cut": Case("yolo", data_yaml("train: images/train\nnames: [a\n"), "bad-layout", "data.yaml:3"),
     "yaml empty": Case("yolo", data_yaml(""), "bad-layout", "data.yaml"),
     "yaml a list": Case("yolo", data_yaml("- a"), "bad-layout", "data.yaml"),

@@ -75,6 +75,23 @@ def test_reading_says_what_it_leaves_out_and_is_silent_otherwise(tmp_path: Path,
     assert "1 inverted-box" in caplog.text
 
 
+@pytest.mark.parametrize("content", ["", "{", '{"images": [], "annotations": []}'])
+def test_a_file_that_cannot_be_read_is_not_told_as_one_without_classes(tmp_path: Path, content: str) -> None:
+    root = MAKERS["coco"](tmp_path)
+    (root / "annotations" / "instances_train.json").write_text(content)
+    kinds = [problem.kind for problem in check_dataset(root).problems]
+    assert "bad-annotation" in kinds
+    assert "bad-layout" not in kinds
+
+
+def test_categories_that_contradict_are_told_once(tmp_path: Path) -> None:
+    root = MAKERS["coco"](tmp_path)
+    path = root / "annotations" / "instances_train.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "categories": data["categories"] * 2}))
+    assert [problem.kind for problem in check_dataset(root).problems].count("bad-layout") == 1
+
+
 def test_every_rule_has_a_case() -> None:
     covered = {case.kind for case in BROKEN.values()}
     assert covered | {"leak", "absent-class"} == set(RULES)
@@ -132,7 +149,8 @@ def test_classes_without_objects_and_asked_classes(tmp_path: Path) -> None:
     assert [problem.kind for problem in report.problems] == ["absent-class"]
     assert "cat" in report.problems[0].message
     report = check_dataset(tmp_path, class_names=("cat",))
-    assert {problem.kind for problem in report.problems} == {"unknown-class", "empty-split"}
+    kinds = {problem.kind for problem in report.problems}
+    assert kinds == {"unknown-class", "empty-split", "unmeasurable-split"}
 
 
 def test_splits_asked_for(tmp_path: Path) -> None:

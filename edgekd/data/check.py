@@ -15,7 +15,7 @@ from edgekd.data.contact_sheet import write_contact_sheet
 from edgekd.data.images import load_image
 from edgekd.data.layout import Source, require_split
 from edgekd.data.problems import Problem, printable
-from edgekd.data.reading import class_names_of, detect_format, open_source
+from edgekd.data.reading import NO_CLASS, class_names_of, detect_format, open_source
 from edgekd.data.records import resolve
 from edgekd.errors import DataError
 from edgekd.types import ImageRecord
@@ -53,15 +53,20 @@ def check_dataset(
         try:
             raws = source.scan(split, problems)
         except DataError as error:
-            problems.append(_layout_problem(source.root, error, split))
+            problem = _layout_problem(source.root, error, split)
+            if replace(problem, split="") not in problems:  # the class names may have met it before
+                problems.append(problem)
             continue
         judged = problems if names else []  # without class names every object would be of an unknown one
         records[split] = [item.record for item in resolve(raws, names, split, judged)]
+    if any(problem.kind == "bad-annotation" for problem in problems):  # the reason, and what to mend
+        problems = [problem for problem in problems if NO_CLASS not in problem.message]
     paths = {split: [record.path for record in found] for split, found in records.items()}
     digests = pixel_digests(paths, problems, progress)
     unions = _unions(records, digests)
     problems += _duplicates(records, digests, unions)
     problems += _empty(source.root, records, names)
+    problems += _alike(source.root, names)
     summaries = tuple(summarise(split, found, names) for split, found in records.items())
     return CheckReport(Path(root), source.format, names, summaries, _once(problems, unions), tuple(unions))
 
@@ -172,6 +177,14 @@ def _duplicates(
     return problems
 
 
+def _alike(root: Path, names: Sequence[str]) -> list[Problem]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault("".join(filter(str.isalnum, name.casefold())), []).append(name)
+    alike = [group for key, group in groups.items() if key and len(group) > 1]
+    return [Problem("alike-classes", root, " and ".join(map(repr, group)) + " are two classes") for group in alike]
+
+
 def _empty(root: Path, records: Mapping[str, list[ImageRecord]], names: Sequence[str]) -> list[Problem]:
     problems = []
     for split, found in records.items():
@@ -182,6 +195,9 @@ def _empty(root: Path, records: Mapping[str, list[ImageRecord]], names: Sequence
         counts = Counter(int(label) for record in found for label in record.labels[record.trainable])
         if not counts and trains:
             problems.append(Problem("empty-split", root, f"split {split!r} has no object to train on", split=split))
+        elif not counts and names:
+            message = f"split {split!r} has no object: are its annotations there?"
+            problems.append(Problem("unmeasurable-split", root, message, split=split))
         elif trains:
             absent = [name for label, name in enumerate(names) if not counts[label]]
             if absent:

@@ -144,6 +144,7 @@ class _Reader:
         images: dict[str, tuple[str, str, Path, tuple[int, int], str]] = {}
         known: set[str] = set()
         own_ids: set[str] = set()
+        owners: dict[Path, str] = {}
         for position, entry in enumerate(entries):
             item = f"images[{position}]"
             if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not _is_name(entry.get("file_name")):
@@ -163,6 +164,10 @@ class _Reader:
             if path is None:
                 self._report("missing-image", f"{name!r} is not in {self._searched()}", item)
                 continue
+            if path in owners:
+                self._report("shared-image", f"{name!r} is the file of image id {owners[path]} as well", item)
+                continue
+            owners[path] = key
             images[key] = (own_id, printable(name), path, _declared_hw(entry), item)
         return images, known
 

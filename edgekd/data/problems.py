@@ -49,6 +49,7 @@ RULES: dict[str, Rule] = {
     "broken-pixels": Rule("error", False, "the header is sound, the pixels are not: found by check, stops in training"),
     "duplicate-id": Rule("error", True, "two images claim one id: reading stops"),
     "repeated-image": Rule("warning", False, "the split lists an image twice: read once"),
+    "shared-image": Rule("error", True, "two COCO images are one file, each with a part of its objects: reading stops"),
     "repeated-annotation-id": Rule("warning", False, "two COCO annotations share an id: both are read"),
     "orphan-annotation": Rule("error", False, "the annotation belongs to no listed image: left out"),
     "orphan-label": Rule("warning", False, "a label file without its image: left out"),
@@ -64,6 +65,9 @@ RULES: dict[str, Rule] = {
     "non-finite-box": Rule("error", False, "NaN or infinite: refused"),
     "inverted-box": Rule("error", False, "x2 < x1 or y2 < y1: refused"),
     "outside-box": Rule("error", False, "wholly outside the image: refused"),
+    "boxes-as-shares": Rule(
+        "error", True, "boxes of the split look like shares of the image, not pixels: reading stops"
+    ),
     "unnormalised-box": Rule("error", False, "YOLO coordinates that are no shares of the image: refused"),
     "empty-box": Rule("warning", False, "less than 0.1 px wide or high after clipping: refused"),
     "tiny-box": Rule("warning", False, "at most 1 px wide or high: kept"),
@@ -71,6 +75,12 @@ RULES: dict[str, Rule] = {
     "duplicate-box": Rule("warning", False, "the same box and class twice in one image: both kept"),
     # whole splits
     "empty-split": Rule("error", False, "no images, or training images without a single object"),
+    "unmeasurable-split": Rule(
+        "warning", False, "no object in a split that is not for training: it can measure nothing"
+    ),
+    "alike-classes": Rule(
+        "warning", False, "class names that differ in case or spacing only: kept as classes of their own"
+    ),
     "absent-class": Rule("warning", False, "a class without an object in the training split"),
     "duplicate-image": Rule("warning", False, "the same pixels twice in one split"),
     "leak": Rule("error", False, "the same pixels in two splits: figures on one would be too good"),

@@ -23,6 +23,7 @@ _log = logging.getLogger("edgekd.data")
 _MOST_LOOKED_AT = 100_000
 """Files in a folder that is no data set, to say what it holds."""
 
+NO_CLASS = "no class is annotated in any split"
 _GIVE_NAMES = "give the class names (`data.classes` in a recipe)"
 
 
@@ -97,7 +98,7 @@ def class_names_of(source: Source, asked: Sequence[str] | None) -> tuple[str, ..
             fix=f"add classes.txt or data.yaml, or {_GIVE_NAMES}",
         )
     if not names:
-        raise DataError(f"{root}: no class is annotated in any split", fix=_GIVE_NAMES)
+        raise DataError(f"{root}: {NO_CLASS}", fix=_GIVE_NAMES)
     if len(set(names)) != len(names):
         raise DataError("class names repeat", got=", ".join(names))
     odd = [name for name in names if printable(name) != name or not name.strip()]

@@ -29,6 +29,7 @@ from edgekd.types import ImageRecord
 MIN_SIDE_PX = 0.1
 SILENT_OVERHANG_PX = 1.0
 _DIGITS = 9
+_SHARES_NEED_PX = 8
 
 Box = tuple[float, float, float, float]
 
@@ -61,7 +62,22 @@ def resolve(
             problems.append(Problem("bad-image", raw.path, str(error).replace("\n", ";"), split=split))
             continue
         resolved.append(_resolve_one(_Judge(raw, hw, index, split, problems)))
+    _report_shares(raws, resolved, split, problems)
     return resolved
+
+
+def _report_shares(raws: Sequence[RawImage], resolved: Sequence[Resolved], split: str, problems: list[Problem]) -> None:
+    """Boxes that should be pixels and all end within the first one: an exporter wrote shares of the image."""
+    ends = [[max(obj.box[2:]) for obj in raw.objects if _is_finite(obj.box)] for raw in raws if not raw.normalised]
+    ends = [of_image for of_image in ends if of_image]
+    smallest = min((min(item.record.image_hw) for item in resolved), default=0)
+    if len(ends) > 1 and max(map(max, ends)) <= 1 and smallest > _SHARES_NEED_PX:
+        message = f"all {sum(map(len, ends))} boxes end within the first pixel, in images of {smallest} px and more"
+        problems.append(Problem("boxes-as-shares", raws[0].annotation, message, split=split))
+
+
+def _is_finite(box: Box) -> bool:
+    return all(map(math.isfinite, box))
 
 
 def _resolve_one(judge: _Judge) -> Resolved:
@@ -104,7 +120,7 @@ class _Judge:
         if min(declared) <= 0:
             self._report("no-size", f"no usable image size; the image is {w} x {h}", None)
             return
-        turned = "; EXIF turns the image, the annotation does not" if declared == (w, h) else ""
+        turned = ": EXIF turns the image, or the annotation exchanges width and height" if declared == (w, h) else ""
         self._report("size-mismatch", f"says {declared[1]} x {declared[0]}, the image is {w} x {h}{turned}", None)
 
     def label(self, obj: RawObject) -> int | None:
@@ -121,7 +137,7 @@ class _Judge:
 
     def box(self, obj: RawObject) -> Box | None:
         """The clipped box, or None with the reason reported."""
-        if not all(map(math.isfinite, obj.box)):
+        if not _is_finite(obj.box):
             return self._refuse("non-finite-box", f"box {_show(obj.box)}", obj)
         h, w = self.hw
         x1, y1, x2, y2 = obj.box

@@ -202,8 +202,11 @@ class YoloSource:
             if not folder.is_dir():
                 continue
             for path in files_under(folder):
-                if path.suffix == ".txt" and path not in wanted and path.name not in NO_LABELS:
-                    problems.append(Problem("orphan-label", path, "no image in the split has this label", split=split))
+                if path.suffix.lower() != ".txt" or path in wanted or path.name in NO_LABELS:
+                    continue
+                lower = path.suffix == ".txt"
+                message = "no image in the split has this label" if lower else "labels end in .txt, in lower case"
+                problems.append(Problem("orphan-label", path, message, split=split))
 
 
 def parse_line(text: str, keypoints: bool = False) -> tuple[int, tuple[float, float, float, float]]:
