@@ -56,7 +56,7 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """The data set. `root` is relative to the recipe's folder, or to the working directory if not found there."""
 
-    root: str = Field(description="Folder of the data set (VOC, COCO or YOLO layout).")
+    root: str = Field(min_length=1, description="Folder of the data set (VOC, COCO or YOLO layout).")
     format: Literal["auto", "voc", "coco", "yolo"] = "auto"
     train: str = Field("train", description="Split to train on.")
     val: str = Field("val", description="Split that every reported figure is measured on.")

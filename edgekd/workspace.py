@@ -69,6 +69,8 @@ def open_workspace(
         _require_objects(train, recipe.train.difficult)
         terminal = Terminal(quiet)
         terminal.console.quiet = ranks.rank() > 0  # one process speaks for all
+        for doubt in _doubts(train, val):
+            terminal.warn(doubt)
         yield Workspace(recipe, train, val, device, terminal)
 
 
@@ -82,6 +84,20 @@ def _require_objects(train: Dataset, difficult: bool) -> None:
         expected="at least one box of " + ", ".join(train.class_names),
         fix="`edgekd data check` looks at the whole data set",
     )
+
+
+def _doubts(train: Dataset, val: Dataset) -> list[str]:
+    """What makes figures on `val` say little; nobody is kept from training by it."""
+    doubts = []
+    both = len({record.path for record in train.records} & {record.path for record in val.records})
+    if both:
+        doubts.append(
+            f"{both} of the {len(val)} images of split {val.split!r} are trained on as well: figures on them say nothing "
+            "of new images (`data.val`; `edgekd data split` draws splits)"
+        )
+    if not any(len(record.boxes_xyxy) for record in val.records):
+        doubts.append(f"split {val.split!r} has no object: nothing can be measured on it (`edgekd data check`)")
+    return doubts
 
 
 @contextlib.contextmanager

@@ -301,3 +301,22 @@ def test_a_training_split_without_objects_is_refused(tmp_path: Path, home: Path)
         open_workspace(recipe(home, *overrides), tmp_path / "out", quiet=True),
     ):
         pass
+
+
+def test_figures_on_training_images_or_on_nothing_are_doubted(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_workspace(recipe(home), tmp_path / "a", device="cpu"):
+        assert "warning" not in capsys.readouterr().err
+    with open_workspace(recipe(home, "data.val=train", "data.limit_val=3"), tmp_path / "b", device="cpu"):
+        assert "3 of the 3 images of split 'train' are trained on" in " ".join(capsys.readouterr().err.split())
+    shutil.copytree(home / "scenes", tmp_path / "scenes")
+    for annotation in (tmp_path / "scenes" / "Annotations").glob("val*.xml"):
+        annotation.write_text("<annotation/>")
+    with open_workspace(recipe(home, f"data.root={tmp_path / 'scenes'}"), tmp_path / "c", device="cpu"):
+        assert "split 'val' has no object" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_empty_root_is_not_the_folder_of_the_recipe(home: Path) -> None:
+    with pytest.raises(RecipeError, match=r"data\.root"):
+        recipe(home, "data.root=''")
