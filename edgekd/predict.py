@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,15 +45,22 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """Files as they are, folders as all the images in them (and below), each once, in order."""
     found: dict[Path, Path] = {}
     for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.is_dir())
         for file in inside:
-            found.setdefault(file.resolve(), file)
+            found.setdefault(_real(file), file)
     return list(found.values())
+
+
+def _real(path: Path) -> Path:
+    """Where symbolic links lead; unlike `Path.resolve`, it takes links that lead to themselves."""
+    return Path(os.path.realpath(path))
 
 
 def output_names(images: Sequence[Path]) -> list[str]:
     """A file name without suffix for each image: its stem, with as many folders before it as tell it apart."""
-    parents = [path.resolve().parent for path in images]
+    parents = [_real(path).parent for path in images]
     siblings = Counter((parent, path.stem.lower()) for parent, path in zip(parents, images, strict=True))
     stems = [  # a.jpg beside a.png: no folder tells them apart
         path.stem if siblings[parent, path.stem.lower()] == 1 else path.name.replace(".", "_")
@@ -88,9 +96,9 @@ def predict_images(
         given = ", ".join(str(path) for path in paths)
         raise UserError("there are no images to look at", got=given, expected=f"images: {' '.join(sorted(SUFFIXES))}")
     targets = [out / f"{name}.jpg" for name in output_names(images)]
-    own = {path.resolve() for path in images}
+    own = {_real(path) for path in images}
     for target in targets:
-        if target.resolve() in own:
+        if _real(target) in own:
             raise UserError("--out would overwrite an image", got=target, fix="choose another folder for --out")
     out.mkdir(parents=True, exist_ok=True)
     found = Predictions(out / JSON_NAME, predictor.describe())
@@ -98,10 +106,11 @@ def predict_images(
         try:
             picture = load_image(image)
             detections = predictor.detect(picture)
-            _write_picture(target, draw_detections(picture, detections, predictor.class_names))
-            found.images.append(_entry(image, target, picture, detections, predictor.class_names))
         except EdgeKDError as error:
             found.failures[str(image)] = str(error)
+        else:  # what cannot be written is no fault of the image
+            _write_picture(target, draw_detections(picture, detections, predictor.class_names))
+            found.images.append(_entry(image, target, picture, detections, predictor.class_names))
         if progress is not None:
             progress(done, len(images))
     write_json(found.file, found.to_dict())

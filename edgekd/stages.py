@@ -14,7 +14,7 @@ from typing import Any
 
 from edgekd import ranks
 from edgekd.artifact import is_current, read_manifest, sha256_file, sha256_json, write_text
-from edgekd.checkpoint import LAST_FILE, STATE_SCHEMA, read_payload
+from edgekd.checkpoint import LAST_FILE
 from edgekd.detectors.base import Detector
 from edgekd.detectors.prior_fit import prior_advice
 from edgekd.distill import Distiller
@@ -22,6 +22,7 @@ from edgekd.recipe import CheckpointTeacher, DistillConfig, ModelConfig, Teacher
 from edgekd.recipe_file import dump_recipe
 from edgekd.teaching import gather_teachers, record_views, teacher_identity
 from edgekd.train import RunResult, TrainJob, train_detector
+from edgekd.training_state import read_state
 from edgekd.workspace import Workspace
 
 RECIPE_FILE = "recipe.yaml"
@@ -141,7 +142,7 @@ def _holds_another(job: TrainJob) -> bool:
     if manifest is not None:
         return sha256_json(manifest.inputs) != sha256_json(job.inputs)
     state = job.out / LAST_FILE
-    return state.is_file() and read_payload(state, STATE_SCHEMA).get("inputs") != sha256_json(job.inputs)
+    return state.is_file() and read_state(state).get("inputs") != sha256_json(job.inputs)
 
 
 def _set_aside(work: Workspace, folder: Path) -> None:

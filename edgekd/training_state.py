@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from edgekd import ranks
 from edgekd.artifact import MANIFEST_NAME, atomic_path, read_manifest, sha256_json
-from edgekd.checkpoint import LAST_FILE, STATE_SCHEMA, read_payload
+from edgekd.checkpoint import LAST_FILE, MODEL_FILE, STATE_SCHEMA, read_payload
 from edgekd.errors import ArtifactError
 from edgekd.learning import LearningStep, PullGuard
 
@@ -67,11 +67,15 @@ class RunState:
                 torch.save(payload, temporary)
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` wrote, if it is there."""
+        """Take up what `save` wrote, if it is there.
+
+        Raises:
+            ArtifactError: it is damaged, or something else.
+        """
         path = folder / LAST_FILE
         if not path.is_file():
             return
-        payload = read_payload(path, STATE_SCHEMA)
+        payload = read_state(path)
         self.learner.load_state_dict(payload["learner"])
         if self.ema is not None:
             self.ema.load_state_dict(payload["ema"])
@@ -83,6 +87,20 @@ class RunState:
             torch.cuda.set_rng_state(payload["rng_gpu"])
         self.guard.history = payload["weak"]
         self.progress = Progress(**payload["progress"])
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `RunState.save` wrote.
+
+    Raises:
+        ArtifactError: it is damaged, or something else.
+    """
+    try:
+        return read_payload(path, STATE_SCHEMA)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{path}: the run cannot go on from it", got=error.got, fix="delete it, and training begins anew"
+        ) from error
 
 
 def refuse_foreign(folder: Path, inputs: Mapping[str, Any]) -> None:
@@ -97,7 +115,11 @@ def refuse_foreign(folder: Path, inputs: Mapping[str, Any]) -> None:
         manifest = read_manifest(folder)
         held = sha256_json(manifest.inputs) if manifest is not None else None
     elif state.is_file():
-        held = read_payload(state, STATE_SCHEMA).get("inputs")
+        held = read_state(state).get("inputs")
+    elif (folder / MODEL_FILE).is_file():  # a run writes it last of all
+        raise ArtifactError(
+            f"{folder} holds a {MODEL_FILE} that no run there wrote", fix="choose another --out, or move that file away"
+        )
     if held is not None and held != sha256_json(inputs):
         raise ArtifactError(
             f"{folder} holds a run that was made with another recipe, data or seed",

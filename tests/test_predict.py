@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from edgekd.cli import app
 from edgekd.cli.deploy import foreign_options, provider_of
 from edgekd.draw import class_colour, draw_detections
-from edgekd.errors import RecipeError
+from edgekd.errors import EdgeKDError, RecipeError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.predict import find_images, output_names
 from edgekd.types import Detections
@@ -65,6 +65,30 @@ def test_unreadable_images_are_told_and_the_rest_go_on(checkpoint: Path, tmp_pat
     assert [Path(entry["image"]) for entry in body["images"]] == [good]  # type: ignore[attr-defined, index]
     assert set(body["failures"]) == {str(bad), str(tmp_path / "gone.png")}  # type: ignore[call-overload]
     assert "2 of 3 images could not be read" in stderr
+
+
+def test_links_that_lead_nowhere_are_told_like_any_unreadable_image(checkpoint: Path, tmp_path: Path) -> None:
+    photos = picture(tmp_path / "photos" / "good.png").parent
+    (photos / "loop.png").symlink_to("loop.png")
+    (photos / "gone.png").symlink_to("nowhere.png")
+    (photos / "folder.png").mkdir()
+    code, body, _ = predict(checkpoint, photos, "--out", tmp_path / "out")
+    assert code == 2
+    assert [Path(entry["image"]).name for entry in body["images"]] == ["good.png"]  # type: ignore[attr-defined]
+    assert sorted(Path(name).name for name in body["failures"]) == ["gone.png", "loop.png"]  # type: ignore[attr-defined]
+
+
+def test_a_full_disk_is_not_taken_for_bad_images(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise EdgeKDError("x.jpg cannot be written", got="No space left on device")
+
+    picture(tmp_path / "good.png")
+    monkeypatch.setattr("edgekd.predict._write_picture", full)
+    code, body, _ = predict(checkpoint, tmp_path / "good.png", "--out", tmp_path / "out")
+    assert code == 1
+    assert "cannot be written" in body["error"]["message"]  # type: ignore[index]
 
 
 def test_photographs_are_never_overwritten(checkpoint: Path, tmp_path: Path) -> None:

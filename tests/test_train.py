@@ -81,6 +81,27 @@ def test_another_runs_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert (job.out / "model.pt").read_bytes() == before
 
 
+def test_a_model_of_someone_else_is_left_alone(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1)
+    job.out.mkdir(exist_ok=True)
+    (job.out / "model.pt").write_text("mine")
+    with pytest.raises(ArtifactError, match="no run there wrote"):
+        train_detector(job)
+    assert (job.out / "model.pt").read_text() == "mine"
+
+
+def test_a_damaged_state_says_how_to_begin_anew(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1)
+    train_detector(job)
+    (job.out / "manifest.json").unlink()
+    (job.out / "last.pt").write_bytes((job.out / "last.pt").read_bytes()[:1000])
+    with pytest.raises(ArtifactError, match="delete it, and training begins anew"):
+        train_detector(job)
+    (job.out / "last.pt").unlink()
+    (job.out / "model.pt").unlink()
+    assert not train_detector(job).skipped
+
+
 def test_the_same_seed_gives_the_same_losses(tmp_path: Path) -> None:
     first, second = make_job(tmp_path, "a", epochs=2), make_job(tmp_path, "b", epochs=2)
     train_detector(first)
