@@ -33,13 +33,15 @@ def require_file(path: Path) -> None:
     """Refuse what can never be written as a file; for long work to ask before it begins.
 
     Raises:
-        ArtifactError: a folder, or something below a file.
+        ArtifactError: a folder, or something below a file. UserError: this user may not write there.
     """
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder", expected="a file to write", fix=f"such as {path / 'NAME'}")
     over = next(parent for parent in path.absolute().parents if parent.exists())
     if not over.is_dir():
         raise ArtifactError(f"{path} cannot be written", got=f"{over} is a file", expected="a folder to write into")
+    if not os.access(over, os.W_OK | os.X_OK):
+        raise refusal(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), path)
 
 
 @contextlib.contextmanager

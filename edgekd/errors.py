@@ -126,7 +126,7 @@ def refusal(error: OSError, path: Path | str | None = None) -> EdgeKDError:
     """
     said = error.strerror or str(error)
     if path is None:
-        what, got = f"{error.filename or 'a file'}: {said}", None
+        what, got = f"{error.filename or 'the disk'}: {said}", None
     else:
         what, got = f"{path} cannot be written", said
     if error.errno in _FULL:

@@ -12,7 +12,7 @@ from edgekd.artifact import sha256_json, write_json
 from edgekd.data import detect_format
 from edgekd.data.images import load_image
 from edgekd.data.layout import files_under, is_image
-from edgekd.errors import DataError, DistillationSetupError
+from edgekd.errors import DataError, DistillationSetupError, EdgeKDError, TeacherError
 from edgekd.recipe import Recipe
 from edgekd.teachers import build_teacher
 from edgekd.teachers.ensemble import Ensemble
@@ -76,7 +76,13 @@ def label_images(
         else:
             name = path.relative_to(root).as_posix()
             images.append({"id": done, "file_name": name, "height": picture.shape[0], "width": picture.shape[1]})
-            annotations += _annotations(ensemble.detect(picture), done, len(annotations), score)
+            try:
+                found = ensemble.detect(picture)
+            except EdgeKDError as error:
+                raise TeacherError(
+                    f"teachers cannot label {name}: {error.what}", got=error.got, expected=error.expected, fix=error.fix
+                ) from error
+            annotations += _annotations(found, done, len(annotations), score)
         if progress is not None:
             progress(done, len(paths))
     ensemble.close()
@@ -95,8 +101,8 @@ def label_images(
         "categories": [{"id": number, "name": name} for number, name in enumerate(classes, 1)],
     }
     write_json(root / FILE_NAME, data)
-    found = Counter(classes[entry["category_id"] - 1] for entry in annotations)
-    return LabelReport(root / FILE_NAME, len(images), {name: found[name] for name in classes}, failures)
+    counts = Counter(classes[entry["category_id"] - 1] for entry in annotations)
+    return LabelReport(root / FILE_NAME, len(images), {name: counts[name] for name in classes}, failures)
 
 
 def _require_unlabelled(root: Path) -> None:

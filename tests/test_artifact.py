@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from edgekd.artifact import atomic_path
+from edgekd.artifact import atomic_path, require_file
 from edgekd.checkpoint import load_detector
 from edgekd.errors import ArtifactError, EdgeKDError, UserError
 
@@ -27,6 +27,14 @@ def test_a_place_that_refuses_files(
         pass
     assert type(caught.value) is kind
     assert caught.value.fix is not None
+
+
+def test_long_work_is_told_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(UserError, match="Permission denied"):
+        require_file(tmp_path / "new" / "result.json")
+    (tmp_path / "open").mkdir()
+    require_file(tmp_path / "open" / "result.json")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("unexpected pos 64 vs 0"), OSError(28, "No space left on device")])

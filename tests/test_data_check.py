@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from edgekd.cli import app
 from edgekd.data import read_dataset
 from edgekd.data.check import check_dataset, write_contact_sheet
 from edgekd.data.problems import RULES
@@ -244,3 +246,9 @@ def test_contact_sheet_of_nothing(tmp_path: Path) -> None:
     (root / "ImageSets" / "Main" / "test.txt").write_text("")
     with pytest.raises(DataError, match="no images to draw"):
         write_contact_sheet(read_dataset(root, "test"), tmp_path / "sheet.png")
+
+
+def test_a_contact_sheet_that_cannot_be_written_is_no_success(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["data", "check", str(voc(tmp_path / "a")), "--sheet", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is a folder" in result.stderr

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from edgekd.cli import app
 from edgekd.data import list_splits, read_dataset
 from edgekd.data.check import check_dataset
+from edgekd.errors import RuntimeFailure
 from tests.data_layouts import picture
 
 
@@ -109,3 +110,16 @@ def test_a_folder_without_images(tmp_path: Path, checkpoint: Path) -> None:
     result = label(tmp_path, tmp_path / "empty", checkpoint)
     assert result.exit_code == 2
     assert "expected: a folder with images in it" in result.stderr
+
+
+def test_a_teacher_that_breaks_is_told_with_the_image(
+    tmp_path: Path, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeFailure("a detector gave boxes or scores that are not finite", got="2 box values")
+
+    monkeypatch.setattr("edgekd.teachers.ensemble.Ensemble.detect", broken)
+    result = label(tmp_path, photos, checkpoint)
+    assert result.exit_code == 2
+    assert "cannot label 0.png: a detector gave boxes" in result.stderr
+    assert not (photos / "instances_all.json").exists()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, session_of
-from edgekd.errors import UserError
+from edgekd.errors import DataError
 
 if TYPE_CHECKING:
     from edgekd.data.check import CheckReport
@@ -73,7 +73,7 @@ def check(
     if sheet is not None and report.splits:
         try:
             drawn = _draw_sheet(report, sheet, session.seed or 0)
-        except UserError as error:  # the report says why the set cannot be read whole
+        except DataError as error:  # the report says why the set cannot be read whole
             terminal.warn(f"no contact sheet: {error}")
     body = {**report.to_dict(), "contact_sheet": None if drawn is None else str(drawn)}
     session.finish(body, lambda: typer.echo(report.text(most) + (f"\ncontact sheet: {drawn}" if drawn else "")))
