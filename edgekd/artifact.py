@@ -126,6 +126,8 @@ def unread_torch_file(path: Path, error: Exception, instead: str) -> tuple[str, 
         return "an empty file (0 bytes)", "copy or download it again"
     if head.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself", "`git lfs pull` fetches the file"
+    if path.suffix.lower() == ".onnx":
+        return "an ONNX file", "give it as a teacher's `onnx`; `edgekd export` takes it with --format engine only"
     if "TorchScript" in str(error):
         return "a TorchScript archive", instead
     if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or head[:1] == b"\x80"):

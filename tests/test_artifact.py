@@ -56,6 +56,12 @@ def test_with_room_left_a_writer_keeps_its_own_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_onnx_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "big.onnx").write_bytes(b"\x08\x08:\x9c\xa3")
+    with pytest.raises(ArtifactError, match="teacher's `onnx`"):
+        load_detector(tmp_path / "big.onnx")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     ("content", "found", "fix"),
