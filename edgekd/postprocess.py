@@ -23,8 +23,9 @@ _BLOCK = 128
 def nms(boxes_xyxy: FloatArray, scores: FloatArray, labels: IntArray, iou: float, limit: int | None = None) -> IntArray:
     """Greedy class-wise non-maximum suppression: the kept rows, best score first.
 
-    Candidates are taken in blocks: each block is first tested against what is already kept, then within itself, which
-    equals the one-by-one algorithm and stops as soon as `limit` rows are kept.
+    Candidates are taken in blocks, best first. Where a block keeps few of its rows, these suppress among all that follow at
+    once, so that later blocks hold no row that is gone already; where it keeps most, only the next block is tested. This
+    equals the one-by-one algorithm, and stops once `limit` rows are kept.
 
     Args:
         boxes_xyxy: (N, 4) float32. scores: (N,). labels: (N,) int: boxes suppress only boxes of their own class.
@@ -35,15 +36,18 @@ def nms(boxes_xyxy: FloatArray, scores: FloatArray, labels: IntArray, iou: float
     if iou >= 1.0:  # nothing overlaps by more: a detector that has done its own NMS
         return order[:limit]
     boxes_xyxy, labels = boxes_xyxy[order], labels[order]
-    kept: IntArray = np.zeros(0, np.int64)
-    for start in range(0, len(order), _BLOCK):
-        block = np.arange(start, min(start + _BLOCK, len(order)))
-        if len(kept):
-            block = block[~_overlap(boxes_xyxy, labels, kept, block, iou).any(0)]
-        kept = np.concatenate([kept, block[_greedy(_overlap(boxes_xyxy, labels, block, block, iou))]])
-        if limit is not None and len(kept) >= limit:
-            return order[kept[:limit]]
-    return order[kept]
+    left, none = np.arange(len(order)), np.zeros(0, np.int64)
+    kept = unapplied = none  # of what is kept, that which `left` has not been tested against yet
+    while len(left) and (limit is None or len(kept) < limit):
+        block, left = left[:_BLOCK], left[_BLOCK:]
+        if len(unapplied):
+            block = block[~_overlap(boxes_xyxy, labels, unapplied, block, iou).any(0)]
+        new = block[_greedy(_overlap(boxes_xyxy, labels, block, block, iou))]
+        kept, unapplied = np.concatenate([kept, new]), np.concatenate([unapplied, new])
+        if len(new) < _BLOCK // 2 and len(left):  # rows lie in heaps: most of what follows goes at once
+            left = left[~_overlap(boxes_xyxy, labels, unapplied, left, iou).any(0)]
+            unapplied = none
+    return order[kept[:limit]]
 
 
 def _overlap(boxes: FloatArray, labels: IntArray, rows: IntArray, columns: IntArray, iou: float) -> BoolArray:

@@ -60,6 +60,19 @@ def test_nms_equals_one_by_one(count: int, iou: float) -> None:
     assert nms(boxes, scores, labels, iou, limit=7).tolist() == expected[:7]
 
 
+@pytest.mark.parametrize("limit", [None, 1, 30, 70])
+def test_nms_of_heaps_and_of_strays_equals_one_by_one(limit: int | None) -> None:
+    """Strays first, of which every block keeps most, then heaps, of which it keeps few: both ways of testing, in turn."""
+    rng = np.random.default_rng(5)
+    strays = np.stack([np.arange(150) * 20.0, np.full(150, 500.0)], 1)
+    heaps = rng.uniform(0, 200, (12, 2))[rng.integers(0, 12, 300)] + rng.normal(0, 2, (300, 2))
+    corners = np.concatenate([strays, heaps])
+    boxes = np.concatenate([corners, corners + 25], 1).astype(np.float32)
+    scores = np.concatenate([rng.uniform(0.8, 1, 150), rng.uniform(0, 0.9, 300)]).astype(np.float32)
+    labels = rng.integers(0, 2, len(boxes))
+    assert nms(boxes, scores, labels, 0.5, limit).tolist() == plain_nms(boxes, scores, labels, 0.5)[:limit]
+
+
 def test_nms_breaks_ties_by_position() -> None:
     boxes = np.array([[0, 0, 10, 10]] * 3, np.float32)
     assert nms(boxes, np.full(3, 0.5, np.float32), np.zeros(3, np.int64), 0.5).tolist() == [0]
