@@ -103,12 +103,6 @@ class SoftDetections:
         """No candidates."""
         return cls(np.zeros((0, 4), np.float32), np.zeros((0, num_classes), np.float32))
 
-    def hard(self) -> Detections:
-        """The best class of each row."""
-        if not len(self):
-            return Detections.empty()
-        return Detections(self.boxes_xyxy, self.class_probs.max(1), self.class_probs.argmax(1).astype(np.int64))
-
 
 @dataclass(frozen=True)
 class ImageRecord:

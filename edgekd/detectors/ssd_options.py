@@ -28,11 +28,11 @@ class SsdOptions:
         aspect_ratios: of the other priors; each is used upright too.
         match_iou: with a box, from which a prior learns it. The papers' 0.5 leaves objects smaller than a cell of the
             finest level with one prior or none; 0.4 gives them more.
-        priors: "published": those of the scales and ratios. "fitted": as many, but where the training images' boxes are
-            not well covered, shapes that cover them (`prior_fit`). Or for each level its (w, h) as shares of the input's
-            sides, which is what "fitted" becomes in a trained detector.
+        priors: "published": those of the scales and ratios. "fitted": as many, but where the training images' boxes (100
+            or more) are not well covered, shapes that cover them (`prior_fit`). Or for each level its (w, h) as shares of
+            the input's sides, which is what "fitted" becomes in a trained detector.
         finest_stride: of SSD-lite's first level. 16 is the papers'; 8 adds one level before it and leaves out the coarsest,
-            for objects smaller than 16 pixels of the input: about 6 % more arithmetic, four times as many boxes for NMS.
+            for objects smaller than 32 pixels of the input: at 320 px 8 % more arithmetic and four times as many priors.
     """
 
     min_scale: float
