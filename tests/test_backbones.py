@@ -65,8 +65,10 @@ def test_maps_have_the_stated_channels_and_strides(name: str, width: float) -> N
     backbone = BACKBONES[name](width)
     with torch.no_grad():
         maps = backbone(torch.randn(2, 3, 70, 96))
-    assert [m.name for m in backbone.maps] == ["s8", "s16", "s32"][: len(maps)]
-    for spec, found in zip(backbone.maps, maps, strict=True):
+    for specs in (backbone.sources, backbone.stages):
+        assert [m.name for m in specs] == ["s8", "s16", "s32"][: len(specs)]
+    specs, found_maps = (*backbone.sources, *backbone.stages), (*maps.sources, *maps.stages)
+    for spec, found in zip(specs, found_maps, strict=True):
         stride = int(spec.name[1:])
         assert found.shape == (2, spec.channels, -(-70 // stride), -(-96 // stride))
         assert found.std() > 0.01  # the signal neither dies out nor explodes at the start
@@ -89,7 +91,7 @@ def test_torchvision_weights_load_strictly(mobilenet_v2_weights: Path) -> None:
     backbone.load_state_dict(features, strict=True)
     with torch.no_grad():
         noise = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-        last = backbone.eval()(noise)[-1]
+        last = backbone.eval()(noise).sources[-1]
     assert last.std() > 0.05
     assert last.max() <= 6
 

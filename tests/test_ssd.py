@@ -293,7 +293,7 @@ def test_the_finer_level_reads_both_maps_and_costs_little() -> None:
     assert count_macs(detector) < 1.1 * count_macs(build(size=320, width=1.0))
     maps = [
         torch.randn(2, m.channels, side, side, requires_grad=True)
-        for m, side in zip(detector.backbone.maps, (12, 6, 3), strict=True)
+        for m, side in zip(detector.backbone.sources, (12, 6, 3), strict=True)
     ]
     detector.neck(maps)[0].sum().backward()
     assert maps[0].grad is not None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch.func import functional_call
 from edgekd.detectors.anchors import PriorLayout, decode_boxes, even_scales
 from edgekd.detectors.assignment import pad_soft_targets, pad_targets, silent_rows
 from edgekd.detectors.backbones.efficientnet_lite import EfficientNetLite
-from edgekd.detectors.backbones.layers import Backbone, ConvUnit, initialise, scaled_channels
+from edgekd.detectors.backbones.layers import Backbone, BackboneMaps, ConvUnit, initialise, scaled_channels
 from edgekd.detectors.backbones.mobilenet_v1 import MobileNetV1
 from edgekd.detectors.backbones.mobilenet_v2 import MobileNetV2
 from edgekd.detectors.backbones.vgg import VGG
@@ -188,8 +189,9 @@ def _rows(x: Tensor, columns: int) -> Tensor:
 class SSD(Detector):
     """An SSD or SSD-lite: backbone, extra levels, a predictor on each level. Softmax scores, background first.
 
-    Taps: "backbone.s8", "backbone.s16", "backbone.s32" (by stride; VGG has no s32) and "neck.l0" ... "neck.l5", the six
-    levels that the head reads. The names do not depend on the input size; `TapSpec.grid_hw` has the grids.
+    Taps: "backbone.s8", "backbone.s16", "backbone.s32", the last block's output at each stride (VGG has no s32), and
+    "neck.l0" ... "neck.l5", the six levels that the head reads (in MobileNetV2 and EfficientNet-Lite much wider). The names do not depend on the input
+    size; `TapSpec.grid_hw` has the grids.
     """
 
     score_activation = "softmax"
@@ -204,13 +206,13 @@ class SSD(Detector):
         self.spec, self.match_iou = spec, options.match_iou
         self.backbone = _backbone(spec.model, spec.width)
         maps = self._meta_maps(input_hw)
-        fine, coarse = (m.channels for m in self.backbone.maps[-2:])
+        fine, coarse = (m.channels for m in self.backbone.sources[-2:])
         self.neck: SsdLiteNeck | SsdNeck
         if lite:
-            self.neck = SsdLiteNeck([m.channels for m in self.backbone.maps], spec.width, options.finest_stride)
+            self.neck = SsdLiteNeck([m.channels for m in self.backbone.sources], spec.width, options.finest_stride)
         else:
-            self.neck = SsdNeck(fine, coarse, _grid(maps[-1]), spec.width)
-        grids = tuple(_grid(level) for level in _on_meta(self.neck, maps))
+            self.neck = SsdNeck(fine, coarse, _grid(maps.sources[-1]), spec.width)
+        grids = tuple(_grid(level) for level in _on_meta(self.neck, maps.sources))
         few, all_ratios = options.aspect_ratios[:1], options.aspect_ratios
         ratios = (all_ratios,) * LEVELS if lite else (few, all_ratios, all_ratios, all_ratios, few, few)
         scales = even_scales(options.min_scale, options.max_scale, LEVELS, half_level_first=not lite)
@@ -243,9 +245,9 @@ class SSD(Detector):
                 fix="set train.batch_size to 2 or more, and give it 2 images or more",
             )
         maps = self.backbone(images)
-        levels = self.neck(maps)
+        levels = self.neck(maps.sources)
         cls_logits, offsets = self.head(levels)
-        found = {f"backbone.{m.name}": x for m, x in zip(self.backbone.maps, maps, strict=True)}
+        found = {f"backbone.{m.name}": x for m, x in zip(self.backbone.stages, maps.stages, strict=True)}
         found |= {f"neck.l{index}": x for index, x in enumerate(levels)}
         return DetectorOutput(cls_logits, offsets, taps={name: found[name] for name in taps})
 
@@ -276,15 +278,15 @@ class SSD(Detector):
         layout = self.prior_layout
         return ("ssd", layout.grids_hw, *(tuple(layout.cell_shapes_wh(level)) for level in range(LEVELS)))
 
-    def _meta_maps(self, input_hw: tuple[int, int]) -> tuple[Tensor, ...]:
+    def _meta_maps(self, input_hw: tuple[int, int]) -> BackboneMaps:
         # Two images: batch norm in training mode refuses one value a channel.
-        maps: tuple[Tensor, ...] = _on_meta(self.backbone, torch.empty(2, 3, *input_hw, device="meta"))
+        maps: BackboneMaps = _on_meta(self.backbone, torch.empty(2, 3, *input_hw, device="meta"))
         return maps
 
-    def _list_taps(self, maps: Sequence[Tensor]) -> dict[str, TapSpec]:
+    def _list_taps(self, maps: BackboneMaps) -> dict[str, TapSpec]:
         specs = [
             TapSpec(f"backbone.{m.name}", "backbone", m.channels, _grid(x))
-            for m, x in zip(self.backbone.maps, maps, strict=True)
+            for m, x in zip(self.backbone.stages, maps.stages, strict=True)
         ]
         levels = zip(self.neck.channels, self.prior_layout.grids_hw, strict=True)
         specs += [TapSpec(f"neck.l{index}", "neck", c, grid) for index, (c, grid) in enumerate(levels)]
@@ -327,11 +329,11 @@ def _backbone(model: str, width: float) -> Backbone:
     raise RecipeError("not an SSD", got=repr(model), expected="one of " + ", ".join(FAMILIES))
 
 
-def _on_meta(module: nn.Module, inputs: object) -> tuple[Tensor, ...]:
-    """What `module` returns, as tensors that have a shape but no values: the real grids, at no cost."""
+def _on_meta(module: nn.Module, inputs: object) -> Any:
+    """What `module` returns, its tensors with a shape but no values: the real grids, at no cost."""
     tensors = chain(module.named_parameters(), module.named_buffers())
     state = {name: torch.empty_like(value, device="meta") for name, value in tensors}
-    return tuple(functional_call(module, state, (inputs,)))
+    return functional_call(module, state, (inputs,))
 
 
 def _grid(x: Tensor) -> tuple[int, int]:

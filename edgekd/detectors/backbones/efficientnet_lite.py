@@ -17,7 +17,14 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.detectors.backbones.layers import BN_MOMENTUM, Backbone, MapSpec, initialise, scaled_channels
+from edgekd.detectors.backbones.layers import (
+    BN_MOMENTUM,
+    Backbone,
+    BackboneMaps,
+    MapSpec,
+    initialise,
+    scaled_channels,
+)
 
 # (repeats, kernel, stride of the first, expansion, output channels) of EfficientNet-B0.
 _STAGES = (
@@ -66,7 +73,7 @@ class LiteBlock(nn.Module):
 
 
 class EfficientNetLite(Backbone):
-    """Maps, chosen as in MobileNetV2: the last block's output at stride 8, the expansion of the first block that leaves
+    """Sources, chosen as in MobileNetV2: the last block's output at stride 8, the expansion of the first block that leaves
     stride 16, and the last 1x1 convolution at stride 32.
     """
 
@@ -88,22 +95,24 @@ class EfficientNetLite(Backbone):
         self._bn1 = _norm(last)
         strided = [index for index, block in enumerate(blocks) if block.stride == 2]
         self._last_at_stride_8, self._first_at_stride_32 = strided[2] - 1, strided[3]
-        self.maps = (
-            MapSpec("s8", scaled_channels(40, width)),
-            MapSpec("s16", blocks[self._first_at_stride_32].hidden_channels),
-            MapSpec("s32", last),
-        )
+        fine = MapSpec("s8", scaled_channels(40, width))
+        self.sources = (fine, MapSpec("s16", blocks[self._first_at_stride_32].hidden_channels), MapSpec("s32", last))
+        self.stages = (fine, MapSpec("s16", scaled_channels(112, width)), MapSpec("s32", scaled_channels(320, width)))
         initialise(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> BackboneMaps:
         """(B, 3, H, W) to the maps at strides 8, 16 and 32."""
         x = F.relu6(self._bn0(self._conv_stem(images)), inplace=True)
-        maps = []
+        sources, stages = [], []
         for index, block in enumerate(self._blocks):
             assert isinstance(block, LiteBlock)
+            if index == self._first_at_stride_32:
+                stages.append(x)
             x, expanded = block.forward_with_expansion(x)
             if index == self._last_at_stride_8:
-                maps.append(x)
+                sources.append(x)
+                stages.append(x)
             elif index == self._first_at_stride_32:
-                maps.append(expanded)
-        return (*maps, F.relu6(self._bn1(self._conv_head(x)), inplace=True))
+                sources.append(expanded)
+        last = F.relu6(self._bn1(self._conv_head(x)), inplace=True)
+        return BackboneMaps((*sources, last), (*stages, x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,17 +22,31 @@ class MapSpec:
     channels: int
 
 
+class BackboneMaps(NamedTuple):
+    """What a backbone returns, each fine to coarse; one (B, channels, H / stride, W / stride) map for each spec.
+
+    Attributes:
+        sources: what the neck reads, as `Backbone.sources` lists it.
+        stages: the last block's output at each stride, as `Backbone.stages` lists it. The same maps as the sources, or much
+            narrower ones where SSD-lite reads an expansion: what feature distillation compares.
+    """
+
+    sources: tuple[Tensor, ...]
+    stages: tuple[Tensor, ...]
+
+
 class Backbone(nn.Module):
     """Base of SSD backbones.
 
     Attributes:
-        maps: what `forward` returns, fine to coarse.
+        sources, stages: the maps that `forward` returns, see `BackboneMaps`.
     """
 
-    maps: tuple[MapSpec, ...]
+    sources: tuple[MapSpec, ...]
+    stages: tuple[MapSpec, ...]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) to one (B, channels, H / stride, W / stride) map for each of `maps`; sizes round up."""
+    def forward(self, images: Tensor) -> BackboneMaps:
+        """(B, 3, H, W) to the maps; sizes round up."""
         raise NotImplementedError
 
 

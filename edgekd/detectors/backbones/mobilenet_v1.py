@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from edgekd.detectors.backbones.layers import Backbone, ConvUnit, MapSpec, initialise, scaled_channels
+from edgekd.detectors.backbones.layers import Backbone, BackboneMaps, ConvUnit, MapSpec, initialise, scaled_channels
 
 # (output channels, stride) of each block; the paper's table 1.
 _BLOCKS = (
@@ -19,7 +19,7 @@ _BLOCKS = (
 
 
 class MobileNetV1(Backbone):
-    """Maps: outputs of the last blocks at stride 8 (conv5), 16 (conv11) and 32 (conv13)."""
+    """Sources and stages: outputs of the last blocks at stride 8 (conv5), 16 (conv11) and 32 (conv13)."""
 
     def __init__(self, width: float = 1.0) -> None:
         super().__init__()
@@ -31,14 +31,15 @@ class MobileNetV1(Backbone):
             blocks.append(nn.Sequential(*depthwise, *ConvUnit(channels, out_channels, 1)))
             channels = out_channels
         self.model = nn.Sequential(*blocks)
-        self.maps = tuple(MapSpec(f"s{s}", scaled_channels(c, width)) for s, c in ((8, 256), (16, 512), (32, 1024)))
+        stages = ((8, 256), (16, 512), (32, 1024))
+        self.sources = self.stages = tuple(MapSpec(f"s{s}", scaled_channels(c, width)) for s, c in stages)
         initialise(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> BackboneMaps:
         """(B, 3, H, W) to the maps at strides 8, 16 and 32."""
         x, maps = images, []
         for index, block in enumerate(self.model):
             x = block(x)
             if index in (5, 11, 13):
                 maps.append(x)
-        return tuple(maps)
+        return BackboneMaps(tuple(maps), tuple(maps))

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from edgekd.detectors.backbones.layers import BN_MOMENTUM, Backbone, ConvUnit, MapSpec, initialise, scaled_channels
+from edgekd.detectors.backbones.layers import (
+    BN_MOMENTUM,
+    Backbone,
+    BackboneMaps,
+    ConvUnit,
+    MapSpec,
+    initialise,
+    scaled_channels,
+)
 
 # (expansion, output channels, repeats, stride of the first); the paper's table 2.
 _STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-_LAST_AT_STRIDE_8, _FIRST_AT_STRIDE_32 = 6, 14
+_LAST_AT_STRIDE_8, _FIRST_AT_STRIDE_32, _LAST_CONV = 6, 14, 18
 
 
 class InvertedResidual(nn.Module):
@@ -45,7 +53,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(Backbone):
-    """Maps: the last block's output at stride 8; the expansion of the first block that leaves stride 16, as the paper's
+    """Sources: the last block's output at stride 8; the expansion of the first block that leaves stride 16, as the paper's
     SSD-lite taps it (section 6.2); the last 1x1 convolution at stride 32.
 
     Unlike the classifier, a width below 1 thins the last convolution too: in a detector it is a large share of the cost.
@@ -65,22 +73,23 @@ class MobileNetV2(Backbone):
         self.features = nn.Sequential(*features)
         tapped = features[_FIRST_AT_STRIDE_32]
         assert isinstance(tapped, InvertedResidual)
-        self.maps = (
-            MapSpec("s8", scaled_channels(32, width)),
-            MapSpec("s16", tapped.hidden_channels),
-            MapSpec("s32", last),
-        )
+        fine = MapSpec("s8", scaled_channels(32, width))
+        self.sources = (fine, MapSpec("s16", tapped.hidden_channels), MapSpec("s32", last))
+        self.stages = (fine, MapSpec("s16", scaled_channels(96, width)), MapSpec("s32", scaled_channels(320, width)))
         initialise(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> BackboneMaps:
         """(B, 3, H, W) to the maps at strides 8, 16 and 32."""
-        x, maps = images, []
+        x, sources, stages = images, [], []
         for index, block in enumerate(self.features):
+            if index in (_FIRST_AT_STRIDE_32, _LAST_CONV):
+                stages.append(x)
             if index == _FIRST_AT_STRIDE_32 and isinstance(block, InvertedResidual):
                 x, expanded = block.forward_with_expansion(x)
-                maps.append(expanded)
+                sources.append(expanded)
                 continue
             x = block(x)
             if index == _LAST_AT_STRIDE_8:
-                maps.append(x)
-        return (*maps, x)
+                sources.append(x)
+                stages.append(x)
+        return BackboneMaps((*sources, x), tuple(stages))

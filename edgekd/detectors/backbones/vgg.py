@@ -12,7 +12,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgekd.detectors.backbones.layers import Backbone, MapSpec, initialise, scaled_channels
+from edgekd.detectors.backbones.layers import Backbone, BackboneMaps, MapSpec, initialise, scaled_channels
 
 # Convolutions of each stage, and the index in `features` of the last ReLU at stride 8 (conv4_3 in VGG16).
 _STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -22,7 +22,9 @@ _STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
 
 
 class VGG(Backbone):
-    """Maps: the last convolution at stride 8 (conv4_3 in VGG16) and fc7 at stride 16. No batch norm, as published."""
+    """Sources and stages: the last convolution at stride 8 (conv4_3 in VGG16) and fc7 at stride 16. No batch norm, as
+    published.
+    """
 
     def __init__(self, depth: Literal[11, 16] = 16, width: float = 1.0) -> None:
         super().__init__()
@@ -41,10 +43,10 @@ class VGG(Backbone):
         hidden = scaled_channels(1024, width)
         self.fc6 = nn.Conv2d(channels, hidden, 3, padding=6, dilation=6)
         self.fc7 = nn.Conv2d(hidden, hidden, 1)
-        self.maps = (MapSpec("s8", channels), MapSpec("s16", hidden))
+        self.sources = self.stages = (MapSpec("s8", channels), MapSpec("s16", hidden))
         initialise(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> BackboneMaps:
         """(B, 3, H, W) to the maps at strides 8 and 16."""
         x = fine = images
         for index, layer in enumerate(self.features):
@@ -52,4 +54,5 @@ class VGG(Backbone):
             if index == self._stride_8_index:
                 fine = x
         x = F.relu(self.fc6(x), inplace=True)
-        return fine, F.relu(self.fc7(x), inplace=True)
+        maps = (fine, F.relu(self.fc7(x), inplace=True))
+        return BackboneMaps(maps, maps)
