@@ -183,6 +183,12 @@ class Predictor:
         other.selection = replace(self.selection, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
         return other
 
+    def with_preprocess(self, preprocess: PreprocessSpec) -> Predictor:
+        """The same detector with its pictures prepared in another way, sharing the runtime."""
+        other = self._copy()
+        other.preprocess = preprocess
+        return other
+
     def _copy(self) -> Predictor:
         other = Predictor(
             self.name,

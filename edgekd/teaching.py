@@ -17,6 +17,7 @@ from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.errors import ArtifactError, DistillationSetupError
 from edgekd.recipe import CacheConfig, CheckpointTeacher, OnnxTeacher, TeacherConfig, TrainedTeacher
+from edgekd.teacher_check import check_readings
 from edgekd.teachers import build_teacher
 from edgekd.teachers.answers import collect_answers
 from edgekd.teachers.cache import GIB, Recording, estimate, fill_fused, make_room
@@ -62,6 +63,7 @@ def gather_teachers(
     built = [build_teacher(config, work.train.class_names, device=resolved_device(work.device)) for config in teachers]
     weights = ensemble_weights(work, teachers, answers)
     ensemble = Ensemble(built, work.recipe.ensemble, weights=weights)
+    _check_readings(work, list(zip(teachers, built, identities, strict=True)), answers)
     if work.recipe.distill.answers == "online":
         return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse)
     collected = [_collect(work, one, known, answers) for one, known in zip(built, identities, strict=True)]
@@ -134,6 +136,18 @@ def _check_room(work: Workspace, config: CacheConfig, recordings: Sequence[Recor
     what = f"teacher cache: {len(recordings)} teachers x {slots} views x {len(work.train)} images"
     work.terminal.note(f"{what}: {needed} (budget {config.disk_budget_gib:g} GiB)")
     make_room(recordings[0].root, [one.folder for one in recordings], needed, int(config.disk_budget_gib * GIB))
+
+
+def _check_readings(
+    work: Workspace, teachers: Sequence[tuple[TeacherConfig, PredictorTeacher, Mapping[str, Any]]], answers: Path
+) -> None:
+    """Say how well foreign detectors agree with the training labels."""
+    with ranks.first_goes_first():
+        notes, warnings = check_readings(work.train, teachers, answers, work.data_identity["train"])
+    for note in notes:
+        work.terminal.note(note)
+    for warning in warnings:
+        work.terminal.warn(warning)
 
 
 def _check_heard(work: Workspace, teachers: Sequence[PredictorTeacher], collected: Sequence[Answers]) -> None:

@@ -56,6 +56,7 @@ LAYERS = {
     "report": 6,
     "workspace": 7,
     "teaching": 7,
+    "teacher_check": 7,
     "labelling": 7,
     "stages": 7,
     "side_by_side": 7,

@@ -190,8 +190,8 @@ class SSD(Detector):
     """An SSD or SSD-lite: backbone, extra levels, a predictor on each level. Softmax scores, background first.
 
     Taps: "backbone.s8", "backbone.s16", "backbone.s32", the last block's output at each stride (VGG has no s32), and
-    "neck.l0" ... "neck.l5", the six levels that the head reads (in MobileNetV2 and EfficientNet-Lite much wider). The names do not depend on the input
-    size; `TapSpec.grid_hw` has the grids.
+    "neck.l0" ... "neck.l5", the six levels that the head reads (in MobileNetV2 and EfficientNet-Lite much wider). The names
+    do not depend on the input size; `TapSpec.grid_hw` has the grids.
     """
 
     score_activation = "softmax"

@@ -1,0 +1,145 @@
+"""Is a black box read rightly? What its boxes agree with, measured on labelled images before a student believes them.
+
+A foreign detector's file seldom says how its pixels are to be scaled or its pictures resized. A wrong guess gives boxes
+still, only worse ones, and nothing fails: the student learns from them. The training split is labelled, so the guess can
+be tested: on a few of its images each usual preprocessing is tried, for a declared one may be wrong as well.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgekd.artifact import is_current, write_json, write_manifest
+from edgekd.data.images import load_image
+from edgekd.predictor import Predictor
+from edgekd.recipe import OnnxTeacher, TeacherConfig
+from edgekd.teachers.predicted import PredictorTeacher
+from edgekd.types import Dataset, Detections, ImageArray, ImageRecord, PreprocessSpec, ResizeMode
+
+IMAGES = 32
+"""A teacher is tried on so many training images at most."""
+FEWEST_IMAGES = 8
+SECONDS = 20.0
+"""All tries of one teacher together take about this, on fewer images if it must be."""
+BETTER = 0.05
+"""AP50 by which another reading must win to be spoken of: on the same images, so that chance is small."""
+POOR = 0.1
+"""AP50 below which a teacher is hardly one."""
+RESIZE_MODES: tuple[ResizeMode, ...] = ("stretch", "letterbox")
+# (mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255.
+_SCALES = (
+    ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+)
+
+
+def check_readings(
+    dataset: Dataset,
+    teachers: Sequence[tuple[TeacherConfig, PredictorTeacher, Mapping[str, Any]]],
+    folder: Path,
+    data_identity: object,
+) -> tuple[list[str], list[str]]:
+    """(notes, warnings) on how well each foreign detector agrees with the labels, and what would agree better.
+
+    Args:
+        dataset: the training split.
+        teachers: config, teacher, identity. Native ones are not asked: they carry their own preprocessing.
+        folder: where the findings are kept, so that nobody waits for them twice.
+        data_identity: of the training split.
+    """
+    notes: list[str] = []
+    warnings: list[str] = []
+    for config, teacher, identity in teachers:
+        if teacher.detector is not None or teacher.predictor.facts.get("model") is not None:
+            continue
+        place = folder / teacher.name / "reading"
+        inputs = {"teacher": dict(identity), "data": data_identity, "classes": list(dataset.class_names)}
+        if not is_current(place, "reading", inputs):
+            place.mkdir(parents=True, exist_ok=True)
+            write_json(place / "reading.json", _examine(dataset, config, teacher))
+            write_manifest(place, "reading", inputs, ["reading.json"], {"teacher": teacher.name})
+        found = json.loads((place / "reading.json").read_text(encoding="utf-8"))
+        (warnings if found["doubtful"] else notes).append(found["says"])
+    return notes, warnings
+
+
+def usual_readings(now: PreprocessSpec) -> dict[str, PreprocessSpec]:
+    """What else a detector may want of its pictures, by what a recipe declares for it."""
+    others = {}
+    for mean, std in _SCALES:
+        for mode in RESIZE_MODES:
+            changes = []
+            if (mean, std) != (now.mean, now.std):
+                changes.append(f"mean: {_list(mean)}, std: {_list(std)}")
+            if mode != now.resize:
+                changes.append(f"resize: {mode}")
+            if changes:
+                others[", ".join(changes)] = replace(now, mean=mean, std=std, resize=mode)
+    return others
+
+
+def _examine(dataset: Dataset, config: TeacherConfig, teacher: PredictorTeacher) -> dict[str, Any]:
+    known = [name for name, knows in zip(dataset.class_names, teacher.known, strict=True) if knows]
+    labels = {label for label, knows in enumerate(teacher.known) if knows}
+    telling = [r for r in dataset.records if labels & set(r.labels[r.trainable].tolist())]
+    if not telling:
+        return {"doubtful": False, "says": f"teacher {teacher.name}: no training image shows a class that it knows"}
+    # A module of the user's own prepares its pictures by code, which no key of the recipe could change.
+    others = usual_readings(teacher.predictor.preprocess) if isinstance(config, OnnxTeacher) else {}
+    records = telling[:: max(1, len(telling) // IMAGES)][:IMAGES]
+    pictures = [load_image(record.path) for record in records]
+    start = time.perf_counter()
+    first = [teacher.predictor.detect(picture) for picture in pictures[:FEWEST_IMAGES]]
+    per_image = (time.perf_counter() - start) / len(first)
+    count = min(len(records), max(FEWEST_IMAGES, int(SECONDS / per_image / (1 + len(others)))))
+    records, pictures = records[:count], pictures[:count]
+    found = first + [teacher.predictor.detect(picture) for picture in pictures[len(first) :]]
+    now = agreement(records, found, dataset.class_names, known)
+    tried = {
+        declare: agreement(records, _detect(teacher.predictor, spec, pictures), dataset.class_names, known)
+        for declare, spec in others.items()
+    }
+    where = f"AP50 {100 * now:.1f} on {count} training images"
+    best = max(tried, key=lambda declare: tried[declare], default=None)
+    doubtful = True
+    if best is not None and tried[best] >= now + BETTER:
+        says = (
+            f"teacher {teacher.name} may be read wrongly: {where}, but {100 * tried[best]:.1f} with `{best}`; declare that for "
+            "it in the recipe if it was trained so"
+        )
+    elif now < POOR:
+        says = (
+            f"teacher {teacher.name} agrees with hardly any label: {where}; its class names and map, box format or the labels "
+            "may be wrong (`edgekd predict` draws what it finds), or it does not know such pictures"
+        )
+    else:
+        besides = f"; {len(tried)} other ways to prepare its pictures do no better" if tried else ""
+        doubtful, says = False, f"teacher {teacher.name}: {where}{besides}"
+    return {"doubtful": doubtful, "says": says, "ap50": now, "images": count, "tried": tried}
+
+
+def agreement(
+    records: Sequence[ImageRecord], found: Sequence[Detections], class_names: Sequence[str], known: Sequence[str]
+) -> float:
+    """AP50 over the classes that the teacher knows and the images show; 0 where there are none."""
+    from edgekd.bench.accuracy import evaluate
+
+    per_class = evaluate(records, found, class_names).per_class
+    figures = [value for name in known if (value := per_class[name].ap50) is not None]
+    return sum(figures) / len(figures) if figures else 0.0
+
+
+def _detect(predictor: Predictor, spec: PreprocessSpec, pictures: Sequence[ImageArray]) -> list[Detections]:
+    other = predictor.with_preprocess(spec)
+    return [other.detect(picture) for picture in pictures]
+
+
+def _list(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.4g}" for value in values) + "]"

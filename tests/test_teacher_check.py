@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from edgekd.errors import UserError
+from edgekd.recipe import OnnxTeacher
+from edgekd.teacher_check import check_readings, usual_readings
+from edgekd.teachers import build_teacher
+from edgekd.types import Dataset, ImageRecord, PreprocessSpec
+
+BOX = (8.0, 8.0, 40.0, 40.0)
+
+
+def labelled(root: Path, label: int = 0, count: int = 10) -> Dataset:
+    """Black pictures, each with the same white square."""
+    none = np.zeros(1, np.bool_)
+    records = []
+    for index in range(count):
+        image = np.zeros((64, 64, 3), np.uint8)
+        image[8:40, 8:40] = 255
+        path = root / f"{index}.png"
+        cv2.imwrite(str(path), image)
+        records.append(
+            ImageRecord(f"{index}", path, (64, 64), np.array([BOX], np.float32), np.array([label]), none, none)
+        )
+    return Dataset(root, "voc", "train", ("square", "ring"), tuple(records))
+
+
+def detector_file(path: Path, below: float, box: tuple[float, ...] = BOX) -> Path:
+    """A detector that is sure of `box` where its darkest pixel lies below `below`, and otherwise of a corner."""
+    onnx = pytest.importorskip("onnx")
+    helper, numpy_helper, kinds = onnx.helper, onnx.numpy_helper, onnx.TensorProto
+    constants = {
+        "limit": np.array(below, np.float32),
+        "both": np.array([[box, (50, 50, 60, 60)]], np.float32),
+        "seen": np.array([[[0.9, 0.0], [0.3, 0.0]]], np.float32),
+        "missed": np.array([[[0.1, 0.0], [0.8, 0.0]]], np.float32),
+    }
+    nodes = [
+        helper.make_node("ReduceMin", ["images"], ["darkest"], keepdims=0),
+        helper.make_node("Less", ["darkest", "limit"], ["right"]),
+        helper.make_node("Where", ["right", "seen", "missed"], ["scores"]),
+        helper.make_node("Identity", ["both"], ["boxes"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "detector",
+        [helper.make_tensor_value_info("images", kinds.FLOAT, [1, 3, 64, 64])],
+        [
+            helper.make_tensor_value_info("boxes", kinds.FLOAT, [1, 2, 4]),
+            helper.make_tensor_value_info("scores", kinds.FLOAT, [1, 2, 2]),
+        ],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(path))
+    return path
+
+
+def check(dataset: Dataset, config: OnnxTeacher, folder: Path) -> tuple[list[str], list[str]]:
+    teacher = build_teacher(config, dataset.class_names)
+    try:
+        return check_readings(dataset, [(config, teacher, {"sha256": config.onnx})], folder, "data")
+    finally:
+        teacher.close()
+
+
+def config_of(path: Path, **declared: object) -> OnnxTeacher:
+    fixed = {"class_names": ("square", "ring"), "box_format": "xyxy", "resize": "stretch"}
+    return OnnxTeacher(name="t", onnx=str(path), **{**fixed, **declared})
+
+
+def test_a_teacher_that_wants_other_pixels_is_found_out(tmp_path: Path) -> None:
+    dataset = labelled(tmp_path)
+    path = detector_file(
+        tmp_path / "t.onnx", below=-1.5
+    )  # black is -2.1 by ImageNet's mean and std, -1 in the symmetric scale
+    notes, warnings = check(dataset, config_of(path), tmp_path / "answers")
+    assert not notes
+    assert len(warnings) == 1
+    assert "AP50 50" in warnings[0]
+    assert "but 100.0 with `mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]`" in warnings[0]
+
+
+def test_a_teacher_declared_wrongly_is_found_out_too(tmp_path: Path) -> None:
+    path = detector_file(tmp_path / "t.onnx", below=-1.5)
+    config = config_of(path, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    _, warnings = check(labelled(tmp_path), config, tmp_path / "answers")
+    assert "ImageNet" in warnings[0] or "0.485" in warnings[0]
+
+
+def test_a_teacher_read_rightly_is_left_in_peace(tmp_path: Path) -> None:
+    path = detector_file(tmp_path / "t.onnx", below=-1.5)
+    config = config_of(path, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    notes, warnings = check(labelled(tmp_path), config, tmp_path / "answers")
+    assert not warnings
+    assert notes == ["teacher t: AP50 100.0 on 10 training images; 7 other ways to prepare its pictures do no better"]
+
+
+def test_a_teacher_that_agrees_with_nothing_is_named(tmp_path: Path) -> None:
+    path = detector_file(tmp_path / "t.onnx", below=10.0, box=(44.0, 0.0, 60.0, 16.0))
+    _, warnings = check(labelled(tmp_path), config_of(path), tmp_path / "answers")
+    assert "agrees with hardly any label: AP50 0.0 on 10 training images" in warnings[0]
+
+
+def test_a_class_that_no_picture_shows_proves_nothing(tmp_path: Path) -> None:
+    path = detector_file(tmp_path / "t.onnx", below=10.0)
+    config = config_of(path, class_names=("ring", "other"))
+    notes, warnings = check(labelled(tmp_path), config, tmp_path / "answers")
+    assert not warnings
+    assert notes == ["teacher t: no training image shows a class that it knows"]
+
+
+def test_what_was_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, config = labelled(tmp_path), config_of(detector_file(tmp_path / "t.onnx", below=10.0))
+    first = check(dataset, config, tmp_path / "answers")
+
+    def never(*_: object) -> None:
+        raise UserError("examined again")
+
+    monkeypatch.setattr("edgekd.teacher_check._examine", never)
+    assert check(dataset, config, tmp_path / "answers") == first
+    with pytest.raises(UserError, match="again"):
+        check(dataset, config_of(Path(config.onnx), resize="letterbox"), tmp_path / "elsewhere")
+
+
+def test_every_usual_reading_differs_from_the_present_one() -> None:
+    now = PreprocessSpec((64, 64), "letterbox", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    others = usual_readings(now)
+    assert len(others) == 7
+    assert now not in others.values()
+    assert others["resize: stretch"].mean == now.mean
