@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from edgekd.cli import app
 from edgekd.cli.deploy import foreign_options, provider_of
 from edgekd.draw import class_colour, draw_detections
-from edgekd.errors import EdgeKDError, RecipeError
+from edgekd.errors import EdgeKDError, RecipeError, UserError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.predict import find_images, output_names
 from edgekd.types import Detections
@@ -184,16 +184,37 @@ def test_neighbouring_classes_differ_in_colour() -> None:
 
 
 def test_declared_options() -> None:
-    assert foreign_options(Path("x.onnx"), None, None, None) is None
-    options = foreign_options(Path("x.onnx"), "cat, dog", "yolo", 320)
+    assert foreign_options(Path("x.onnx"), None, None, None, None) is None
+    options = foreign_options(Path("x.onnx"), "cat, dog", "yolo", 320, None)
     assert options is not None
     assert (options.class_names, options.output, options.input_size) == (("cat", "dog"), "yolo", 320)
     for name in NAMED_LABEL_SETS:
-        named = foreign_options(Path("x.onnx"), name, None, None)
+        named = foreign_options(Path("x.onnx"), name, None, None, None)
         assert named is not None
         assert named.class_names == name
     with pytest.raises(RecipeError, match="--output"):
-        foreign_options(Path("x.onnx"), None, "yolo9", None)
+        foreign_options(Path("x.onnx"), None, "yolo9", None, None)
+    said = foreign_options(
+        Path("x.onnx"), None, None, None, ["resize=stretch", "mean = [0.5, 0.4, 0.3]", "background=last"]
+    )
+    assert said is not None
+    assert (said.resize, said.mean, said.background) == ("stretch", (0.5, 0.4, 0.3), "last")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("resiz=stretch", r"KEY=VALUE(?s:.*)did you mean resize"),
+        ("name=x", "KEY=VALUE"),
+        ("mean", "KEY=VALUE"),
+        ("resize=squash", "--declare resize: "),
+        ("mean=[1, 2]", "--declare mean: "),
+        ("mean=[1, 2", "--declare mean: not a value"),
+    ],
+)
+def test_what_cannot_be_declared(text: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        foreign_options(Path("x.onnx"), None, None, None, [text])
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ from edgekd.cli.bundle import (
 )
 from edgekd.cli.deploy import (
     ClassesOption,
+    DeclareOption,
     FormatOption,
     InputSizeOption,
     OutputOption,
@@ -131,6 +132,7 @@ def bench(
     classes: ClassesOption = None,
     output: OutputOption = None,
     input_size: InputSizeOption = None,
+    declare: DeclareOption = None,
     json: JsonOption = False,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -152,7 +154,7 @@ def bench(
     from edgekd.summary import publish_text, summary_text
     from edgekd.workspace import is_synthetic
 
-    entries = [declared(parse_artifact_argument(text), classes, output, input_size) for text in artifacts]
+    entries = [declared(parse_artifact_argument(text), classes, output, input_size, declare) for text in artifacts]
     limits = limits_of(baseline, max_slowdown, max_map_drop)
     check_out(out, baseline, table, summary)
     if target is not None:

@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from edgekd.recipe import BenchConfig
 
 
-def declared(artifact: BenchArtifact, classes: str | None, output: str | None, input_size: int | None) -> BenchArtifact:
+def declared(
+    artifact: BenchArtifact, classes: str | None, output: str | None, input_size: int | None, declare: list[str] | None
+) -> BenchArtifact:
     """The artefact with what the options declare of it, if it is an ONNX file."""
     from dataclasses import replace
 
-    options = foreign_options(artifact.path, classes, output, input_size)
+    options = foreign_options(artifact.path, classes, output, input_size, declare)
     return artifact if options is None or artifact.path.suffix != ".onnx" else replace(artifact, options=options)
 
 

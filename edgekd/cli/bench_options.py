@@ -141,7 +141,19 @@ def effort(quick: bool, publish: bool, **given: Any) -> Effort:
     return replace(preset, **{key: value for key, value in given.items() if value is not None})
 
 
-_ALWAYS = {"artifacts", "out", "threads", "classes", "output", "input_size", "json", "seed", "device", "quiet"}
+_ALWAYS = {
+    "artifacts",
+    "out",
+    "threads",
+    "classes",
+    "output",
+    "input_size",
+    "declare",
+    "json",
+    "seed",
+    "device",
+    "quiet",
+}
 _FOR_VIDEO = {"video", "max_frames", "realtime"}
 _FOR_TARGET = {"target", "target_python", "ssh_config", "time_limit", "precision"}
 _VIDEO_TOO = {"score", "iou", "max_detections", "runtime", "cuda_graph"}

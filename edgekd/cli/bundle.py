@@ -10,6 +10,7 @@ import typer
 from edgekd.cli.deploy import (
     ClassesOption,
     DataOption,
+    DeclareOption,
     FormatOption,
     InputSizeOption,
     OutputOption,
@@ -79,6 +80,7 @@ def bundle(
     classes: ClassesOption = None,
     output: OutputOption = None,
     input_size: InputSizeOption = None,
+    declare: DeclareOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -97,7 +99,10 @@ def bundle(
 
     entries = [parse_artifact_argument(text) for text in sources]
     made = make_bundle(
-        [replace(entry, options=foreign_options(entry.path, classes, output, input_size)) for entry in entries],
+        [
+            replace(entry, options=foreign_options(entry.path, classes, output, input_size, declare))
+            for entry in entries
+        ],
         out,
         precisions=precisions_of(precision),
         config=ExportConfig(target=target),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -54,6 +54,16 @@ OutputOption = Annotated[
 ]
 InputSizeOption = Annotated[
     int | None, typer.Option("--input-size", min=32, help="Side of the input, pixels.", rich_help_panel=FOREIGN)
+]
+DeclareOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--declare",
+        help="Another key of a recipe's ONNX teachers: resize=stretch, mean=[0.485,0.456,0.406], std=[...], box_format=..., "
+        "score_activation=..., background=... Repeat it for more.",
+        metavar="KEY=VALUE",
+        rich_help_panel=FOREIGN,
+    ),
 ]
 
 
@@ -261,15 +271,18 @@ def provider_of(artifact: Path, device: str | None) -> str | None:
     return device.partition(":")[0] if artifact.suffix.lower() == ".onnx" else device
 
 
+_DECLARABLE = ("resize", "mean", "std", "box_format", "score_activation", "background")
+
+
 def foreign_options(
-    artifact: Path, classes: str | None, output: str | None, input_size: int | None
+    artifact: Path, classes: str | None, output: str | None, input_size: int | None, declare: list[str] | None
 ) -> OnnxTeacher | None:
     """What the options declare of a foreign ONNX file; None when they declare nothing.
 
     Raises:
-        RecipeError: a value that the recipe's `teachers` would not take either.
+        RecipeError: a value that the recipe's `teachers` would not take either. UserError: not KEY=VALUE, or another key.
     """
-    if classes is None and output is None and input_size is None:
+    if classes is None and output is None and input_size is None and not declare:
         return None
     from pydantic import ValidationError
 
@@ -279,13 +292,46 @@ def foreign_options(
 
     listed = classes not in (None, "auto", *NAMED_LABEL_SETS)
     names = tuple(name.strip() for name in str(classes).split(",")) if listed else classes
-    given = {"class_names": names, "output": output, "input_size": input_size}
+    given = {"class_names": names, "output": output, "input_size": input_size, **_declared_keys(declare or [])}
     try:
         return OnnxTeacher(
             name="detector", onnx=str(artifact), **{key: value for key, value in given.items() if value is not None}
         )
     except ValidationError as error:
-        raise option_problem(error, class_names="classes") from error
+        raise option_problem(error, class_names="classes", **{key: f"declare {key}" for key in _DECLARABLE}) from error
+
+
+def _declared_keys(texts: list[str]) -> dict[str, Any]:
+    """`--declare KEY=VALUE ...` as keys of a recipe's teacher.
+
+    Raises:
+        UserError: not KEY=VALUE with a key of `_DECLARABLE`.
+    """
+    import difflib
+
+    import yaml
+
+    from edgekd.errors import UserError
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or key not in _DECLARABLE:
+            near = difflib.get_close_matches(key, _DECLARABLE, n=1)
+            raise UserError(
+                "--declare takes KEY=VALUE",
+                got=text,
+                expected="one of " + ", ".join(_DECLARABLE),
+                fix=f"did you mean {near[0]}?" if near and equals else None,
+            )
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--declare {key}: not a value", got=value, expected="a word, or a list as [1, 2, 3]"
+            ) from error
+    return found
 
 
 def report(

@@ -11,6 +11,7 @@ import typer
 
 from edgekd.cli.deploy import (
     ClassesOption,
+    DeclareOption,
     InputSizeOption,
     OutputOption,
     RuntimeOption,
@@ -54,6 +55,7 @@ def predict(
     classes: ClassesOption = None,
     output: OutputOption = None,
     input_size: InputSizeOption = None,
+    declare: DeclareOption = None,
     max_frames: MaxFramesOption = None,
     realtime: RealtimeOption = False,
     video_format: Annotated[
@@ -85,7 +87,7 @@ def predict(
         score_threshold=score,
         nms_iou=iou,
         max_detections=max_detections,
-        options=foreign_options(artifact, classes, output, input_size),
+        options=foreign_options(artifact, classes, output, input_size, declare),
     )
     with predictor:
         if videos:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
 
 SCHEMA = "edgekd.onnx/1"
 OnnxEngine = Literal["onnxruntime", "openvino"]
+_FOREIGN_KEYS = ("resize", "mean", "std", "class_names", "output", "box_format", "score_activation", "background")
 _ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
@@ -60,7 +61,7 @@ def open_onnx(
     threads: int | None = None,
     engine: OnnxEngine = "onnxruntime",
 ) -> OnnxDetector:
-    """Open an ONNX file; what `declared` says wins over what a foreign file says. Classes and outputs of our own are known.
+    """Open an ONNX file; what `declared` says wins over what a foreign file says. Our own say everything themselves.
 
     Raises:
         ArtifactError: missing, damaged, or not a detector. UserError: its outputs or size must be declared.
@@ -108,14 +109,17 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
     form = OutputFormat(kind, names, len(spec.class_names))
     height, width = runtime.input_shape[2:]
     input_hw = (height or spec.preprocess.input_hw[0], width or spec.preprocess.input_hw[1])
-    preprocess = _declared_preprocess(spec.preprocess, input_hw, declared)
+    preprocess = replace(spec.preprocess, input_hw=input_hw)
+    notes = ["an edgekd export: format, preprocessing and classes from its metadata"]
+    if unused := [key for key in _FOREIGN_KEYS if key in declared.model_fields_set]:
+        notes.append(f"declared {', '.join(unused)}: not used, the file says it itself")
     facts = {
         "path": str(path),
         "precision": metadata.get("edgekd.precision", "fp32"),
         "target": metadata.get("edgekd.target"),
         "model": spec.model,
         "provenance": provenance,
-        "notes": ("an edgekd export: format, preprocessing and classes from its metadata",),
+        "notes": tuple(notes),
     }
     class_names = spec.class_names
     arrays = runtime.run(normalise(probe_picture(input_hw), preprocess)) if declared.taps else {}
