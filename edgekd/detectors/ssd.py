@@ -129,6 +129,20 @@ class SsdLiteNeck(nn.Module):
         if self.fine is not None:
             self.channels.insert(0, fine_channels)
 
+    def stay_on_single_cells(self, grids_hw: Sequence[tuple[int, int]]) -> None:
+        """Stride 1 wherever a level of these (fine to coarse) has one cell: the same result, and the same gradient.
+
+        With stride 2, oneDNN's bf16 gradient of a depthwise convolution on one cell, channels last, leaves the weights' other
+        eight places as they were in memory: NaN sooner or later, at 224 and 256 pixels (torch 2.13, AVX-512 BF16).
+        """
+        for extra, (height, width) in zip(self.extras, grids_hw[-len(self.extras) - 1 :], strict=False):
+            if height == width == 1:
+                assert isinstance(extra, nn.Sequential)
+                depthwise = extra[1]
+                assert isinstance(depthwise, ConvUnit)
+                assert isinstance(depthwise[0], nn.Conv2d)
+                depthwise[0].stride = (1, 1)
+
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The backbone's maps to six levels, fine to coarse; the backbone's last two are among them."""
         levels = [maps[-2], maps[-1]]
@@ -213,6 +227,8 @@ class SSD(Detector):
         else:
             self.neck = SsdNeck(fine, coarse, _grid(maps.sources[-1]), spec.width)
         grids = tuple(_grid(level) for level in _on_meta(self.neck, maps.sources))
+        if isinstance(self.neck, SsdLiteNeck):
+            self.neck.stay_on_single_cells(grids)
         few, all_ratios = options.aspect_ratios[:1], options.aspect_ratios
         ratios = (all_ratios,) * LEVELS if lite else (few, all_ratios, all_ratios, all_ratios, few, few)
         scales = even_scales(options.min_scale, options.max_scale, LEVELS, half_level_first=not lite)
