@@ -47,6 +47,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Factor = Annotated[float, Field(ge=0)]
 
 
 class _Section(BaseModel):
@@ -107,7 +108,11 @@ class TrainConfig(_Section):
     accumulate: int = Field(1, ge=1, description="Batches an optimiser step.")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    backbone_lr_factor: float = Field(1.0, ge=0, description="Backbone's learning rate as a share of lr; 0 freezes it.")
+    backbone_lr_factor: Factor | Literal["auto"] = Field(
+        "auto",
+        description="Backbone's learning rate as a share of lr; 0 freezes it. auto: 0.3 of a backbone with `weights`, which "
+        "has less to learn than a new head, else 1.",
+    )
     weight_decay: float = Field(0.01, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum.")
     warmup_steps: Count | Literal["auto"] = Field(

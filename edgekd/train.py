@@ -126,7 +126,8 @@ class _Trainer:
         if self.cfg.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.learner.channels_last = True
-        optimizer = make_optimizer(detector, list(term_parameters(distiller)), self.cfg)
+        extra = list(term_parameters(distiller))
+        optimizer = make_optimizer(detector, extra, self.cfg, pretrained=job.model.weights is not None)
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.module, self.optimizer = self.fabric.setup(self.learner, optimizer)
         if ema is not None:

@@ -110,12 +110,25 @@ def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def make_optimizer(detector: Detector, extra: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Weight decay on weights alone; the backbone at its own learning rate; the terms' parameters with the head's."""
+PRETRAINED_LR_FACTOR = 0.3
+"""Of `backbone_lr_factor: auto` where the backbone comes with weights (measured: benchmarks/)."""
+
+
+def make_optimizer(
+    detector: Detector, extra: list[nn.Parameter], config: TrainConfig, *, pretrained: bool
+) -> torch.optim.Optimizer:
+    """Weight decay on weights alone; the backbone at its own learning rate; the terms' parameters with the head's.
+
+    Args:
+        pretrained: whether the backbone has come with weights.
+    """
+    factor = config.backbone_lr_factor
+    if factor == "auto":
+        factor = PRETRAINED_LR_FACTOR if pretrained else 1.0
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in detector.named_parameters():
         is_backbone = name.startswith("backbone.")
-        if is_backbone and config.backbone_lr_factor == 0:
+        if is_backbone and factor == 0:
             parameter.requires_grad_(False)
             continue
         groups.setdefault((is_backbone, parameter.ndim > 1), []).append(parameter)
@@ -124,7 +137,7 @@ def make_optimizer(detector: Detector, extra: list[nn.Parameter], config: TrainC
     settings: list[dict[str, Any]] = [
         {
             "params": parameters,
-            "lr": config.lr * (config.backbone_lr_factor if is_backbone else 1.0),
+            "lr": config.lr * (factor if is_backbone else 1.0),
             "weight_decay": config.weight_decay if decays else 0.0,
         }
         for (is_backbone, decays), parameters in groups.items()

@@ -21,7 +21,7 @@ from edgekd.errors import ArtifactError, NonFiniteLossError, UserError
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
 from edgekd.train import TrainJob, lr_factor, train_detector
-from edgekd.training_setup import fitting_threads
+from edgekd.training_setup import fitting_threads, make_optimizer
 from tests.toy import toy_dataset
 
 MODEL = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
@@ -250,3 +250,15 @@ def test_the_log_is_json_line_by_line(tmp_path: Path) -> None:
     train_detector(job)
     for line in (job.out / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.mark.parametrize(
+    ("factor", "pretrained", "share"), [("auto", True, 0.3), ("auto", False, 1.0), (0.5, True, 0.5), (0.5, False, 0.5)]
+)
+def test_a_pretrained_backbone_learns_more_slowly(factor: float | str, pretrained: bool, share: float) -> None:
+    detector = _detector()
+    config = TrainConfig(lr=0.01, backbone_lr_factor=factor)  # type: ignore[arg-type]
+    groups = make_optimizer(detector, [], config, pretrained=pretrained).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in detector.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(0.01 * (share if name.startswith("backbone.") else 1.0))
