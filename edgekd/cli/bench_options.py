@@ -265,11 +265,11 @@ def write_tables(result: dict[str, Any], files: list[Path] | None) -> None:
 
 
 def judged(gate: Gate, result: dict[str, Any], dataset: Dataset, out: Path, summary: Path | None, seed: int) -> str:
-    """The verdict in Markdown; it is added to the result in `out`, to `summary` and to the CI's own."""
+    """The verdict for a terminal; it is added to the result in `out`, and in Markdown to `summary` and to the CI's own."""
     from edgekd.artifact import write_json, write_text
     from edgekd.bench.gate import judge
     from edgekd.bench.saved import read_saved
-    from edgekd.summary import gate_markdown
+    from edgekd.summary import gate_markdown, summary_text
 
     saved = read_saved(out.parent / result["files"]["detections"])
     result["gate"] = judge(gate, result, saved, dataset, seed=seed)
@@ -280,4 +280,4 @@ def judged(gate: Gate, result: dict[str, Any], dataset: Dataset, out: Path, summ
     if step := os.environ.get("GITHUB_STEP_SUMMARY"):
         with open(step, "a", encoding="utf-8") as stream:
             stream.write(text)
-    return text
+    return f"{summary_text(result)}\n\n{text.partition('<details>')[0]}"

@@ -77,10 +77,10 @@ def check(
             terminal.warn(f"no contact sheet: {error}")
     body = {**report.to_dict(), "contact_sheet": None if drawn is None else str(drawn)}
     session.finish(body, lambda: typer.echo(report.text(most) + (f"\ncontact sheet: {drawn}" if drawn else "")))
+    if session.quiet:
+        for problem in (report.errors + report.warnings)[:most]:
+            typer.echo(f"{problem.rule.severity}: {problem}", err=True)
     if not report.ok:
-        if session.quiet:
-            for problem in report.errors[:most]:
-                typer.echo(f"error: {problem}", err=True)
         raise typer.Exit(2)
 
 
