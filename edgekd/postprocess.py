@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.boxes import iou_matrix
+from edgekd.boxes import area, iou_matrix
 from edgekd.types import BoolArray, Detections, FloatArray, IntArray, SoftDetections
 
 PRE_NMS_TOP_K = 1000
 """Candidates that enter NMS at most. At a 0.001 threshold a YOLO head gives tens of thousands, nearly all noise."""
 
 _BLOCK = 128
+_TINY, _ZERO = np.finfo(np.float32).tiny, np.float32(0)
 
 
 def nms(boxes_xyxy: FloatArray, scores: FloatArray, labels: IntArray, iou: float, limit: int | None = None) -> IntArray:
@@ -201,34 +202,50 @@ def weighted_boxes_fusion(
     votes = probs * (shares[:, None] * knows)[model]
     # Sorted before summing, so that not even the last bit depends on the order of the models.
     total = np.maximum(np.sort(shares[:, None] * knows, axis=0).sum(0), np.finfo(np.float64).tiny)
-    fused_boxes, fused_probs = [], []
-    for label in np.unique(probs.argmax(1)) if len(probs) else ():
-        rows = order[probs[order].argmax(1) == label]
+    fused_boxes: list[FloatArray] = []
+    voters: list[list[int]] = []
+    best_class = probs.argmax(1)[order] if len(probs) else np.zeros(0, np.int64)
+    for label in np.unique(best_class):
+        rows = order[best_class == label]
+        whose = model[rows].tolist()
         for box, members in _clusters(boxes[rows], confidence[rows], iou):
-            _, strongest = np.unique(model[rows[members]], return_index=True)
             fused_boxes.append(box)
-            fused_probs.append(votes[rows[members]][np.sort(strongest)].sum(0) / total)
+            first = dict(zip((whose[row] for row in reversed(members)), reversed(members), strict=True))
+            voters.append(rows[sorted(first.values())].tolist())  # of each model its most confident box
     if not fused_boxes:
         return SoftDetections.empty(probs.shape[1])
-    fused = np.clip(np.array(fused_probs, np.float32), 0.0, 1.0)
+    starts = np.cumsum([0, *map(len, voters[:-1])])
+    fused = np.add.reduceat(votes[np.concatenate(voters)], starts) / total
+    fused = np.clip(fused.astype(np.float32), 0.0, 1.0)
     best_first = np.argsort(-fused.max(1), kind="stable")
     return SoftDetections(np.array(fused_boxes, np.float32)[best_first], fused[best_first])
 
 
 def _clusters(boxes: FloatArray, confidence: NDArray[np.float64], iou: float) -> list[tuple[FloatArray, list[int]]]:
     """Cluster one class's boxes, given by descending confidence: (fused box, member rows) each."""
-    fused = np.zeros_like(boxes)
-    sums = np.zeros((len(boxes), 5))
-    members: list[list[int]] = []
-    for row in range(len(boxes)):
-        count = len(members)
-        overlaps = iou_matrix(boxes[row : row + 1], fused[:count])[0]
-        home = int(overlaps.argmax()) if count else 0
-        if not count or overlaps[home] <= iou:
+    fused = np.zeros((4, len(boxes)), np.float32)
+    areas, members = np.zeros(len(boxes), np.float32), list[list[int]]()
+    shares = np.concatenate([confidence[:, None] * boxes, confidence[:, None]], 1)
+    sums = np.zeros_like(shares)
+    for row, (box, own_area) in enumerate(zip(boxes, area(boxes), strict=True)):
+        count, home = len(members), -1
+        if count:  # as `iou_matrix`, whose general form costs more than the arithmetic on so few boxes
+            x1, y1, x2, y2 = fused[:, :count]
+            shared = np.minimum(x2, box[2])
+            shared -= np.maximum(x1, box[0])
+            height = np.minimum(y2, box[3])
+            height -= np.maximum(y1, box[1])
+            shared = np.maximum(shared, 0.0, out=shared) * np.maximum(height, 0.0, out=height)
+            shared /= np.maximum(areas[:count] + own_area - shared, _TINY)
+            home = int(shared.argmax())
+            home = home if shared[home] > iou else -1
+        if home < 0:
             home = count
             members.append([])
         members[home].append(row)
-        sums[home, :4] += confidence[row] * boxes[row]
-        sums[home, 4] += confidence[row]
-        fused[home] = sums[home, :4] / sums[home, 4] if sums[home, 4] > 0 else boxes[row]
-    return [(fused[index], rows) for index, rows in enumerate(members)]
+        total = sums[home]
+        total += shares[row]
+        fused[:, home] = mean = total[:4] / total[4] if total[4] > 0 else box
+        x1, y1, x2, y2 = mean.astype(np.float32)
+        areas[home] = max(x2 - x1, _ZERO) * max(y2 - y1, _ZERO)
+    return [(fused[:, index].copy(), rows) for index, rows in enumerate(members)]
