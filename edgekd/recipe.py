@@ -172,7 +172,9 @@ class OnnxTeacher(_Section):
     std: tuple[float, float, float] | None = None
     score_activation: Literal["auto", "none", "sigmoid", "softmax"] = "auto"
     background: Literal["auto", "none", "first", "last"] = "auto"
-    box_format: Literal["auto", "xyxy", "cxcywh", "xyxy-normalised", "cxcywh-normalised"] = "auto"
+    box_format: Literal["auto", "xyxy", "cxcywh", "yxyx", "xyxy-normalised", "cxcywh-normalised", "yxyx-normalised"] = (
+        "auto"
+    )
     taps: dict[str, str] = Field(default_factory=dict, description="Tap name to the name of a tensor in the graph.")
     weight: float = Field(1.0, gt=0)
 

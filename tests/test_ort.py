@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, UserError
+from edgekd.preprocess import normalise
+from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.onnx_file import open_onnx
 from edgekd.runtimes.ort import OrtRuntime, has_provider, with_extra_outputs
 from tests.toy_onnx import write_constant_detector
 
@@ -73,11 +76,64 @@ def test_a_missing_file_and_a_foreign_one(tmp_path: Path) -> None:
         OrtRuntime(text)
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 96, 3), (1, 10)], ids=["channels last", "no image"])
+@pytest.mark.parametrize("shape", [(1, 64, 96, 1), (1, 10)], ids=["grey", "no image"])
 def test_an_input_that_is_no_image_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     path = write_constant_detector(tmp_path / "d.onnx", ARRAYS, shape)
     with pytest.raises(ArtifactError, match="can feed"):
         OrtRuntime(path)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96, 3), (1, "h", "w", 3)])
+def test_a_graph_with_channels_last_is_fed_so(tmp_path: Path, shape: tuple[int | str, ...]) -> None:
+    path = write_constant_detector(tmp_path / "d.onnx", ARRAYS, shape)
+    with OrtRuntime(with_extra_outputs(path, ["inner"]), input_hw=(64, 96)) as runtime:
+        assert runtime.channels_last
+        assert runtime.input_shape == (1, 3, 64, 96)
+        images = np.random.default_rng(0).normal(size=(1, 3, 64, 96)).astype(np.float32)
+        np.testing.assert_array_equal(runtime.run(images)["inner"], np.maximum(images, 0).transpose(0, 2, 3, 1))
+
+
+def test_a_graph_that_takes_bytes_gets_the_pixels(tmp_path: Path) -> None:
+    path = bytes_detector(tmp_path / "bytes.onnx")
+    with OrtRuntime(path) as runtime:
+        assert runtime.takes_bytes
+        images = np.array([0.4, 127.99, 254.6, 300.0, -3.0], np.float32)
+        batch = np.zeros((1, 3, 64, 96), np.float32)
+        batch[0, 0, 0, :5] = images
+        assert runtime.run(batch)["pixels"][0, 0, :5, 0].tolist() == [0, 128, 255, 255, 0]
+    opened = open_onnx(path, OnnxTeacher(name="t", onnx=str(path), class_names=("a", "b"), box_format="xyxy"))
+    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    with opened.runtime as runtime:
+        fed = runtime.run(normalise(picture, opened.preprocess))["pixels"][0]
+    np.testing.assert_array_equal(fed, picture)
+    with pytest.raises(UserError, match="leave `mean` and `std` out"):
+        open_onnx(
+            path, OnnxTeacher(name="t", onnx=str(path), class_names=("a", "b"), box_format="xyxy", mean=(0.5, 0.5, 0.5))
+        )
+
+
+def bytes_detector(path: Path) -> Path:
+    """Takes (1, H, W, 3) bytes and shows them; its boxes and scores are constant."""
+    onnx = pytest.importorskip("onnx")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    constants = {"b": np.array([[[0, 0, 9, 9], [5, 5, 20, 20]]], np.float32), "s": np.full((1, 2, 2), 0.5, np.float32)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["images"], ["pixels"], to=kinds.FLOAT),
+            helper.make_node("Identity", ["b"], ["boxes"]),
+            helper.make_node("Identity", ["s"], ["scores"]),
+        ],
+        "bytes",
+        [helper.make_tensor_value_info("images", kinds.UINT8, [1, 64, 96, 3])],
+        [
+            helper.make_tensor_value_info("boxes", kinds.FLOAT, [1, 2, 4]),
+            helper.make_tensor_value_info("scores", kinds.FLOAT, [1, 2, 2]),
+            helper.make_tensor_value_info("pixels", kinds.FLOAT, [1, 64, 96, 3]),
+        ],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
+    return path
 
 
 def test_an_unknown_provider_lists_those_there_are(model: Path) -> None:

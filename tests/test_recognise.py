@@ -308,3 +308,29 @@ def test_scores_above_one_are_refused(row: list[float]) -> None:
 def test_a_head_that_gives_no_number_is_not_to_be_declared() -> None:
     with pytest.raises(UserError, match="NaN or infinite"):
         recognise(Probe("t.onnx", {"o": YOLO * np.nan}, HW), OnnxTeacher(name="t", onnx="t.onnx"), NAMES)
+
+
+@pytest.mark.parametrize("suffix", ["", ":0"])
+def test_tensorflows_object_detection_api(suffix: str) -> None:
+    boxes = np.array([[10, 5, 40, 30], [50, 20, 90, 60], [0, 0, 0, 0]], np.float32)
+    arrays = {
+        "detection_anchor_indices": np.zeros((1, 3), np.float32),
+        "detection_boxes": (boxes / SHARES)[None][..., [1, 0, 3, 2]],
+        "detection_classes": np.array([[1, 3, 1]], np.float32),
+        "detection_multiclass_scores": np.zeros((1, 3, 4), np.float32),
+        "detection_scores": np.array([[0.9, 0.6, 0.0]], np.float32),
+        "num_detections": np.array([2.0], np.float32),
+        "raw_detection_boxes": np.zeros((1, 50, 4), np.float32),
+        "raw_detection_scores": np.zeros((1, 50, 4), np.float32),
+    }
+    found, read_boxes, scores = read({name + suffix: array for name, array in arrays.items()})
+    assert (found.form.kind, found.form.box_format, found.form.background) == ("detections", "yxyx-normalised", "first")
+    np.testing.assert_allclose(read_boxes, boxes[:2], rtol=1e-5)
+    np.testing.assert_allclose(scores, [[0.9, 0, 0], [0, 0, 0.6]])
+
+
+def test_declared_y_before_x() -> None:
+    swapped = {"boxes": BOXES[:, [1, 0, 3, 2]][None], "scores": SCORES[None]}
+    _, boxes, scores = read(swapped, box_format="yxyx")
+    np.testing.assert_allclose(boxes, BOXES, rtol=1e-5)
+    np.testing.assert_allclose(scores, SCORES)

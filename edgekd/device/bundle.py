@@ -245,6 +245,13 @@ def _describe(
                 got=", ".join(str(info) for info in runtime.inputs),
                 expected="the image alone",
             )
+        if runtime.channels_last or runtime.takes_bytes:
+            raise ArtifactError(
+                f"{source.path}: a bundle feeds models channels first, in floating point",
+                got=str(runtime.inputs[0]),
+                expected="an input (B, 3, H, W) of float32 or float16",
+                fix="export it so; `edgekd bench` without --target measures it as it is",
+            )
         key, outputs_key = f"images/{file.name}", f"outputs/{file.name}"
         prepared = [resize(image, opened.preprocess)[0] for image in images]
         arrays[key] = np.stack(prepared)

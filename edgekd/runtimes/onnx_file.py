@@ -29,7 +29,7 @@ from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
 SCHEMA = "edgekd.onnx/1"
 OnnxEngine = Literal["onnxruntime", "openvino"]
 _FOREIGN_KEYS = ("resize", "mean", "std", "class_names", "output", "box_format", "score_activation", "background")
-_ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+_ZERO, _ONE, _BYTES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1 / 255, 1 / 255, 1 / 255)
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,23 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
 
 def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
     input_hw = _foreign_input_hw(path, runtime, metadata, declared)
-    picture = normalise(probe_picture(input_hw), PreprocessSpec(input_hw, "stretch", _ZERO, _ONE))
+    std = _BYTES if runtime.takes_bytes else _ONE
+    if runtime.takes_bytes and (declared.mean is not None or declared.std is not None):
+        raise UserError(
+            f"{path}: it takes pixels as bytes, 0 to 255, which no mean or std can change",
+            fix="leave `mean` and `std` out",
+        )
+    picture = normalise(probe_picture(input_hw), PreprocessSpec(input_hw, "stretch", _ZERO, std))
     arrays = {name: np.array(value) for name, value in runtime.run(picture).items()}
     own = {name: array for name, array in arrays.items() if name not in declared.taps.values()}
     found = recognise(Probe(str(path), own, input_hw), declared, names_in_metadata(metadata))
     yolo = found.form.kind.startswith("yolo") or "stride" in metadata
-    base = PreprocessSpec(input_hw, "letterbox" if yolo else "stretch", _ZERO, _ONE)
+    base = PreprocessSpec(input_hw, "letterbox" if yolo else "stretch", _ZERO, std)
     preprocess = _declared_preprocess(base, input_hw, declared)
     notes = [*found.notes]
     if declared.resize == "auto":
         notes.append(f"images resized by {preprocess.resize}, as is usual for such outputs; `resize` declares it")
-    if declared.mean is None and declared.std is None:
+    if declared.mean is None and declared.std is None and not runtime.takes_bytes:
         notes.append("pixels scaled to [0, 1], not declared; `mean` and `std` declare it")
     facts = {"path": str(path), "precision": _precision(runtime), "notes": tuple(notes)}
     grids = _tap_grids(path, arrays, declared.taps)

@@ -15,7 +15,11 @@ from typing_extensions import Self
 from edgekd.errors import ArtifactError, RuntimeFailure
 from edgekd.types import FloatArray
 
-_INPUT_TYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_INPUT_TYPES: Mapping[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+}
 
 Feed = Mapping[str, NDArray[np.generic]]
 
@@ -48,6 +52,11 @@ class OnnxRuntime(ABC):
         metadata: the file's own.
         input_hw: the size to run at where the graph leaves it open.
 
+    Attributes:
+        input_shape: (B, 3, H, W), as `run` takes images, however the graph itself wants them.
+        channels_last: the graph takes (B, H, W, 3), as TensorFlow's do.
+        takes_bytes: the graph takes pixels from 0 to 255 as bytes.
+
     Raises:
         ArtifactError: the graph does not take one image tensor.
     """
@@ -72,7 +81,10 @@ class OnnxRuntime(ABC):
         self._image = _image_input(self.inputs, source)
         self._extra = tuple(info for info in self.inputs if info is not self._image)
         shape = self._image.shape
-        batch, height, width = (shape[0] if len(shape) == 4 else 1, shape[-2], shape[-1])
+        self.channels_last = _is_channels_last(shape)
+        self.takes_bytes = self._image.type == "tensor(uint8)"
+        height, width = shape[-3:-1] if self.channels_last else shape[-2:]
+        batch = shape[0] if len(shape) == 4 else 1
         self.dynamic_batch = batch is None
         self.dynamic_hw = height is None or width is None
         fallback = input_hw or (0, 0)
@@ -115,6 +127,10 @@ class OnnxRuntime(ABC):
         return dict(zip(self.output_names, values, strict=True))
 
     def _as_declared(self, images: FloatArray) -> NDArray[np.generic]:
+        if self.channels_last:
+            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        if self.takes_bytes:  # a plain cast would cut 127.99 to 127, and turn 256 into 0
+            images = np.clip(np.rint(images), 0, 255)
         images = images if len(self._image.shape) == 4 else images[0]
         return images if images.dtype == self._dtype else images.astype(self._dtype)
 
@@ -136,19 +152,28 @@ class OnnxRuntime(ABC):
 def _image_input(inputs: Sequence[TensorInfo], source: str) -> TensorInfo:
     """The one input that is an image; others may only ask for the original size, as RT-DETR's do."""
     listed = "; ".join(str(info) for info in inputs)
-    images = [info for info in inputs if len(info.shape) in (3, 4) and info.shape[-3] in (3, None)]
+    images = [
+        info
+        for info in inputs
+        if len(info.shape) in (3, 4) and (info.shape[-3] in (3, None) or _is_channels_last(info.shape))
+    ]
     others = [info for info in inputs if info not in images]
     sizes = all(info.type == "tensor(int64)" and info.shape[-1:] == (2,) for info in others)
     if len(images) != 1 or not sizes or images[0].type not in _INPUT_TYPES:
         raise ArtifactError(
             f"{source}: this is not a detector that edgekd can feed",
             got=f"inputs {listed}",
-            expected="one float32 or float16 image input (B, 3, H, W)",
-            fix="export it with channels first and float input"
+            expected="one image input (B, 3, H, W) or (B, H, W, 3) of float32, float16 or bytes",
+            fix="export it with such an input"
             if len(inputs) == 1
             else "export it with the image as its only input: fold the others into the graph as constants",
         )
     return images[0]
+
+
+def _is_channels_last(shape: Sequence[int | None]) -> bool:
+    """Whether an image input's last axis holds the channels: 3 where the usual place says something else."""
+    return len(shape) in (3, 4) and shape[-1] == 3 and shape[-3] != 3
 
 
 def source_name(model: object) -> str:

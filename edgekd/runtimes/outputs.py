@@ -13,7 +13,7 @@ from edgekd.errors import ArtifactError, RuntimeFailure
 from edgekd.types import FloatArray, IntArray
 
 OutputKind = Literal["boxes-scores", "yolo", "yolo-objectness", "detections"]
-BoxFormat = Literal["xyxy", "cxcywh", "xyxy-normalised", "cxcywh-normalised"]
+BoxFormat = Literal["xyxy", "cxcywh", "yxyx", "xyxy-normalised", "cxcywh-normalised", "yxyx-normalised"]
 Activation = Literal["none", "sigmoid", "softmax"]
 Background = Literal["none", "first", "last"]
 Arrays = Mapping[str, NDArray[Any]]
@@ -214,6 +214,8 @@ def _box_format(boxes: NDArray[Any], form: OutputFormat) -> BoxFormat:
 def _to_pixels(boxes: FloatArray, box_format: BoxFormat, input_hw: tuple[int, int]) -> FloatArray:
     if box_format.startswith("cxcywh"):
         boxes = xyxy_from_cxcywh(boxes)
+    elif box_format.startswith("yxyx"):
+        boxes = boxes[:, [1, 0, 3, 2]]
     if box_format.endswith("normalised"):
         height, width = input_hw
         boxes = boxes * np.array([width, height, width, height], np.float32)

@@ -32,6 +32,8 @@ _BOX_WORDS = ("box", "bbox", "loc")
 _SCORE_WORDS = ("score", "conf", "prob", "logit")
 _LABEL_WORDS = ("label", "class", "cls", "categor")
 _COUNT_WORDS = ("num", "count", "valid")
+_TENSORFLOW = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
+"""What TensorFlow's Object Detection API calls its outputs."""
 _COCO_COLUMNS = {80: "coco", 81: "coco", 90: "coco91", 91: "coco91", 92: "coco91"}
 
 
@@ -130,6 +132,9 @@ def _finished(
     certain: bool,
 ) -> Recognised | None:
     """Finished detections in one array or several; None if the outputs are something else."""
+    own = {name: array for name, array in arrays.items() if name.partition(":")[0] in _TENSORFLOW}
+    if tensorflow := len(own) == len(_TENSORFLOW):
+        arrays = own  # beside them stand raw boxes, anchors and other scores
     single = len(arrays) == 1
     roles = _row_roles(next(iter(arrays.items())), names, certain) if single else _column_roles(arrays)
     if roles is None:
@@ -145,7 +150,10 @@ def _finished(
             "finished detections, and no class names in the file",
             "declare `class_names`: a list in label order, coco, coco91 (COCO's own ids) or voc",
         )
-    background: Background = "none" if declared.background == "auto" else declared.background
+    # TensorFlow's counts labels from 1 and puts y before x.
+    background: Background = "first" if tensorflow else "none"
+    if declared.background != "auto":
+        background = declared.background
     boxes = np.asarray(arrays[outputs[0]], np.float32)[..., list(columns[:4])].reshape(-1, 4)
     boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]  # padding, of zeros or -1, says nothing of the unit
     box_format: str = declared.box_format
@@ -153,6 +161,8 @@ def _finished(
     if box_format == "auto":
         normalised = len(boxes) > 0 and float(np.abs(boxes).max()) <= NORMALISED_BELOW
         box_format = "xyxy-normalised" if normalised else "xyxy"
+        if tensorflow:
+            box_format, unit_unseen = "yxyx-normalised", False
     activation: Activation = "none" if declared.score_activation == "auto" else declared.score_activation
     if names == NAMED_LABEL_SETS["coco91"]:
         background = "none"  # these names already have the background at 0
