@@ -57,7 +57,8 @@ def geometry_for(source_hw: tuple[int, int], spec: PreprocessSpec) -> Geometry:
         return Geometry(source_hw, spec.input_hw, iw / w, ih / h, 0.0, 0.0)
     scale = min(ih / h, iw / w)
     nh, nw = max(1, round(h * scale)), max(1, round(w * scale))
-    return Geometry(source_hw, spec.input_hw, nw / w, nh / h, float((iw - nw) // 2), float((ih - nh) // 2))
+    left, top = ((iw - nw) // 2, (ih - nh) // 2) if spec.resize == "letterbox" else (0, 0)
+    return Geometry(source_hw, spec.input_hw, nw / w, nh / h, float(left), float(top))
 
 
 def resize(image: ImageArray, spec: PreprocessSpec) -> tuple[ImageArray, Geometry]:
@@ -81,7 +82,7 @@ def _resize(image: ImageArray, height: int, width: int) -> ImageArray:
 
 
 def normalisation(spec: PreprocessSpec) -> tuple[FloatArray, FloatArray]:
-    """(scale, bias), each (3, 1, 1) float32, with input = uint8 * scale + bias: one multiply-add."""
+    """(scale, bias), each (3, 1, 1) float32, with input = uint8 * scale + bias: one multiply-add, in the spec's order."""
     mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (spec.mean, spec.std))
     return (1.0 / (255.0 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
@@ -94,7 +95,7 @@ def normalise(image: ImageArray, spec: PreprocessSpec) -> FloatArray:
     """
     scale, bias = normalisation(spec)
     planes = np.empty((3, *image.shape[:2]), np.uint8)
-    cv2.split(image, list(planes))
+    cv2.split(image, list(planes if spec.channels == "rgb" else planes[::-1]))
     out = planes.astype(np.float32)
     out *= scale
     out += bias

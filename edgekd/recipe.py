@@ -166,15 +166,23 @@ class OnnxTeacher(_Section):
     output: Literal["auto", "yolo", "yolo-objectness", "boxes-scores", "detections"] = "auto"
     class_names: tuple[str, ...] | Literal["auto", "coco", "coco91", "voc"] = "auto"
     class_map: dict[str, str] | None = None
-    resize: Literal["auto", "stretch", "letterbox"] = "auto"
+    resize: Literal["auto", "stretch", "letterbox", "letterbox-corner"] = "auto"
+    channels: Literal["auto", "rgb", "bgr"] = Field("auto", description="Order in which it takes colours.")
     input_size: int | None = Field(None, ge=32, description="Needed where the file's input is dynamic.")
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     score_activation: Literal["auto", "none", "sigmoid", "softmax"] = "auto"
     background: Literal["auto", "none", "first", "last"] = "auto"
-    box_format: Literal["auto", "xyxy", "cxcywh", "yxyx", "xyxy-normalised", "cxcywh-normalised", "yxyx-normalised"] = (
-        "auto"
-    )
+    box_format: Literal[
+        "auto",
+        "xyxy",
+        "cxcywh",
+        "yxyx",
+        "xyxy-normalised",
+        "cxcywh-normalised",
+        "yxyx-normalised",
+        "grid-offsets",
+    ] = "auto"
     taps: dict[str, str] = Field(default_factory=dict, description="Tap name to the name of a tensor in the graph.")
     weight: float = Field(1.0, gt=0)
 

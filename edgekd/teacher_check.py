@@ -19,7 +19,7 @@ from edgekd.data.images import load_image
 from edgekd.predictor import Predictor
 from edgekd.recipe import OnnxTeacher, TeacherConfig
 from edgekd.teachers.predicted import PredictorTeacher
-from edgekd.types import Dataset, Detections, ImageArray, ImageRecord, PreprocessSpec, ResizeMode
+from edgekd.types import Channels, Dataset, Detections, ImageArray, ImageRecord, PreprocessSpec, ResizeMode
 
 IMAGES = 32
 """A teacher is tried on so many training images at most."""
@@ -30,14 +30,18 @@ BETTER = 0.05
 """AP50 by which another reading must win to be spoken of: on the same images, so that chance is small."""
 POOR = 0.1
 """AP50 below which a teacher is hardly one."""
-RESIZE_MODES: tuple[ResizeMode, ...] = ("stretch", "letterbox")
-# (mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255.
-_SCALES = (
-    ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+RESIZE_MODES: tuple[ResizeMode, ...] = ("stretch", "letterbox", "letterbox-corner")
+_IMAGENET = (0.485, 0.456, 0.406)
+# (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; Caffe's and OpenCV's.
+_COLOURS: tuple[tuple[Channels, tuple[float, float, float], tuple[float, float, float]], ...] = (
+    ("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    ("rgb", _IMAGENET, (0.229, 0.224, 0.225)),
+    ("rgb", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ("rgb", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+    ("bgr", _IMAGENET[::-1], (1 / 255, 1 / 255, 1 / 255)),
+    ("bgr", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
 )
+_TRIES = len(_COLOURS) + len(RESIZE_MODES) - 2
 
 
 def check_readings(
@@ -70,19 +74,27 @@ def check_readings(
     return notes, warnings
 
 
-def usual_readings(now: PreprocessSpec) -> dict[str, PreprocessSpec]:
-    """What else a detector may want of its pictures, by what a recipe declares for it."""
-    others = {}
-    for mean, std in _SCALES:
-        for mode in RESIZE_MODES:
-            changes = []
-            if (mean, std) != (now.mean, now.std):
-                changes.append(f"mean: {_list(mean)}, std: {_list(std)}")
-            if mode != now.resize:
-                changes.append(f"resize: {mode}")
-            if changes:
-                others[", ".join(changes)] = replace(now, mean=mean, std=std, resize=mode)
-    return others
+def other_colours(now: PreprocessSpec) -> list[PreprocessSpec]:
+    """The same pictures with their colours in every other usual form."""
+    forms = [replace(now, channels=channels, mean=mean, std=std) for channels, mean, std in _COLOURS]
+    return [form for form in forms if form != now]
+
+
+def other_sizes(now: PreprocessSpec) -> list[PreprocessSpec]:
+    """The same colours, brought to the input's size in every other way."""
+    return [replace(now, resize=mode) for mode in RESIZE_MODES if mode != now.resize]
+
+
+def to_declare(spec: PreprocessSpec, now: PreprocessSpec) -> str:
+    """What a recipe says for `spec` where the teacher is read as `now`."""
+    changes = []
+    if spec.channels != now.channels:
+        changes.append(f"channels: {spec.channels}")
+    if (spec.mean, spec.std) != (now.mean, now.std):
+        changes.append(f"mean: {_list(spec.mean)}, std: {_list(spec.std)}")
+    if spec.resize != now.resize:
+        changes.append(f"resize: {spec.resize}")
+    return ", ".join(changes)
 
 
 def _examine(dataset: Dataset, config: TeacherConfig, teacher: PredictorTeacher) -> dict[str, Any]:
@@ -91,28 +103,35 @@ def _examine(dataset: Dataset, config: TeacherConfig, teacher: PredictorTeacher)
     telling = [r for r in dataset.records if labels & set(r.labels[r.trainable].tolist())]
     if not telling:
         return {"doubtful": False, "says": f"teacher {teacher.name}: no training image shows a class that it knows"}
-    # A module of the user's own prepares its pictures by code, which no key of the recipe could change.
-    others = usual_readings(teacher.predictor.preprocess) if isinstance(config, OnnxTeacher) else {}
     records = telling[:: max(1, len(telling) // IMAGES)][:IMAGES]
     pictures = [load_image(record.path) for record in records]
     start = time.perf_counter()
-    first = [teacher.predictor.detect(picture) for picture in pictures[:FEWEST_IMAGES]]
-    per_image = (time.perf_counter() - start) / len(first)
-    count = min(len(records), max(FEWEST_IMAGES, int(SECONDS / per_image / (1 + len(others)))))
+    for picture in pictures[:FEWEST_IMAGES]:
+        teacher.predictor.detect(picture)
+    per_image = (time.perf_counter() - start) / len(pictures[:FEWEST_IMAGES])
+    # A module of the user's own prepares its pictures by code, which no key of the recipe could change.
+    searched = isinstance(config, OnnxTeacher)
+    count = min(len(records), max(FEWEST_IMAGES, int(SECONDS / per_image / (1 + _TRIES * searched))))
     records, pictures = records[:count], pictures[:count]
-    found = first + [teacher.predictor.detect(picture) for picture in pictures[len(first) :]]
-    now = agreement(records, found, dataset.class_names, known)
-    tried = {
-        declare: agreement(records, _detect(teacher.predictor, spec, pictures), dataset.class_names, known)
-        for declare, spec in others.items()
-    }
+
+    def measure(spec: PreprocessSpec) -> float:
+        found = _detect(teacher.predictor, spec, pictures)
+        return agreement(records, found, dataset.class_names, known)
+
+    spec = teacher.predictor.preprocess
+    now = measure(spec)
+    tried: dict[PreprocessSpec, float] = {}
+    if searched:  # first colours, then sizes with the best of them: all pairs would take three times as long
+        tried = {other: measure(other) for other in other_colours(spec)}
+        leading = max([spec, *tried], key=lambda other: tried.get(other, now))
+        tried |= {other: measure(other) for other in other_sizes(leading)}
     where = f"AP50 {100 * now:.1f} on {count} training images"
-    best = max(tried, key=lambda declare: tried[declare], default=None)
+    best = max(tried, key=lambda other: tried[other], default=None)
     doubtful = True
     if best is not None and tried[best] >= now + BETTER:
         says = (
-            f"teacher {teacher.name} may be read wrongly: {where}, but {100 * tried[best]:.1f} with `{best}`; declare that for "
-            "it in the recipe if it was trained so"
+            f"teacher {teacher.name} may be read wrongly: {where}, but {100 * tried[best]:.1f} with "
+            f"`{to_declare(best, spec)}`; declare that for it in the recipe if it was trained so"
         )
     elif now < POOR:
         says = (
@@ -122,7 +141,7 @@ def _examine(dataset: Dataset, config: TeacherConfig, teacher: PredictorTeacher)
     else:
         besides = f"; {len(tried)} other ways to prepare its pictures do no better" if tried else ""
         doubtful, says = False, f"teacher {teacher.name}: {where}{besides}"
-    return {"doubtful": doubtful, "says": says, "ap50": now, "images": count, "tried": tried}
+    return {"doubtful": doubtful, "says": says, "ap50": now, "images": count}
 
 
 def agreement(

@@ -24,7 +24,8 @@ BoolArray = NDArray[np.bool_]
 ImageArray = NDArray[np.uint8]
 """An RGB picture, (H, W, 3) uint8."""
 
-ResizeMode = Literal["stretch", "letterbox"]
+ResizeMode = Literal["stretch", "letterbox", "letterbox-corner"]
+Channels = Literal["rgb", "bgr"]
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,10 @@ class Dataset:
 class PreprocessSpec:
     """How an original image becomes a detector's input tensor; part of every artefact.
 
-    input = (RGB / 255 - mean) / std after resizing with OpenCV's bilinear filter: "stretch" to `input_hw`, or
-    "letterbox" (aspect kept, scaled by min(h/H, w/W), centred, padded with `pad_value`).
+    input = (pixels / 255 - mean) / std after resizing with OpenCV's bilinear filter: "stretch" to `input_hw`, or
+    "letterbox" (aspect kept, scaled by min(h/H, w/W), centred, padded with `pad_value`), or "letterbox-corner" (the same, in
+    the upper left corner). Ours are RGB and never in a corner; foreign detectors may be otherwise. `mean` and `std` are in the
+    order of `channels`.
     """
 
     input_hw: tuple[int, int]
@@ -164,6 +167,7 @@ class PreprocessSpec:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     pad_value: int = 114
+    channels: Channels = "rgb"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads it back."""
@@ -174,7 +178,8 @@ class PreprocessSpec:
         """Inverse of `to_dict`."""
         h, w = data["input_hw"]
         mean, std = (tuple(float(v) for v in data[key]) for key in ("mean", "std"))
-        return cls((int(h), int(w)), data["resize"], mean, std, int(data["pad_value"]))  # type: ignore[arg-type]
+        channels = data.get("channels", "rgb")  # files written before there was a choice
+        return cls((int(h), int(w)), data["resize"], mean, std, int(data["pad_value"]), channels)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

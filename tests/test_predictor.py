@@ -258,3 +258,18 @@ def test_real_black_boxes_find_what_is_there(name: str, voc2007: Path) -> None:
             total += int(record.trainable.sum())
     assert total > 10
     assert found / total > 0.6
+
+
+def test_yolox_is_fed_as_its_authors_do(tmp_path: Path) -> None:
+    cells = sum((64 // stride) * (96 // stride) for stride in (8, 16, 32))
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.normal(0, 0.5, (cells, 4)), rng.uniform(0, 1, (cells, 3))], 1)
+    path = write_constant_detector(tmp_path / "yolox.onnx", {"output": rows[None].astype(np.float32)})
+    options = OnnxTeacher(name="m", onnx=str(path), class_names=("a", "b"))
+    predictor = load_predictor(path, options=options)
+    spec = predictor.preprocess
+    assert (spec.channels, spec.resize, spec.std) == ("bgr", "letterbox-corner", (1 / 255,) * 3)
+    assert predictor.form.box_format == "grid-offsets"
+    assert any("[0, 255], BGR, not declared" in note for note in predictor.facts["notes"])
+    old = options.model_copy(update={"channels": "rgb", "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)})
+    assert load_predictor(path, options=old).preprocess.channels == "rgb"

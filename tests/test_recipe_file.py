@@ -85,7 +85,7 @@ CASES = {
         "    onnx: box.onnx",
         "    onnx: box.onnx\n    resize: letterbx",
         "9:13: teachers.0.resize",
-        'got "letterbx", expected one of auto, stretch, letterbox; did you mean letterbox?',
+        'got "letterbx", expected one of auto, stretch, letterbox, letterbox-corner; did you mean letterbox?',
     ),
     "union": (
         "  root: data",

@@ -334,3 +334,23 @@ def test_declared_y_before_x() -> None:
     _, boxes, scores = read(swapped, box_format="yxyx")
     np.testing.assert_allclose(boxes, BOXES, rtol=1e-5)
     np.testing.assert_allclose(scores, SCORES)
+
+
+def test_yolox_whose_boxes_are_not_decoded() -> None:
+    rng = np.random.default_rng(0)
+    cells = [(x, y, stride) for stride in (8, 16, 32) for y in range(HW[0] // stride) for x in range(HW[1] // stride)]
+    raw = np.concatenate([rng.uniform(-0.5, 1.5, (len(cells), 2)), rng.normal(0, 0.7, (len(cells), 2))], 1)
+    confidence, scores = rng.uniform(0.1, 0.9, (len(cells), 1)), rng.uniform(0, 1, (len(cells), 3))
+    wanted = []
+    for (x, y, stride), (dx, dy, w, h) in zip(cells, raw, strict=True):
+        cx, cy, half_w, half_h = (x + dx) * stride, (y + dy) * stride, np.exp(w) * stride / 2, np.exp(h) * stride / 2
+        wanted.append([cx - half_w, cy - half_h, cx + half_w, cy + half_h])
+    output = np.concatenate([raw, confidence, scores], 1).astype(np.float32)[None]
+    found, boxes, read_scores = read({"output": output})
+    assert (found.form.kind, found.form.box_format) == ("yolo-objectness", "grid-offsets")
+    np.testing.assert_allclose(boxes, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(read_scores, scores * confidence, rtol=1e-5)
+    with pytest.raises(UserError, match="not decoded"):  # rows that are not the cells of any grids
+        read({"output": output[:, :-1]})
+    with pytest.raises(RuntimeFailure, match="not the cells"):
+        decode({"output": output[:, :-1]}, found.form, HW)

@@ -8,7 +8,7 @@ import pytest
 
 from edgekd.errors import UserError
 from edgekd.recipe import OnnxTeacher
-from edgekd.teacher_check import check_readings, usual_readings
+from edgekd.teacher_check import check_readings, other_colours, other_sizes, to_declare
 from edgekd.teachers import build_teacher
 from edgekd.types import Dataset, ImageRecord, PreprocessSpec
 
@@ -128,9 +128,11 @@ def test_what_was_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         check(dataset, config_of(Path(config.onnx), resize="letterbox"), tmp_path / "elsewhere")
 
 
-def test_every_usual_reading_differs_from_the_present_one() -> None:
+def test_every_other_reading_differs_from_the_present_one() -> None:
     now = PreprocessSpec((64, 64), "letterbox", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    others = usual_readings(now)
-    assert len(others) == 7
-    assert now not in others.values()
-    assert others["resize: stretch"].mean == now.mean
+    others = [*other_colours(now), *other_sizes(now)]
+    assert len({now, *others}) == 8
+    assert {spec.channels for spec in others} == {"rgb", "bgr"}
+    declared = [to_declare(spec, now) for spec in others]
+    assert "channels: bgr, mean: [0.406, 0.456, 0.485], std: [0.003922, 0.003922, 0.003922]" in declared
+    assert declared[-2:] == ["resize: stretch", "resize: letterbox-corner"]

@@ -21,7 +21,7 @@ def normalise(image_u8: Any, preprocess: Mapping[str, Any]) -> Any:
     """(h, w, 3) uint8 RGB at input size to (1, 3, h, w) float32, as `edgekd.preprocess.normalise` does it."""
     mean, std = (np.array(preprocess[key], np.float32).reshape(3, 1, 1) for key in ("mean", "std"))
     scale, bias = (1.0 / (255.0 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-    chw = np.ascontiguousarray(image_u8.transpose(2, 0, 1))
+    chw = np.ascontiguousarray(image_u8.transpose(2, 0, 1)[:: -1 if preprocess.get("channels") == "bgr" else 1])
     out = np.multiply(chw, scale, dtype=np.float32)
     out += bias
     return out[None]

@@ -28,7 +28,9 @@ from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
 
 SCHEMA = "edgekd.onnx/1"
 OnnxEngine = Literal["onnxruntime", "openvino"]
-_FOREIGN_KEYS = ("resize", "mean", "std", "class_names", "output", "box_format", "score_activation", "background")
+_FOREIGN_KEYS = (
+    *("resize", "channels", "mean", "std", "class_names", "output", "box_format", "score_activation", "background"),
+)
 _ZERO, _ONE, _BYTES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1 / 255, 1 / 255, 1 / 255)
 
 
@@ -140,12 +142,17 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
     found = recognise(Probe(str(path), own, input_hw), declared, names_in_metadata(metadata))
     yolo = found.form.kind.startswith("yolo") or "stride" in metadata
     base = PreprocessSpec(input_hw, "letterbox" if yolo else "stretch", _ZERO, std)
+    if found.form.box_format == "grid-offsets":  # YOLOX, whose authors feed it what OpenCV reads
+        base = PreprocessSpec(input_hw, "letterbox-corner", _ZERO, _BYTES, channels="bgr")
     preprocess = _declared_preprocess(base, input_hw, declared)
     notes = [*found.notes]
     if declared.resize == "auto":
         notes.append(f"images resized by {preprocess.resize}, as is usual for such outputs; `resize` declares it")
     if declared.mean is None and declared.std is None and not runtime.takes_bytes:
-        notes.append("pixels scaled to [0, 1], not declared; `mean` and `std` declare it")
+        span = "[0, 1]" if base.std == _ONE else "[0, 255]"
+        notes.append(
+            f"pixels scaled to {span}, {base.channels.upper()}, not declared; `mean`, `std`, `channels` declare it"
+        )
     facts = {"path": str(path), "precision": _precision(runtime), "notes": tuple(notes)}
     grids = _tap_grids(path, arrays, declared.taps)
     return OnnxDetector(runtime, found.class_names, preprocess, found.form, facts, grids)
@@ -184,6 +191,7 @@ def _declared_preprocess(base: PreprocessSpec, input_hw: tuple[int, int], declar
         base.mean if declared.mean is None else declared.mean,
         base.std if declared.std is None else declared.std,
         base.pad_value,
+        base.channels if declared.channels == "auto" else declared.channels,
     )
 
 

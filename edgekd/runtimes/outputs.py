@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal, Mapping
 
 import numpy as np
@@ -13,10 +14,12 @@ from edgekd.errors import ArtifactError, RuntimeFailure
 from edgekd.types import FloatArray, IntArray
 
 OutputKind = Literal["boxes-scores", "yolo", "yolo-objectness", "detections"]
-BoxFormat = Literal["xyxy", "cxcywh", "yxyx", "xyxy-normalised", "cxcywh-normalised", "yxyx-normalised"]
+BoxFormat = Literal["xyxy", "cxcywh", "yxyx", "xyxy-normalised", "cxcywh-normalised", "yxyx-normalised", "grid-offsets"]
 Activation = Literal["none", "sigmoid", "softmax"]
 Background = Literal["none", "first", "last"]
 Arrays = Mapping[str, NDArray[Any]]
+GRID_STRIDES = ((8, 16, 32), (8, 16, 32, 64))
+"""Of "grid-offsets", by the number of candidates."""
 NORMALISED_BELOW = 2.0
 """Boxes that all end within it are shares of the input: in pixels they would lie in one corner of it."""
 _HIGHEST_SCORE = 1.01  # half precision rounds
@@ -32,7 +35,8 @@ class OutputFormat:
         names: the arrays by role. boxes-scores: (boxes, scores). detections: (boxes, scores, labels) or
             (boxes, scores, labels, count), or (boxes with scores, labels), or one array of rows. yolo: one array.
         num_classes: K, without background.
-        box_format: coding of the boxes; "normalised" means shares of the input's width and height.
+        box_format: coding of the boxes; "normalised" means shares of the input's width and height; "grid-offsets" is
+            YOLOX's: centres from the cell in cells, and logarithms of the extent in cells, fine to coarse.
         activation: what turns the scores into probabilities.
         background: where a score column for "no object" stands; in "detections", "first" means labels start at 1.
         channels_first: values run along the second to last axis, candidates along the last.
@@ -211,9 +215,31 @@ def _box_format(boxes: NDArray[Any], form: OutputFormat) -> BoxFormat:
     return form.box_format
 
 
+@lru_cache(maxsize=4)
+def grid_cells(input_hw: tuple[int, int], candidates: int) -> FloatArray | None:
+    """(P, 3) x, y and stride of every cell of the grids that have so many cells in all; None if no grids do."""
+    for strides in GRID_STRIDES:
+        grids = {s: np.indices((input_hw[0] // s, input_hw[1] // s))[::-1].reshape(2, -1).T for s in strides}
+        cells = np.concatenate([np.insert(grid, 2, stride, 1) for stride, grid in grids.items()])
+        if len(cells) == candidates:
+            return cells.astype(np.float32)
+    return None
+
+
+def _from_grid(boxes: FloatArray, input_hw: tuple[int, int]) -> FloatArray:
+    cells = grid_cells(input_hw, len(boxes))
+    if cells is None:
+        raise ValueError(f"{len(boxes)} candidates are not the cells of strides 8, 16, 32 (and 64)")
+    stride = cells[:, 2:]
+    extent = np.exp(np.minimum(boxes[:, 2:], 20.0))  # what is larger is no box, and must not become infinite
+    return xyxy_from_cxcywh(np.concatenate([(boxes[:, :2] + cells[:, :2]) * stride, extent * stride], 1))
+
+
 def _to_pixels(boxes: FloatArray, box_format: BoxFormat, input_hw: tuple[int, int]) -> FloatArray:
     if box_format.startswith("cxcywh"):
         boxes = xyxy_from_cxcywh(boxes)
+    elif box_format == "grid-offsets":
+        boxes = _from_grid(boxes, input_hw)
     elif box_format.startswith("yxyx"):
         boxes = boxes[:, [1, 0, 3, 2]]
     if box_format.endswith("normalised"):

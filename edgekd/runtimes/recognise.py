@@ -24,6 +24,7 @@ from edgekd.runtimes.outputs import (
     OutputFormat,
     OutputKind,
     activate,
+    grid_cells,
     item_of,
 )
 from edgekd.types import FloatArray
@@ -248,7 +249,8 @@ def _yolo(
         )
     values = np.asarray(table if channels_first else table.T, np.float32)
     activation = _activation(values[4:].T, declared, "sigmoid")
-    box_format = _box_format(probe, values[:4].T, declared, usual="cxcywh")
+    offsets = declared.box_format == "auto" and kind == "yolo-objectness" and _are_grid_offsets(probe, values[:4].T)
+    box_format: BoxFormat = "grid-offsets" if offsets else _box_format(probe, values[:4].T, declared, usual="cxcywh")
     form = OutputFormat(kind, (name,), len(class_names), box_format, activation, "none", channels_first)
     return Recognised(form, class_names, (f"outputs recognised as {kind}, boxes as {box_format}", *notes))
 
@@ -423,6 +425,11 @@ def _box_format(probe: Probe, boxes: FloatArray, declared: OnnxTeacher, usual: s
         )
     form = "xyxy" if as_corners else "cxcywh"
     return cast(BoxFormat, form + ("-normalised" if normalised else ""))
+
+
+def _are_grid_offsets(probe: Probe, boxes: FloatArray) -> bool:
+    """Whether a head's boxes are not decoded, as YOLOX exports them: one a cell, some extents' logarithms below 0."""
+    return bool((boxes[:, 2:] < 0).any()) and grid_cells(probe.input_hw, len(boxes)) is not None
 
 
 def _mostly_inside(boxes: FloatArray, width: float, height: float) -> bool:

@@ -171,7 +171,8 @@ class AdapterTeacher(PredictorTeacher):
         self._check_request(images_u8, taps)
         device = torch.device(self._runtime.provider)
         scale, bias = (torch.from_numpy(values).to(device) for values in normalisation(self.preprocess))
-        images = images_u8.to(device, torch.float32).mul_(scale).add_(bias)
+        pixels = images_u8.flip(1) if self.preprocess.channels == "bgr" else images_u8
+        images = pixels.to(device, torch.float32).mul_(scale).add_(bias)
         maps: Mapping[str, Tensor] = {}
         if taps and isinstance(self._adapter, TappedAdapter):
             with torch.no_grad():

@@ -72,7 +72,8 @@ class PredictorTeacher:
         """
         self._check_request(images_u8, taps)
         scale, bias = normalisation(self.preprocess)
-        images = np.ascontiguousarray(images_u8.cpu().numpy() * scale + bias, np.float32)
+        pixels = images_u8.cpu().numpy()[:, :: -1 if self.preprocess.channels == "bgr" else 1]
+        images = np.ascontiguousarray(pixels * scale + bias, np.float32)
         runtime = self.predictor.runtime
         size = len(images) if getattr(runtime, "dynamic_batch", False) else max(1, runtime.input_shape[0])
         answers: list[SoftDetections] = []
