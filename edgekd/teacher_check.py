@@ -19,7 +19,7 @@ from edgekd.data.images import load_image
 from edgekd.predictor import Predictor
 from edgekd.recipe import OnnxTeacher, TeacherConfig
 from edgekd.teachers.predicted import PredictorTeacher
-from edgekd.types import Channels, Dataset, Detections, ImageArray, ImageRecord, PreprocessSpec, ResizeMode
+from edgekd.types import BoolArray, Channels, Dataset, Detections, ImageRecord, PreprocessSpec, ResizeMode
 
 IMAGES = 32
 """A teacher is tried on so many training images at most."""
@@ -67,7 +67,10 @@ def check_readings(
         inputs = {"teacher": dict(identity), "data": data_identity, "classes": list(dataset.class_names)}
         if not is_current(place, "reading", inputs):
             place.mkdir(parents=True, exist_ok=True)
-            write_json(place / "reading.json", _examine(dataset, config, teacher))
+            # A module of the user's own prepares its pictures by code, which no key of the recipe could change.
+            searched = isinstance(config, OnnxTeacher)
+            found = examine(dataset, f"teacher {teacher.name}", teacher.predictor, teacher.known, searched=searched)
+            write_json(place / "reading.json", found)
             write_manifest(place, "reading", inputs, ["reading.json"], {"teacher": teacher.name})
         found = json.loads((place / "reading.json").read_text(encoding="utf-8"))
         (warnings if found["doubtful"] else notes).append(found["says"])
@@ -97,50 +100,60 @@ def to_declare(spec: PreprocessSpec, now: PreprocessSpec) -> str:
     return ", ".join(changes)
 
 
-def _examine(dataset: Dataset, config: TeacherConfig, teacher: PredictorTeacher) -> dict[str, Any]:
-    known = [name for name, knows in zip(dataset.class_names, teacher.known, strict=True) if knows]
-    labels = {label for label, knows in enumerate(teacher.known) if knows}
+def examine(
+    dataset: Dataset, who: str, predictor: Predictor, knows: Sequence[bool] | BoolArray, *, searched: bool = True
+) -> dict[str, Any]:
+    """How well a detector agrees with the labels of some images, and what would agree better.
+
+    Args:
+        dataset: labelled. who: what messages call the detector.
+        predictor: answering in the set's classes. knows: for each of them, whether it can be found at all.
+        searched: whether other ways to prepare pictures are tried.
+
+    Returns:
+        "says", a sentence, and "doubtful", whether it is a warning.
+    """
+    known = [name for name, found in zip(dataset.class_names, knows, strict=True) if found]
+    labels = {label for label, found in enumerate(knows) if found}
     telling = [r for r in dataset.records if labels & set(r.labels[r.trainable].tolist())]
     if not telling:
-        return {"doubtful": False, "says": f"teacher {teacher.name}: no training image shows a class that it knows"}
+        return {"doubtful": False, "says": f"{who}: no image shows a class that it knows"}
     records = telling[:: max(1, len(telling) // IMAGES)][:IMAGES]
     pictures = [load_image(record.path) for record in records]
     start = time.perf_counter()
     for picture in pictures[:FEWEST_IMAGES]:
-        teacher.predictor.detect(picture)
+        predictor.detect(picture)
     per_image = (time.perf_counter() - start) / len(pictures[:FEWEST_IMAGES])
-    # A module of the user's own prepares its pictures by code, which no key of the recipe could change.
-    searched = isinstance(config, OnnxTeacher)
     count = min(len(records), max(FEWEST_IMAGES, int(SECONDS / per_image / (1 + _TRIES * searched))))
     records, pictures = records[:count], pictures[:count]
 
     def measure(spec: PreprocessSpec) -> float:
-        found = _detect(teacher.predictor, spec, pictures)
-        return agreement(records, found, dataset.class_names, known)
+        prepared = predictor.with_preprocess(spec)
+        return agreement(records, [prepared.detect(picture) for picture in pictures], dataset.class_names, known)
 
-    spec = teacher.predictor.preprocess
+    spec = predictor.preprocess
     now = measure(spec)
     tried: dict[PreprocessSpec, float] = {}
     if searched:  # first colours, then sizes with the best of them: all pairs would take three times as long
         tried = {other: measure(other) for other in other_colours(spec)}
         leading = max([spec, *tried], key=lambda other: tried.get(other, now))
         tried |= {other: measure(other) for other in other_sizes(leading)}
-    where = f"AP50 {100 * now:.1f} on {count} training images"
+    where = f"AP50 {100 * now:.1f} on {count} of the images of {dataset.split}"
     best = max(tried, key=lambda other: tried[other], default=None)
     doubtful = True
     if best is not None and tried[best] >= now + BETTER:
         says = (
-            f"teacher {teacher.name} may be read wrongly: {where}, but {100 * tried[best]:.1f} with "
-            f"`{to_declare(best, spec)}`; declare that for it in the recipe if it was trained so"
+            f"{who} may be read wrongly: {where}, but {100 * tried[best]:.1f} with "
+            f"`{to_declare(best, spec)}`; declare that for it if it was trained so"
         )
     elif now < POOR:
         says = (
-            f"teacher {teacher.name} agrees with hardly any label: {where}; its class names and map, box format or the labels "
+            f"{who} agrees with hardly any label: {where}; its class names and map, box format or the labels "
             "may be wrong (`edgekd predict` draws what it finds), or it does not know such pictures"
         )
     else:
         besides = f"; {len(tried)} other ways to prepare its pictures do no better" if tried else ""
-        doubtful, says = False, f"teacher {teacher.name}: {where}{besides}"
+        doubtful, says = False, f"{who}: {where}{besides}"
     return {"doubtful": doubtful, "says": says, "ap50": now, "images": count}
 
 
@@ -153,11 +166,6 @@ def agreement(
     per_class = evaluate(records, found, class_names).per_class
     figures = [value for name in known if (value := per_class[name].ap50) is not None]
     return sum(figures) / len(figures) if figures else 0.0
-
-
-def _detect(predictor: Predictor, spec: PreprocessSpec, pictures: Sequence[ImageArray]) -> list[Detections]:
-    other = predictor.with_preprocess(spec)
-    return [other.detect(picture) for picture in pictures]
 
 
 def _list(values: Sequence[float]) -> str:

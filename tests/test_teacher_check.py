@@ -98,13 +98,15 @@ def test_a_teacher_read_rightly_is_left_in_peace(tmp_path: Path) -> None:
     config = config_of(path, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     notes, warnings = check(labelled(tmp_path), config, tmp_path / "answers")
     assert not warnings
-    assert notes == ["teacher t: AP50 100.0 on 10 training images; 7 other ways to prepare its pictures do no better"]
+    assert notes == [
+        "teacher t: AP50 100.0 on 10 of the images of train; 7 other ways to prepare its pictures do no better"
+    ]
 
 
 def test_a_teacher_that_agrees_with_nothing_is_named(tmp_path: Path) -> None:
     path = detector_file(tmp_path / "t.onnx", below=10.0, box=(44.0, 0.0, 60.0, 16.0))
     _, warnings = check(labelled(tmp_path), config_of(path), tmp_path / "answers")
-    assert "agrees with hardly any label: AP50 0.0 on 10 training images" in warnings[0]
+    assert "agrees with hardly any label: AP50 0.0 on 10 of the images of train" in warnings[0]
 
 
 def test_a_class_that_no_picture_shows_proves_nothing(tmp_path: Path) -> None:
@@ -112,17 +114,17 @@ def test_a_class_that_no_picture_shows_proves_nothing(tmp_path: Path) -> None:
     config = config_of(path, class_names=("ring", "other"))
     notes, warnings = check(labelled(tmp_path), config, tmp_path / "answers")
     assert not warnings
-    assert notes == ["teacher t: no training image shows a class that it knows"]
+    assert notes == ["teacher t: no image shows a class that it knows"]
 
 
 def test_what_was_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset, config = labelled(tmp_path), config_of(detector_file(tmp_path / "t.onnx", below=10.0))
     first = check(dataset, config, tmp_path / "answers")
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise UserError("examined again")
 
-    monkeypatch.setattr("edgekd.teacher_check._examine", never)
+    monkeypatch.setattr("edgekd.teacher_check.examine", never)
     assert check(dataset, config, tmp_path / "answers") == first
     with pytest.raises(UserError, match="again"):
         check(dataset, config_of(Path(config.onnx), resize="letterbox"), tmp_path / "elsewhere")

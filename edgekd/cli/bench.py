@@ -7,7 +7,15 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from edgekd.cli.bench_entries import asked_ensemble, bench_config, declared, on_runtimes, one_provider, with_graphs
+from edgekd.cli.bench_entries import (
+    asked_ensemble,
+    bench_config,
+    declared,
+    doubts,
+    on_runtimes,
+    one_provider,
+    with_graphs,
+)
 from edgekd.cli.bench_options import (
     AcrossOption,
     BaselineFilesOption,
@@ -199,6 +207,9 @@ def bench(
             max_detections=max_detections,
         )
         dataset = read_dataset(data, split, format=format, limit=wanted.limit)
+        if not quick:
+            for doubt in doubts(entries, dataset):
+                Terminal(session.quiet).warn(doubt)
         gate = None
         if baseline is not None and limits is not None:
             gate = open_gate(

@@ -9,6 +9,7 @@ from edgekd.cli.deploy import foreign_options, provider_of
 if TYPE_CHECKING:
     from edgekd.bench.entries import BenchArtifact, BenchEnsemble
     from edgekd.recipe import BenchConfig
+    from edgekd.types import Dataset
 
 
 def declared(
@@ -19,6 +20,24 @@ def declared(
 
     options = foreign_options(artifact.path, classes, output, input_size, declare)
     return artifact if options is None or artifact.path.suffix != ".onnx" else replace(artifact, options=options)
+
+
+def doubts(entries: list[BenchArtifact], dataset: Dataset) -> list[str]:
+    """Which foreign files seem to be fed pictures otherwise than they were trained; files that say it themselves never do."""
+    from edgekd.predictor import load_predictor
+    from edgekd.teacher_check import examine
+
+    found = []
+    for entry in {entry.path: entry for entry in reversed(entries) if entry.path.suffix == ".onnx"}.values():
+        with load_predictor(entry.path, options=entry.options) as predictor:
+            if predictor.facts.get("model") is not None:
+                continue
+            mapped = predictor.with_classes(dataset.class_names, entry.class_map)
+            knows = [True] * len(dataset.class_names) if mapped.class_map is None else mapped.class_map.known.tolist()
+            outcome = examine(dataset, entry.name, mapped, knows)
+            if outcome["doubtful"]:
+                found.append(outcome["says"])
+    return found
 
 
 def with_graphs(artifacts: list[BenchArtifact]) -> list[BenchArtifact]:
