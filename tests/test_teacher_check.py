@@ -5,12 +5,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from edgekd.bench.entries import BenchArtifact
+from edgekd.cli import app
+from edgekd.cli.bench_entries import doubts
 from edgekd.errors import UserError
 from edgekd.recipe import OnnxTeacher
 from edgekd.teacher_check import check_readings, other_colours, other_sizes, to_declare
 from edgekd.teachers import build_teacher
 from edgekd.types import Dataset, ImageRecord, PreprocessSpec
+from tests.data_layouts import make_voc
 
 BOX = (8.0, 8.0, 40.0, 40.0)
 
@@ -138,3 +143,38 @@ def test_every_other_reading_differs_from_the_present_one() -> None:
     declared = [to_declare(spec, now) for spec in others]
     assert "channels: bgr, mean: [0.406, 0.456, 0.485], std: [0.003922, 0.003922, 0.003922]" in declared
     assert declared[-2:] == ["resize: stretch", "resize: letterbox-corner"]
+
+
+def test_bench_doubts_foreign_files_alone_and_each_once(tmp_path: Path, checkpoint: Path) -> None:
+    dataset, path = labelled(tmp_path), detector_file(tmp_path / "wrong.onnx", below=-1.5)
+    right = config_of(path, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    entry = BenchArtifact(path, "wrong", options=config_of(path))
+    (found,) = doubts(
+        [entry, BenchArtifact(path, "again", options=config_of(path)), BenchArtifact(checkpoint, "ours")], dataset
+    )
+    assert found.startswith("wrong may be read wrongly: AP50 50")
+    assert doubts([BenchArtifact(path, "right", options=right)], dataset) == []
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_bench_says_so_unless_it_is_to_be_quick(tmp_path: Path, quick: bool) -> None:
+    make_voc(tmp_path / "data", {"val": {f"p{index}": [("square", (7, 6, 30, 30))] for index in range(10)}})
+    # (6, 5, 30, 30) counted from 0, in a picture of 40 x 60 that is stretched to 64 x 64
+    path = detector_file(
+        tmp_path / "wrong.onnx", below=-1.5, box=(6 * 64 / 60, 5 * 64 / 40, 30 * 64 / 60, 30 * 64 / 40)
+    )
+    options = [
+        "--classes",
+        "square,ring",
+        "--declare",
+        "box_format=xyxy",
+        "--declare",
+        "resize=stretch",
+        "--threads",
+        "1",
+    ]
+    where = ["--data", tmp_path / "data", "--split", "val", "--out", tmp_path / "result.json", "--samples", "20"]
+    given = ["bench", path, *options, *where, "--warmup", "0", *(["--quick"] if quick else [])]
+    result = CliRunner().invoke(app, [str(argument) for argument in given])
+    assert result.exit_code == 0, result.output
+    assert ("wrong may be read wrongly" in result.output) is not quick

@@ -170,6 +170,9 @@ class Tapped(Adapter):
         return self(images), {"mean": images.mean((2, 3), keepdim=True)}
 
 def tapped(): return Tapped()
+class Reversed(Tapped):
+    preprocess = PreprocessSpec((64, 96), "stretch", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), channels="bgr")
+
 def refuses(): raise RuntimeError("no licence")
 def nothing(): return object()
 """
@@ -204,6 +207,16 @@ def test_taps_of_an_adapter(adapters: str) -> None:
     teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:tapped"), NAMES)
     output = teacher.respond(torch.full((2, 3, 64, 96), 255, dtype=torch.uint8), ["mean"])
     torch.testing.assert_close(output.taps["mean"], torch.ones(2, 3, 1, 1))
+
+
+def test_online_too_a_bgr_teacher_gets_blue_first(adapters: str, tmp_path: Path) -> None:
+    blue = torch.zeros(1, 3, 64, 96, dtype=torch.uint8)
+    blue[:, 2] = 255
+    own = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:Reversed"), NAMES)
+    assert own.respond(blue, ["mean"]).taps["mean"].flatten().tolist() == [1, -1, -1]
+    path = onnx_file(tmp_path / "t.onnx")
+    file = build_teacher(onnx_config(path, channels="bgr", taps={"inner": "inner"}), NAMES)
+    assert file.respond(blue, ["inner"]).taps["inner"].mean((0, 2, 3)).tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize(

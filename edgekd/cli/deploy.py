@@ -59,8 +59,8 @@ DeclareOption = Annotated[
     list[str] | None,
     typer.Option(
         "--declare",
-        help="Another key of a recipe's ONNX teachers: resize=stretch, mean=[0.485,0.456,0.406], std=[...], box_format=..., "
-        "score_activation=..., background=... Repeat it for more.",
+        help="Another key of a recipe's ONNX teachers: resize=stretch, channels=bgr, mean=[0.485,0.456,0.406], std=[...], "
+        "box_format=..., score_activation=..., background=... Repeat it for more.",
         metavar="KEY=VALUE",
         rich_help_panel=FOREIGN,
     ),

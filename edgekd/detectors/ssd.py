@@ -132,8 +132,8 @@ class SsdLiteNeck(nn.Module):
     def stay_on_single_cells(self, grids_hw: Sequence[tuple[int, int]]) -> None:
         """Stride 1 wherever a level of these (fine to coarse) has one cell: the same result, and the same gradient.
 
-        With stride 2, oneDNN's bf16 gradient of a depthwise convolution on one cell, channels last, leaves the weights' other
-        eight places as they were in memory: NaN sooner or later, at 224 and 256 pixels (torch 2.13, AVX-512 BF16).
+        With stride 2, oneDNN's bf16 gradient of a depthwise convolution on one cell, channels last, leaves the weights left and
+        right of the centre as they were in memory: NaN sooner or later, at 224 and 256 pixels (torch 2.13, AVX-512 BF16).
         """
         for extra, (height, width) in zip(self.extras, grids_hw[-len(self.extras) - 1 :], strict=False):
             if height == width == 1:
