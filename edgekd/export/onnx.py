@@ -94,7 +94,7 @@ def _fold_batch_norms(module: nn.Module) -> None:
             continue
         for position in range(len(parent) - 1):
             conv, norm = parent[position], parent[position + 1]
-            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+            if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
                 parent[position], parent[position + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
 
 

@@ -22,6 +22,7 @@ from edgekd.detectors.backbones.layers import (
     Backbone,
     BackboneMaps,
     MapSpec,
+    convolution,
     initialise,
     scaled_channels,
 )
@@ -33,10 +34,6 @@ _STAGES = (
 )
 _DEPTH = {0: 1.0, 1: 1.1}
 _EPS = 1e-3  # of the published checkpoints
-
-
-def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -51,11 +48,11 @@ class LiteBlock(nn.Module):
         hidden = in_channels * expansion
         self.expands = expansion != 1
         if self.expands:
-            self._expand_conv = _conv(in_channels, hidden, 1)
+            self._expand_conv = convolution(in_channels, hidden, 1)
             self._bn0 = _norm(hidden)
-        self._depthwise_conv = _conv(hidden, hidden, kernel, stride, groups=hidden)
+        self._depthwise_conv = convolution(hidden, hidden, kernel, stride, groups=hidden)
         self._bn1 = _norm(hidden)
-        self._project_conv = _conv(hidden, out_channels, 1)
+        self._project_conv = convolution(hidden, out_channels, 1)
         self._bn2 = _norm(out_channels)
         self.hidden_channels, self.stride = hidden, stride
         self.has_shortcut = stride == 1 and in_channels == out_channels
@@ -80,7 +77,7 @@ class EfficientNetLite(Backbone):
     def __init__(self, variant: Literal[0, 1] = 0, width: float = 1.0) -> None:
         super().__init__()
         channels = scaled_channels(32, width)
-        self._conv_stem = _conv(3, channels, 3, 2)
+        self._conv_stem = convolution(3, channels, 3, 2)
         self._bn0 = _norm(channels)
         blocks: list[LiteBlock] = []
         for stage, (repeats, kernel, first_stride, expansion, out) in enumerate(_STAGES):
@@ -91,7 +88,7 @@ class EfficientNetLite(Backbone):
                 channels = out_channels
         self._blocks = nn.ModuleList(blocks)
         last = scaled_channels(1280, width)
-        self._conv_head = _conv(channels, last, 1)
+        self._conv_head = convolution(channels, last, 1)
         self._bn1 = _norm(last)
         strided = [index for index, block in enumerate(blocks) if block.stride == 2]
         self._last_at_stride_8, self._first_at_stride_32 = strided[2] - 1, strided[3]

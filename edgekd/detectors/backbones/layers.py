@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from edgekd.detectors.backbones.depthwise import DepthwiseConv2d
+
 BN_MOMENTUM = 0.03
 """Share of each batch in BatchNorm's running statistics. torch's 0.1 remembers about ten batches, and the coarsest
 levels of a detector see a handful of cells a batch, so the statistics that deployment uses would be noisy; TensorFlow's
@@ -62,6 +64,13 @@ def scaled_channels(channels: int, width: float, floor: int = 8) -> int:
     return max(floor, rounded)
 
 
+def convolution(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution without bias: (B, in, H, W) to (B, out, ceil(H / stride), ceil(W / stride))."""
+    if groups == in_channels == out_channels > 1:
+        return DepthwiseConv2d(in_channels, kernel, stride)
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
 class ConvUnit(nn.Sequential):
     """Convolution without bias, batch norm, ReLU6: (B, in, H, W) to (B, out, ceil(H / stride), ceil(W / stride))."""
 
@@ -69,7 +78,7 @@ class ConvUnit(nn.Sequential):
         self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, groups: int = 1, eps: float = 1e-5
     ) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
+            convolution(in_channels, out_channels, kernel, stride, groups),
             nn.BatchNorm2d(out_channels, eps=eps, momentum=BN_MOMENTUM),
             nn.ReLU6(inplace=True),
         )
