@@ -6,6 +6,7 @@ over the whole batch (`ranks`). Only the first process writes and evaluates.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.detectors.shared_norm import share_batch_norm
 from edgekd.distill import Clock, Distiller, term_parameters
 from edgekd.errors import UserError
-from edgekd.heap import give_back
+from edgekd.heap import give_back, kept
 from edgekd.learning import LearningStep, StepInput, check_finite
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import METRICS_FILE, Listener, RunLog
@@ -96,6 +97,7 @@ def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult
     trainer = _Trainer(job)
     on_gpu = trainer.fabric.device.type == "cuda"
     with (
+        contextlib.nullcontext() if on_gpu else kept(),
         fitting_threads(trainer.learner.detector, job.train.batch_size, on_gpu),
         RunLog(job.out, start_step=trainer.progress.step, listener=listener, enabled=trainer.is_first) as log,
     ):

@@ -1,14 +1,43 @@
 from __future__ import annotations
 
 import platform
+import resource
 
 import psutil
 import pytest
+import torch
 
-from edgekd.heap import give_back
+from edgekd.heap import give_back, kept
+
+only_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed pages in its heap")
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+@only_glibc
+def test_large_tensors_take_the_same_pages_again_while_freed_memory_is_kept() -> None:
+    size = 64 * 2**20
+    pages = size // resource.getpagesize()
+
+    def faults_of_ten() -> int:
+        before = page_faults()
+        for _ in range(10):
+            torch.ones(size // 4)
+        return page_faults() - before
+
+    process = psutil.Process()
+    assert faults_of_ten() > 5 * pages
+    with kept():
+        faults_of_ten()  # until the holes are as large as what is asked for
+        assert faults_of_ten() < pages
+        inside = process.memory_info().rss
+    assert process.memory_info().rss < inside - size // 2, "what was kept goes back at the end"
+    assert faults_of_ten() > 5 * pages
+
+
+@only_glibc
 def test_freed_memory_goes_back_although_something_behind_it_lives_on() -> None:
     process, size = psutil.Process(), 100_000  # below what glibc would map apart
     rows = [bytearray(size) for _ in range(2000)]
