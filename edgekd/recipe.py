@@ -113,6 +113,11 @@ class TrainConfig(_Section):
         description="Backbone's learning rate as a share of lr; 0 freezes it. auto: 0.3 of a backbone with `weights`, which "
         "has less to learn than a new head, else 1.",
     )
+    freeze_stride: Literal[0, 2, 4, 8] = Field(
+        0,
+        description="The layers of an SSD's pretrained backbone whose maps have at most this stride keep their weights and "
+        "batch-norm statistics: they are most of a CPU step's time. 0: none.",
+    )
     weight_decay: float = Field(0.01, ge=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum.")
     warmup_steps: Count | Literal["auto"] = Field(

@@ -31,7 +31,15 @@ from edgekd.heap import give_back, kept
 from edgekd.learning import LearningStep, StepInput, check_finite
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import METRICS_FILE, Listener, RunLog
-from edgekd.training_setup import StopSignals, fitting_threads, lr_factor, make_fabric, make_optimizer, moving_average
+from edgekd.training_setup import (
+    StopSignals,
+    fitting_threads,
+    frozen_layers,
+    lr_factor,
+    make_fabric,
+    make_optimizer,
+    moving_average,
+)
 from edgekd.training_state import RunState, refuse_foreign
 from edgekd.types import Dataset
 from edgekd.validate import ResizedImages, detect_dataset
@@ -129,7 +137,9 @@ class _Trainer:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.learner.channels_last = True
         extra = list(term_parameters(distiller))
-        optimizer = make_optimizer(detector, extra, self.cfg, pretrained=job.model.weights is not None)
+        pretrained = job.model.weights is not None
+        self.frozen = frozen_layers(detector, self.cfg.freeze_stride, pretrained=pretrained)
+        optimizer = make_optimizer(detector, extra, self.cfg, pretrained=pretrained)
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.module, self.optimizer = self.fabric.setup(self.learner, optimizer)
         if ema is not None:
@@ -163,6 +173,8 @@ class _Trainer:
 
     def _epoch(self, epoch: int, log: RunLog) -> None:
         self.learner.train()
+        for layer in self.frozen:
+            layer.eval()
         if self.learner.distiller is not None and self.progress.batch == 0:  # else it has begun, before the cut
             for entry in self.learner.distiller.terms:
                 entry.term.begin_epoch(epoch, self.cfg.epochs)

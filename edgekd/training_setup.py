@@ -20,9 +20,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from edgekd import ranks
+from edgekd.detectors.backbones.layers import Backbone
 from edgekd.detectors.base import Detector
 from edgekd.detectors.complexity import count_macs
-from edgekd.errors import UserError
+from edgekd.errors import RecipeError, UserError
 from edgekd.recipe import TrainConfig
 
 
@@ -114,6 +115,29 @@ PRETRAINED_LR_FACTOR = 0.3
 """Of `backbone_lr_factor: auto` where the backbone comes with weights (measured: benchmarks/)."""
 
 
+def frozen_layers(detector: Detector, stride: int, *, pretrained: bool) -> list[nn.Module]:
+    """The backbone's layers whose maps have at most this stride, which learn nothing from now on; none for 0.
+
+    They still have to be kept in evaluation mode, for the sake of their batch norms' statistics.
+
+    Raises:
+        RecipeError: a backbone without weights of its own, or one that is no SSD's.
+    """
+    if not stride:
+        return []
+    backbone = getattr(detector, "backbone", None)
+    if not isinstance(backbone, Backbone) or not pretrained:
+        raise RecipeError(
+            f"train.freeze_stride: {stride} keeps the first layers of a pretrained SSD backbone as they are",
+            got=f"{detector.spec.model} {'with' if pretrained else 'without'} `weights`",
+            fix="give the model `weights`, or leave train.freeze_stride out",
+        )
+    layers = backbone.to_stride(stride)
+    for layer in layers:
+        layer.requires_grad_(False)
+    return layers
+
+
 def make_optimizer(
     detector: Detector, extra: list[nn.Parameter], config: TrainConfig, *, pretrained: bool
 ) -> torch.optim.Optimizer:
@@ -127,6 +151,8 @@ def make_optimizer(
         factor = PRETRAINED_LR_FACTOR if pretrained else 1.0
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in detector.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_backbone = name.startswith("backbone.")
         if is_backbone and factor == 0:
             parameter.requires_grad_(False)

@@ -121,3 +121,19 @@ def test_names_and_shapes_are_the_published_ones(name: str, expected: dict[str, 
     state = BACKBONES[name](1.0).state_dict()
     for key, shape in expected.items():
         assert state[key].shape == shape
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_layers_to_a_stride_are_those_and_no_more(name: str, stride: int) -> None:
+    backbone = BACKBONES[name](0.25).eval()
+    layers = backbone.to_stride(stride)
+    rest = [layer for layer in backbone.to_stride(64) if layer not in layers]
+    x = torch.randn(1, 3, 64, 64)
+    for layer in layers:
+        x = layer(x)
+    assert x.shape[-1] == 64 // stride
+    assert rest[0](x).shape[-1] == 32 // stride
+    # Together they are the whole backbone, each parameter once.
+    owned = [parameter for layer in [*layers, *rest] for parameter in layer.parameters()]
+    assert len(owned) == len(list(backbone.parameters()))

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from edgekd.checkpoint import load_detector
+from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, Targets
-from edgekd.errors import ArtifactError, NonFiniteLossError, UserError
+from edgekd.errors import ArtifactError, NonFiniteLossError, RecipeError, UserError
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
 from edgekd.train import TrainJob, lr_factor, train_detector
@@ -222,6 +223,28 @@ def test_a_frozen_backbone_stays(tmp_path: Path) -> None:
     trained = dict(load_detector(job.out).named_parameters())
     assert fresh
     assert all(torch.equal(trained[name], value) for name, value in fresh.items())
+
+
+def test_frozen_layers_keep_their_weights_and_statistics(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = build_detector(spec_for(MODEL, ["a"])).state_dict()
+    backbone = {
+        name.removeprefix("backbone."): value for name, value in weights.items() if name.startswith("backbone.")
+    }
+    torch.save(backbone, tmp_path / "backbone.pth")
+    job = make_job(tmp_path, epochs=1, freeze_stride=8)
+    job = replace(job, model=MODEL.model_copy(update={"weights": str(tmp_path / "backbone.pth")}))
+    after = load_detector(train_detector(job).folder).get_submodule("backbone").state_dict()
+    kept = {name for name, value in after.items() if torch.equal(value, backbone[name])}
+    # features.7 is the first block of stride 16
+    frozen = {name for name in after if int(name.split(".")[1]) < 7}
+    assert frozen <= kept
+    assert not {name for name in kept - frozen if "num_batches" not in name}
+
+
+def test_a_backbone_from_nothing_is_not_frozen(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="mobilenetv2-ssd-lite without `weights`"):
+        train_detector(make_job(tmp_path, freeze_stride=4))
 
 
 def test_select_best_ships_the_best(tmp_path: Path) -> None:

@@ -51,6 +51,22 @@ class Backbone(nn.Module):
         """(B, 3, H, W) to the maps; sizes round up."""
         raise NotImplementedError
 
+    def to_stride(self, stride: int) -> list[nn.Module]:
+        """The layers, from the image on, whose maps have at most this stride."""
+        reached, layers = 1, []
+        for child in self.children():
+            for layer in child if isinstance(child, nn.Sequential | nn.ModuleList) else (child,):
+                reached *= math.prod(_strides(layer))
+                if reached > stride:
+                    return layers
+                layers.append(layer)
+        return layers
+
+
+def _strides(layer: nn.Module) -> list[int]:
+    windows = [module for module in layer.modules() if isinstance(module, nn.Conv2d | nn.MaxPool2d)]
+    return [window.stride if isinstance(window.stride, int) else window.stride[0] for window in windows]
+
 
 def scaled_channels(channels: int, width: float, floor: int = 8) -> int:
     """`channels` times `width`, rounded to a multiple of 8, never below `floor` nor below 90 % of the exact product.
