@@ -34,48 +34,59 @@ def nms(boxes_xyxy: FloatArray, scores: FloatArray, labels: IntArray, iou: float
         limit: keep at most so many.
     """
     order = np.argsort(-scores, kind="stable")
-    return order.take(_suppress(_sides(boxes_xyxy, order), labels.take(order), iou, limit))
+    return order.take(_suppress(_table(boxes_xyxy, order, labels.take(order)), iou, limit))
 
 
-def _sides(boxes_xyxy: FloatArray, rows: IntArray) -> FloatArray:
-    """(4, N) contiguous x1, y1, x2, y2 of these rows."""
-    if boxes_xyxy.T.flags.c_contiguous:  # coordinates first already; `take` along the other axis would copy every box
-        return boxes_xyxy.T.take(rows, 1)
-    return np.ascontiguousarray(boxes_xyxy.take(rows, 0).T)
+def _table(boxes_xyxy: FloatArray, rows: IntArray, labels: IntArray) -> FloatArray:
+    """(6, N) float32, each along memory: x1, y1, x2, y2, area and label of these rows."""
+    table = np.empty((6, len(rows)), np.float32)
+    # Of an array that lies the other way round, `take` would copy every row first; and it is ten times as fast as brackets.
+    columns_first = boxes_xyxy.T.flags.c_contiguous
+    table[:4] = boxes_xyxy.T.take(rows, 1) if columns_first else boxes_xyxy.take(rows, 0).T
+    extent = table[2:4] - table[:2]
+    np.maximum(extent, _ZERO, out=extent)
+    np.multiply(extent[0], extent[1], out=table[4])
+    table[5] = labels
+    return table
 
 
-def _suppress(sides: FloatArray, labels: IntArray, iou: float, limit: int | None) -> IntArray:
-    """Positions that `nms` keeps of (4, N) sides in descending score."""
-    at = np.arange(len(labels))
+def _suppress(table: FloatArray, iou: float, limit: int | None) -> IntArray:
+    """Positions that `nms` keeps of a `_table` in descending score."""
+    at = np.arange(table.shape[1])
     if iou >= 1.0:  # nothing overlaps by more: a detector that has done its own NMS
         return at[:limit]
-    extent = np.maximum(sides[2:] - sides[:2], _ZERO)
-    areas = extent[0] * extent[1]
-    tiny = bool(areas.min(initial=1.0) < 2 * _TINY)
-    rows = np.empty((6, len(labels)), np.float32)
-    rows[:4], rows[4], rows[5] = sides, areas, labels
-    kept, found, pending = [at[:0]], 0, rows[:, :0]  # pending: what is kept and `rows` has not been tested against yet
+    tiny = np.count_nonzero(table[4] < 2 * _TINY) > 0
+    kept, found, pending = [at[:0]], 0, table[:, :0]  # pending: what is kept and `table` has not been tested against yet
     while len(at) and (limit is None or found < limit):
-        block, block_at, rows, at = rows[:, :_BLOCK], at[:_BLOCK], rows[:, _BLOCK:], at[_BLOCK:]
+        block, block_at, table, at = table[:, :_BLOCK], at[:_BLOCK], table[:, _BLOCK:], at[_BLOCK:]
         if pending.shape[1]:
-            free = ~_overlap(pending, block, iou, tiny).any(0)
+            free = _free(pending, block, iou, tiny)
             block, block_at = block.compress(free, 1), block_at.compress(free)
-        new = _greedy(_overlap(block, block, iou, tiny))
+        new = np.array(_greedy(_overlap(block, block, iou, tiny)), np.int64)
         kept.append(block_at.take(new))
         found += len(new)
-        pending = np.concatenate([pending, block.take(new, 1)], 1)
+        fresh = block.take(new, 1)
+        pending = np.concatenate([pending, fresh], 1) if pending.shape[1] else fresh
         if len(new) < _BLOCK // 2 and len(at):  # rows lie in heaps: most of what follows goes at once
-            free = ~_overlap(pending, rows, iou, tiny).any(0)
-            rows, at, pending = rows.compress(free, 1), at.compress(free), pending[:, :0]
+            free = _free(pending, table, iou, tiny)
+            table, at, pending = table.compress(free, 1), at.compress(free), pending[:, :0]
     return np.concatenate(kept)[:limit]
 
 
+def _free(kept: FloatArray, others: FloatArray, iou: float, tiny: bool) -> BoolArray:
+    """Which of the others no kept one suppresses."""
+    gone = np.logical_or.reduce(_overlap(kept, others, iou, tiny), 0)
+    return np.logical_not(gone, out=gone)
+
+
 def _overlap(a: FloatArray, b: FloatArray, iou: float, tiny: bool) -> BoolArray:
-    """(N, M) bool: same class, and overlapping by more than `iou`, as `iou_matrix` has it, of (6, N) and (6, M)."""
-    # In place and along memory: at these sizes numpy's calls and temporaries cost more than the arithmetic.
+    """(N, M) bool: same class, and overlapping by more than `iou`, as `iou_matrix` has it, of two tables.
+
+    In place and along memory: at these sizes numpy's calls and temporaries cost more than the arithmetic.
+    """
     low = np.maximum(a[:2, :, None], b[:2, None])
     high = np.minimum(a[2:4, :, None], b[2:4, None])
-    np.minimum(low, high, out=low)  # where boxes lie apart, the extent is 0; against a constant this takes three times as long
+    np.minimum(low, high, out=low)  # where boxes lie apart, no extent; against a constant 0 this takes three times as long
     high -= low
     shared, union = high[0], low[0]
     shared *= high[1]
@@ -183,13 +194,14 @@ def select(
     """
     rows, labels, values = _candidates(scores, score_threshold)
     order = np.argsort(-values, kind="stable")
-    sides = _sides(boxes_xyxy, rows.take(order))
-    valid = (sides[2] >= sides[0]) & (sides[3] >= sides[1])
-    if not valid.all():
-        order, sides = order.compress(valid), sides.compress(valid, 1)
-    kept = _suppress(sides, labels.take(order), nms_iou, max_detections)
-    order = order.take(kept)
-    return Detections(sides.take(kept, 1).T, values.take(order), labels.take(order))
+    labels = labels.take(order)
+    table = _table(boxes_xyxy, rows.take(order), labels)
+    valid = table[2:4] >= table[:2]
+    if np.count_nonzero(valid) < valid.size:
+        sound = valid[0] & valid[1]
+        order, labels, table = order.compress(sound), labels.compress(sound), table.compress(sound, 1)
+    kept = _suppress(table, nms_iou, max_detections)
+    return Detections(table[:4].take(kept, 1).T, values.take(order.take(kept)), labels.take(kept))
 
 
 def _candidates(scores: FloatArray, score_threshold: float) -> tuple[IntArray, IntArray, FloatArray]:
