@@ -3,9 +3,9 @@
     python benchmarks/nms_speed.py --cells BCCD --onnx yolo11n.onnx --photos VOC2007 --out result.json
     git show COMMIT:edgekd/postprocess.py > /tmp/before.py; python benchmarks/nms_speed.py --before /tmp/before.py ...
 
-Plain numpy is that of `peers/usual.py`, class by class and with classes moved apart, without the matrix of all overlaps, which
-is never the faster. All take turns in blocks over the same inputs, and a case is timed only once all gave the same detections to
-the bit. Cases:
+Plain numpy is that of `peers/usual.py`, class by class and with classes moved apart (the matrix of all overlaps is never the
+faster). All take turns in blocks over the same inputs, and a case is timed only once all gave the same detections to the
+bit. Exits 1 where a case misses the bar. Cases:
 
 - **heaps**: raw outputs like those of an SSD-lite at 320 px with priors of stride 8, on blood cells. The priors are the real
   detector's and the objects those of the test split; scores and offsets are drawn, so that about as many pairs pass 0.001
@@ -30,22 +30,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
-import usual  # noqa: E402
-from session import assert_same, interval  # noqa: E402
-from systems import Timing, open_detector  # noqa: E402
+import usual
+from session import assert_same, interval
+from systems import Timing, open_detector
 
-from edgekd import postprocess  # noqa: E402
-from edgekd.artifact import source_commit, versions, write_json  # noqa: E402
-from edgekd.bench.affinity import affinity, pinned  # noqa: E402
-from edgekd.bench.device import Contention, cpu_model, load  # noqa: E402
-from edgekd.bench.latency import MeasurementPlan, measure  # noqa: E402
-from edgekd.boxes import iou_matrix  # noqa: E402
-from edgekd.data import read_dataset  # noqa: E402
-from edgekd.data.images import load_image  # noqa: E402
-from edgekd.detectors import build_detector, spec_for  # noqa: E402
-from edgekd.detectors.anchors import decode_boxes, encode_boxes, xyxy_from_cxcywh  # noqa: E402
-from edgekd.detectors.prior_fit import fitted_spec  # noqa: E402
-from edgekd.recipe import ModelConfig  # noqa: E402
+from edgekd import postprocess
+from edgekd.artifact import source_commit, versions, write_json
+from edgekd.bench.affinity import affinity, pinned
+from edgekd.bench.device import Contention, cpu_model, load
+from edgekd.bench.latency import MeasurementPlan, measure
+from edgekd.boxes import iou_matrix
+from edgekd.data import read_dataset
+from edgekd.data.images import load_image
+from edgekd.detectors import build_detector, spec_for
+from edgekd.detectors.anchors import decode_boxes, encode_boxes, xyxy_from_cxcywh
+from edgekd.detectors.prior_fit import fitted_spec
+from edgekd.recipe import ModelConfig
 
 IOU, LIMIT, BAR, INPUT = 0.45, 200, 3.0, 320
 FORMS = {name: form for name, form in usual.PLAIN_NMS.items() if "matrix" not in name}
@@ -168,7 +168,8 @@ def compare(inputs: list[Candidates], score: float, before: Any, plan: Measureme
 def load_module(file: Path) -> Any:
     """An earlier `postprocess.py`, beside the present one."""
     spec = importlib.util.spec_from_file_location("before", file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        sys.exit(f"{file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -55,8 +55,9 @@ def _suppress(table: FloatArray, iou: float, limit: int | None) -> IntArray:
     at = np.arange(table.shape[1])
     if iou >= 1.0:  # nothing overlaps by more: a detector that has done its own NMS
         return at[:limit]
-    tiny = np.count_nonzero(table[4] < 2 * _TINY) > 0
-    kept, found, pending = [at[:0]], 0, table[:, :0]  # pending: what is kept and `table` has not been tested against yet
+    tiny = bool(np.count_nonzero(table[4] < 2 * _TINY))
+    kept, found = [at[:0]], 0
+    pending = table[:, :0]  # what is kept and `table` has not been tested against yet
     while len(at) and (limit is None or found < limit):
         block, block_at, table, at = table[:, :_BLOCK], at[:_BLOCK], table[:, _BLOCK:], at[_BLOCK:]
         if pending.shape[1]:
@@ -75,8 +76,8 @@ def _suppress(table: FloatArray, iou: float, limit: int | None) -> IntArray:
 
 def _free(kept: FloatArray, others: FloatArray, iou: float, tiny: bool) -> BoolArray:
     """Which of the others no kept one suppresses."""
-    gone = np.logical_or.reduce(_overlap(kept, others, iou, tiny), 0)
-    return np.logical_not(gone, out=gone)
+    gone: BoolArray = np.logical_or.reduce(_overlap(kept, others, iou, tiny), 0)
+    return ~gone
 
 
 def _overlap(a: FloatArray, b: FloatArray, iou: float, tiny: bool) -> BoolArray:
@@ -86,7 +87,7 @@ def _overlap(a: FloatArray, b: FloatArray, iou: float, tiny: bool) -> BoolArray:
     """
     low = np.maximum(a[:2, :, None], b[:2, None])
     high = np.minimum(a[2:4, :, None], b[2:4, None])
-    np.minimum(low, high, out=low)  # where boxes lie apart, no extent; against a constant 0 this takes three times as long
+    np.minimum(low, high, out=low)  # no extent where boxes lie apart: a third of the time of a maximum with 0
     high -= low
     shared, union = high[0], low[0]
     shared *= high[1]
@@ -95,7 +96,7 @@ def _overlap(a: FloatArray, b: FloatArray, iou: float, tiny: bool) -> BoolArray:
     if tiny:
         np.maximum(union, _TINY, out=union)
     shared /= union
-    over = shared > iou
+    over: BoolArray = shared > iou
     over &= a[5][:, None] == b[5]
     return over
 

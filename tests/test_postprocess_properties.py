@@ -1,4 +1,4 @@
-"""Selection and NMS on drawn candidates against a slow, plain reference: ties, values that are no numbers, flat and inside-out boxes."""
+"""Selection and NMS on drawn candidates against a slow, plain reference: ties, NaN, flat and inside-out boxes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def draw_boxes(data: st.DataObject, count: int) -> np.ndarray:
 
 def plain_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou: float) -> list[int]:
     kept: list[int] = []
-    order = sorted(range(len(scores)), key=lambda i: (bool(np.isnan(scores[i])), -scores[i] if scores[i] >= 0 else 0, i))
+    order = sorted(
+        range(len(scores)), key=lambda i: (bool(np.isnan(scores[i])), -scores[i] if scores[i] >= 0 else 0, i)
+    )
     for row in order:
         same = [k for k in kept if labels[k] == labels[row]]
         if not any((iou_matrix(boxes[[k]], boxes[[row]]) > iou)[0, 0] for k in same):
@@ -55,7 +57,13 @@ def test_nms_equals_the_plain_loop(block: int, data: st.DataObject, iou: float, 
     assert found == plain_nms(boxes, scores, labels, iou)[:limit]
 
 
-@given(data=st.data(), iou=IOUS, limit=st.integers(1, 8), top_k=st.integers(1, 12), over=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+@given(
+    data=st.data(),
+    iou=IOUS,
+    limit=st.integers(1, 8),
+    top_k=st.integers(1, 12),
+    over=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+)
 @settings(max_examples=300, deadline=None)
 def test_select_equals_the_plain_loop_however_arrays_lie(
     data: st.DataObject, iou: float, limit: int, top_k: int, over: float
