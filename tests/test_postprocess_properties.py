@@ -88,17 +88,20 @@ def test_select_equals_the_plain_loop_however_arrays_lie(
             assert [(*box, score, label) for box, score, label in said] == expected
 
 
-@pytest.mark.parametrize("nans", [0, 1, 40])
-def test_of_many_pairs_the_best_are_taken_and_of_equals_the_first(nans: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("values", [59, 1200])  # as many as there are scores: none are equal
+@pytest.mark.parametrize("nans", [0, 1, 6, 8, 40])
+def test_of_many_pairs_the_best_are_taken_and_of_equals_the_first(
+    nans: int, values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(postprocess, "PRE_NMS_TOP_K", 10)
     rng = np.random.default_rng(2)
-    scores = (rng.integers(1, 60, (400, 3)) / 64).astype(np.float32)
+    scores = ((rng.permutation(1200).reshape(400, 3) % values + 1) / 1280).astype(np.float32)
     scores.reshape(-1)[rng.permutation(1200)[:nans]] = np.nan
     corners = np.arange(400, dtype=np.float32)[:, None] * [20, 0]
     boxes = np.concatenate([corners, corners + 10], 1).astype(np.float32)
     ranked = np.argsort(-np.nan_to_num(scores.reshape(-1), nan=0.0), kind="stable")[:10]
     for layout in (np.ascontiguousarray, np.asfortranarray):
-        found = select(boxes, layout(scores), score_threshold=0.01, nms_iou=0.5, max_detections=100)
+        found = select(boxes, layout(scores), score_threshold=0.0005, nms_iou=0.5, max_detections=100)
         assert (found.boxes_xyxy[:, 0] / 20 * 3 + found.labels).astype(int).tolist() == ranked.tolist()
 
 
