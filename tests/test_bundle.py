@@ -246,6 +246,15 @@ def test_the_program_needs_only_numpy() -> None:
                 assert name.split(".")[0] in STANDARD | GPU_ONLY, f"{relative}:{node.lineno}: {name}"
 
 
+def test_the_program_runs_on_the_numpy_of_jetpack_5(made: Bundle) -> None:
+    """NumPy 1.17 has no `numpy.typing`; nothing may ask for it when it runs."""
+    modules = [path[: -len(".py")].replace("/", ".") for path in program_modules() if not path.endswith("__init__.py")]
+    code = "import sys, importlib; sys.modules['numpy.typing'] = None\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    command = [sys.executable, "-B", "-c", code, *modules, "bench"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+
+
 def program_source() -> Path:
     from edgekd.device import bundle_bench
 

@@ -10,15 +10,17 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
 from edgekd.errors import EdgeKDError, MissingDependencyError, UserError
 from edgekd.runtimes.cuda_driver import DeviceFacts
+from edgekd.types import Array
 
-Array = NDArray[np.generic]
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
 BACKENDS = ("pycuda", "cuda-python", "torch", "driver")
 """In the order in which they are tried; "driver" is ctypes on libcuda, which needs no package."""
 

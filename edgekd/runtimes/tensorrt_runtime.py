@@ -9,13 +9,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgekd.errors import ArtifactError, RuntimeFailure
-from edgekd.runtimes.buffers import Array, Buffers, Graph, open_buffers
+from edgekd.runtimes.buffers import Buffers, Graph, open_buffers
 from edgekd.runtimes.engine_file import EngineManifest, check_fits, read_engine_manifest
 from edgekd.runtimes.trt_api import logger_of, numpy_type, open_engine, profiler_of, said, tensorrt
-from edgekd.types import FloatArray
+from edgekd.types import Array, FloatArray
 
 
 @dataclass
@@ -121,7 +120,7 @@ class TensorRTRuntime:
         is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
         return _Tensor(name, is_input, dtype, host, self._buffers.alloc(host.nbytes))
 
-    def run(self, images: FloatArray) -> Mapping[str, NDArray[np.generic]]:
+    def run(self, images: FloatArray) -> Mapping[str, Array]:
         """One inference: images (B, 3, H, W) float32, normalised; every output by name, valid until the next call.
 
         Fewer images than the engine's least batch are filled up; the outputs of the rest are to be ignored.
