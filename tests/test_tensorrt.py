@@ -28,13 +28,17 @@ from edgekd.runtimes.buffers import HostBuffers
 from edgekd.runtimes.cuda_driver import l4t_release
 from edgekd.runtimes.engine_file import manifest_path, read_engine_manifest
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
-from edgekd.runtimes.trt_api import logger_of, optional, precision_in, tensorrt
+from edgekd.runtimes.trt_api import create_network, logger_of, open_engine, optional, parse_onnx, precision_in, tensorrt
+from edgekd.runtimes.trt_precision import set_precision
 from edgekd.types import Dataset
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, make_dataset, write_detector
 from tests.fake_tensorrt import ORIN, VERSIONS, FakeTensorRT
 
 IMAGES = np.random.default_rng(3).normal(size=(4, 3, 64, 64)).astype(np.float32)
 Machine = Callable[..., FakeTensorRT]
+WEAK = ("8.5.3.1", "8.6.1", "10.3.0")
+"""Versions that take precision as flags."""
+HELD = "PREFER_PRECISION_CONSTRAINTS"
 
 
 @pytest.fixture
@@ -161,9 +165,9 @@ def test_an_engine_from_file_to_detections(machine: Machine, tmp_path: Path, ver
     assert manifest.tensorrt == version
     assert manifest.precision == precision
     assert manifest.device["compute_capability"] == "8.7"
-    strong = version not in ("8.6.1", "10.3.0")
+    strong = version not in WEAK
     assert manifest.strongly_typed is strong
-    assert manifest.flags == (("no TF32",) if precision == "fp32" else () if strong else ("FP16",))
+    assert manifest.flags == (("no TF32",) if precision == "fp32" else () if strong else ("FP16", HELD))
     assert manifest.layer_precisions()[precision] > 1
     assert manifest.outputs["boxes"]["shape"] == [1, 1000, 4]
     assert result.parity[-1].ok
@@ -182,9 +186,11 @@ def test_an_engine_from_file_to_detections(machine: Machine, tmp_path: Path, ver
     assert all(stream > 0 for stream in fake._contexts[-1]._runs)
 
 
-def quantised(zero_point: int = 0, kind: type[np.generic] = np.int8) -> onnx.ModelProto:
+def quantised(
+    zero_point: int = 0, kind: type[np.generic] = np.int8, model: onnx.ModelProto | None = None
+) -> onnx.ModelProto:
     """The moving detector with its convolution between pairs."""
-    model = moving_detector()
+    model = model or moving_detector()
     graph = model.graph
     graph.initializer.extend(
         [
@@ -205,7 +211,68 @@ def test_int8_engines(machine: Machine, tmp_path: Path, version: str) -> None:
     source = ours(quantised(), tmp_path / "student.onnx")
     manifest = export_engine(source, tmp_path / "student.engine", precision="int8").manifest
     assert manifest.layer_precisions()["int8"] == 1
-    assert manifest.flags == (("INT8",) if version in ("8.6.1", "10.3.0") else ())
+    assert manifest.flags == (("INT8", "FP16", HELD) if version in WEAK else ())
+
+
+def wide_detector() -> onnx.ModelProto:
+    """The moving detector at 2,000 px and more, where float16 has steps of a pixel and larger."""
+    model = moving_detector()
+    graph = model.graph
+    graph.initializer.append(numpy_helper.from_array(np.array(2003.3, np.float32), "offset"))
+    graph.node.insert(len(graph.node) - 3, helper.make_node("Add", ["first", "offset"], ["moved"], "move"))
+    for node in graph.node:
+        if node.name in ("second_add", "boxes_concat"):
+            node.input[0] = "moved"
+    helper.set_model_props(model, {"edgekd.raw": json.dumps({"features": "features"})})
+    return model
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_what_float16_would_spoil_is_held_in_float32(machine: Machine, version: str, precision: str) -> None:
+    """Weakly typed TensorRT would decode in float16 too: boxes at 2,003 px would be a pixel off."""
+    machine(version)
+    model = wide_detector() if precision == "fp16" else quantised(model=wide_detector())
+    if precision == "fp16":
+        model = to_float16(model)
+    built = build_engine(model, EngineOptions(), ORIN)
+    _, engine = open_engine(tensorrt(), built.plan)
+    assert engine._header["half"] is False
+    assert (HELD in built.flags) is (version in WEAK)
+
+
+def test_sums_of_squares_are_held_inside_int8_graphs(machine: Machine) -> None:
+    """SSD's L2Norm over 512 channels passes 65,504; convolutions, and what only feeds them, may be float16."""
+    trt = machine("8.6.1")
+    builder = trt.Builder(logger_of(trt))
+    network = create_network(trt, builder, strongly_typed=False)
+    parse_onnx(trt, network, normed().SerializeToString())
+    config = builder.create_builder_config()
+    assert set_precision(trt, network, config, ["INT8", "FP16"]) == ["INT8", "FP16", HELD]
+    held = [layer.name for layer in network._layers if layer._precision is not None]
+    assert held == ["norm_square", "norm_sum", "norm_root", "decode"]
+
+
+def normed() -> onnx.ModelProto:
+    """Convolution, L2 norm, convolution, decoding."""
+    info = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Conv", ["images", "w"], ["a"], "first"),
+        helper.make_node("Mul", ["a", "a"], ["b"], "norm_square"),
+        helper.make_node("ReduceSum", ["b", "axes"], ["c"], "norm_sum"),
+        helper.make_node("Sqrt", ["c"], ["d"], "norm_root"),
+        helper.make_node("Div", ["a", "d"], ["e"], "norm_divide"),
+        helper.make_node("Conv", ["e", "w"], ["f"], "second"),
+        helper.make_node("Exp", ["f"], ["boxes"], "decode"),
+    ]
+    weights = [
+        numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "w"),
+        numpy_helper.from_array(np.array([1], np.int64), "axes"),
+    ]
+    shape = [1, 3, 8, 8]
+    images, boxes = info("images", TensorProto.FLOAT, shape), info("boxes", TensorProto.FLOAT, shape)
+    graph = helper.make_graph(nodes, "normed", [images], [boxes], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 @pytest.mark.parametrize(("zero_point", "kind"), [(3, np.int8), (0, np.uint8)])
@@ -380,14 +447,16 @@ def test_hardware_compatibility(machine: Machine, detector: Path, tmp_path: Path
 def test_dla_needs_one_and_a_precision_that_it_computes(machine: Machine, tmp_path: Path) -> None:
     source, out = ours(moving_detector(), tmp_path / "s.onnx"), tmp_path / "s.engine"
     machine("10.13.3.9")
-    with pytest.raises(MissingDependencyError, match="no such DLA core"):
+    with pytest.raises(MissingDependencyError, match=r"no such DLA core[\s\S]*TensorRT up to 10\.7"):
         export_engine(source, out, precision="fp16", options=EngineOptions(dla_core=0))
-    machine("10.13.3.9", dla_cores=2)
-    with pytest.raises(UserError, match="fp16 and int8 only"):
+    machine("10.3.0", dla_cores=2)
+    with pytest.raises(UserError, match="fp16 models only"):
         export_engine(source, out, options=EngineOptions(dla_core=0))
+    with pytest.raises(UserError, match="no Q/DQ pairs"):
+        build_engine(quantised(), EngineOptions(dla_core=0), ORIN)
     manifest = export_engine(source, out, precision="fp16", options=EngineOptions(dla_core=1)).manifest
     assert not manifest.strongly_typed
-    assert manifest.flags == ("FP16", "GPU_FALLBACK")
+    assert manifest.flags == ("FP16", HELD, "GPU_FALLBACK")
     assert "--dla 1" in manifest.rebuild
 
 
@@ -553,7 +622,7 @@ def test_without_tensorrt_or_a_gpu(detector: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(MissingDependencyError, match=r"cannot start here[\s\S]*CUDA initialization failure"):
         build_engine(onnx.load(str(detector)), EngineOptions(), ORIN)
     old = FakeTensorRT("8.6.1")
-    old.__version__ = "8.5.2.2"
+    old.__version__ = "8.4.1.5"
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     with pytest.raises(MissingDependencyError, match="too old"):
         tensorrt()

@@ -1,10 +1,10 @@
 """The door to TensorRT: the only module that imports it, and the rules of its versions.
 
-8.6, 10.x and 11.x go one way. What only some versions have is reached through `optional`, which names the version that
+8.5, 8.6, 10.x and 11.x go one way. What only some versions have is reached through `optional`, which names the version that
 has it; everything else that is used here, in `tensorrt_runtime` and in `export.engine` exists in all of them, which
 `tests/test_tensorrt_contract.py` checks against NVIDIA's own bindings. For its sake TensorRT's objects go by fixed
-names in these modules: `trt`, `builder`, `network`, `parser`, `config`, `profile`, `timing_cache`, `runtime`, `engine`,
-`context`, `inspector`, `problem` (a parser error).
+names in these modules: `trt`, `builder`, `network`, `layer`, `edge` (a tensor), `parser`, `config`, `profile`,
+`timing_cache`, `runtime`, `engine`, `context`, `inspector`, `problem` (a parser error).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from edgekd.errors import ArtifactError, ExportError, MissingDependencyError
 
-OLDEST = (8, 6)
+OLDEST = (8, 5)
 STRONGLY_TYPED_SINCE = (10, 12)
 _KEPT_MESSAGES = 20
 
@@ -38,7 +38,7 @@ def tensorrt() -> Any:
         ) from error
     if version_of(trt) < OLDEST:
         raise MissingDependencyError(
-            "this TensorRT is too old", got=trt.__version__, expected="8.6 or later", fix="JetPack 6 or later has it"
+            "this TensorRT is too old", got=trt.__version__, expected="8.5 or later", fix="JetPack 5 or later has it"
         )
     return trt
 
@@ -189,6 +189,7 @@ def open_engine(trt: Any, plan: bytes, *, host_code: bool = False) -> tuple[Any,
             fix="it needs an NVIDIA GPU; see `edgekd doctor`",
         ) from error
     if host_code:
+        optional(runtime, "engine_host_code_allowed", "TensorRT 8.6")
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

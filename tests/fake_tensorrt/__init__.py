@@ -35,8 +35,25 @@ ENUMS = (
     "ProfilingVerbosity",
     "DataType",
     "TacticSource",
+    "LayerType",
 )
+_LAYER_TYPES = {
+    "Conv": "CONVOLUTION",
+    "ConvTranspose": "DECONVOLUTION",
+    "QuantizeLinear": "QUANTIZE",
+    "DequantizeLinear": "DEQUANTIZE",
+    "Shape": "SHAPE",
+    "Constant": "CONSTANT",
+    "Softmax": "SOFTMAX",
+    "Add": "ELEMENTWISE",
+    "Mul": "ELEMENTWISE",
+    "Div": "ELEMENTWISE",
+    "Exp": "UNARY",
+    "Sqrt": "UNARY",
+}
+"""Of operators; those that begin with Reduce are REDUCE, the rest goes as SHUFFLE."""
 _PRECISION_FLAGS = {"FP16", "BF16", "INT8", "FP8"}
+_CONSTRAINTS = {"PREFER_PRECISION_CONSTRAINTS", "OBEY_PRECISION_CONSTRAINTS"}
 _MAGIC = b"fake plan\n"
 
 
@@ -87,7 +104,8 @@ class FakeTensorRT(types.ModuleType):
         self._contexts: list[_Context] = []
         for name in ENUMS:
             listed = sorted(members(version, name) - {"name", "value", "itemsize"})
-            setattr(self, name, enum.IntEnum(name, {member: index for index, member in enumerate(listed)}))
+            if listed:  # else this version lacks it altogether
+                setattr(self, name, enum.IntEnum(name, {member: index for index, member in enumerate(listed)}))
         self.ILogger = type(
             "ILogger", (_Logger,), {"ERROR": 1, "INTERNAL_ERROR": 0, "WARNING": 2, "INFO": 3, "VERBOSE": 4}
         )
@@ -148,6 +166,7 @@ class _Builder(Strict):
             return None
         if config._timing_cache is not None:
             config._timing_cache._entries += 1
+        free = not network._strong and network._in_half()
         header = {
             "tensorrt": trt.__version__,
             "capability": trt._device.compute_capability,
@@ -156,6 +175,7 @@ class _Builder(Strict):
             "profile": config._profiles[0]._shapes if config._profiles else {},
             "detailed": config._verbosity == trt.ProfilingVerbosity.DETAILED,
             "flags": sorted(config._flags),
+            "half": "FP16" in config._flags and (free or not config._flags & _CONSTRAINTS),
             "onnx": b64encode(network._model.SerializeToString()).decode(),
         }
         return _HostMemory(_MAGIC + json.dumps(header).encode())
@@ -182,9 +202,9 @@ def _problem_of(trt: FakeTensorRT, network: _Network, config: _Config) -> str | 
 class _Tensor(Strict):
     _as = "ITensor"
 
-    def __init__(self, trt: FakeTensorRT, name: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, trt: FakeTensorRT, name: str, shape: tuple[int, ...], dtype: Any = None) -> None:
         super().__init__(trt)
-        self.name, self.shape = name, shape
+        self.name, self.shape, self.dtype = name, shape, dtype
 
 
 class _Network(Strict):
@@ -199,6 +219,7 @@ class _Network(Strict):
         self._strong = trt.major >= 11 or "STRONGLY_TYPED" in names
         self._model: Any = None
         self._shape: tuple[int, ...] = ()
+        self._layers: list[_Layer] = []
 
     def _precisions(self) -> set[str]:
         """ "int8" and "fp16" as far as the graph has them."""
@@ -219,6 +240,80 @@ class _Network(Strict):
 
     def get_input(self, index: int) -> _Tensor:
         return _Tensor(self._trt, self._model.graph.input[index].name, self._shape)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def get_layer(self, index: int) -> _Layer:
+        return self._layers[index]
+
+    def _read_layers(self) -> None:
+        """One layer an operator, with the types that the graph gives its tensors."""
+        import onnx
+
+        graph = onnx.shape_inference.infer_shapes(self._model).graph
+        infos = (*graph.value_info, *graph.input, *graph.output)
+        kinds = {info.name: info.type.tensor_type.elem_type for info in infos}
+        self._layers = [_Layer(self._trt, node, kinds) for node in graph.node]
+
+    def _in_half(self) -> bool:
+        """Whether a decoded output comes from a layer that may run in float16, though float32 in the graph."""
+        makers = {name: layer for layer in self._layers for name in layer._node.output}
+        finals = (makers[output.name] for output in self._model.graph.output)
+        return any(layer._free() for layer in finals)
+
+
+class _Layer(Strict):
+    _as = "ILayer"
+
+    def __init__(self, trt: FakeTensorRT, node: Any, kinds: dict[str, int]) -> None:
+        super().__init__(trt)
+        self._node, self._kinds = node, kinds
+        self._held: set[str] = set()
+        self._precision: Any = None
+
+    @property
+    def name(self) -> str:
+        return str(self._node.name)
+
+    @property
+    def type(self) -> Any:
+        operator = self._node.op_type
+        name = "REDUCE" if operator.startswith("Reduce") else _LAYER_TYPES.get(operator, "SHUFFLE")
+        if operator == "Cast":
+            name = "CAST" if "CAST" in members(self._trt.__version__, "LayerType") else "IDENTITY"
+        return self._trt.LayerType[name]
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._node.input)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self._node.output)
+
+    def get_input(self, index: int) -> _Tensor | None:
+        name = self._node.input[index]
+        return self._edge(name) if name else None
+
+    def get_output(self, index: int) -> _Tensor:
+        return self._edge(self._node.output[index])
+
+    def _edge(self, name: str) -> _Tensor:
+        known = {10: "HALF", 6: "INT32", 7: "INT32", 3: "INT8", 9: "BOOL"}
+        return _Tensor(self._trt, name, (), self._trt.DataType[known.get(self._kinds.get(name, 1), "FLOAT")])
+
+    def set_output_type(self, index: int, dtype: Any) -> None:
+        assert self.get_output(index).dtype == dtype == self._trt.DataType.FLOAT, "a type that the graph does not have"
+        self._held.add(self._node.output[index])
+
+    precision = property(lambda self: self._precision, lambda self, v: object.__setattr__(self, "_precision", v))
+
+    def _free(self) -> bool:
+        float32 = self._trt.DataType.FLOAT
+        names = [name for index, name in enumerate(self._node.output) if self.get_output(index).dtype == float32]
+        return bool(names) and (self._precision != float32 or not self._held.issuperset(names))
 
 
 class _Problem(Strict):
@@ -263,6 +358,7 @@ class _Parser(Strict):
         self._network._model = proto
         dims = proto.graph.input[0].type.tensor_type.shape.dim
         self._network._shape = tuple(dim.dim_value or -1 for dim in dims)
+        self._network._read_layers()
         return True
 
     def _refusal(self, proto: Any, node: Any) -> str | None:
@@ -384,7 +480,11 @@ class _Runtime(Strict):
         super().__init__(trt)
         if not trt._has_gpu:
             raise TypeError("pybind11::init(): factory function returned nullptr")
-        self._logger, self.engine_host_code_allowed = logger, False
+        self._logger, self._host_code = logger, False
+
+    engine_host_code_allowed = property(
+        lambda self: self._host_code, lambda self, v: object.__setattr__(self, "_host_code", v)
+    )
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> _Engine | None:
         trt = self._trt
@@ -395,7 +495,7 @@ class _Runtime(Strict):
             header = json.loads(serialized_engine[len(_MAGIC) :])
             if header["tensorrt"] != trt.__version__ and not header["compatible"]:
                 problem = "The engine plan file is not compatible with this version of TensorRT"
-            elif header["compatible"] and not self.engine_host_code_allowed:
+            elif header["compatible"] and not self._host_code:
                 problem = "the plan holds host code, which is not allowed"
             elif header["capability"] != trt._device.compute_capability and header["hardware"] == "NONE":
                 problem = "The engine plan file is generated on an incompatible device"
@@ -450,6 +550,9 @@ class _Engine(Strict):
     def get_tensor_dtype(self, name: str) -> Any:
         kinds = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64"}
         return self._trt.DataType[kinds[self._info(name).type.tensor_type.elem_type]]
+
+    def _kind(self, name: str) -> Any:
+        return {1: np.float32, 10: np.float16, 6: np.int32, 7: np.int64}[self._info(name).type.tensor_type.elem_type]
 
     def create_execution_context(self) -> _Context:
         context = _Context(self._trt, self)
@@ -533,7 +636,9 @@ class _Context(Strict):
             feed[info.name] = _at(self._addresses[info.name], shape, np.float32).copy()
         names = [info.name for info in engine._model.graph.output]
         for name, value in zip(names, engine._session.run(names, feed), strict=True):
-            _at(self._addresses[name], value.shape, value.dtype)[...] = value
+            if engine._header["half"] and value.dtype == np.float32:  # as TensorRT runs what nobody holds in float32
+                value = value.astype(np.float16)
+            _at(self._addresses[name], value.shape, engine._kind(name))[...] = value
         self._runs.append(stream_handle)
         if self.profiler is not None:
             for index, node in enumerate(engine._model.graph.node):
