@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -20,13 +21,14 @@ from edgekd.export.engine_job import EngineResult, export_engine
 from edgekd.export.engine_parity import aligned
 from edgekd.export.float16 import to_float16
 from edgekd.export.graph import name_nodes
+from edgekd.export.nms import Thresholds, append_nms
 from edgekd.export.topk import with_top_candidates
 from edgekd.postprocess import select
 from edgekd.predictor import load_predictor
 from edgekd.runtimes import buffers as buffers_module
 from edgekd.runtimes.buffers import HostBuffers
 from edgekd.runtimes.cuda_driver import l4t_release
-from edgekd.runtimes.engine_file import manifest_path, read_engine_manifest
+from edgekd.runtimes.engine_file import manifest_path, read_engine_manifest, write_engine_manifest
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
 from edgekd.runtimes.trt_api import create_network, logger_of, open_engine, optional, parse_onnx, precision_in, tensorrt
 from edgekd.runtimes.trt_precision import set_precision
@@ -447,7 +449,7 @@ def test_hardware_compatibility(machine: Machine, detector: Path, tmp_path: Path
 def test_dla_needs_one_and_a_precision_that_it_computes(machine: Machine, tmp_path: Path) -> None:
     source, out = ours(moving_detector(), tmp_path / "s.onnx"), tmp_path / "s.engine"
     machine("10.13.3.9")
-    with pytest.raises(MissingDependencyError, match=r"no such DLA core[\s\S]*TensorRT up to 10\.7"):
+    with pytest.raises(MissingDependencyError, match=r"no such DLA core[\s\S]*TensorRT 10\.7"):
         export_engine(source, out, precision="fp16", options=EngineOptions(dla_core=0))
     machine("10.3.0", dla_cores=2)
     with pytest.raises(UserError, match="fp16 models only"):
@@ -691,6 +693,54 @@ def test_l4t(tmp_path: Path) -> None:
     assert l4t_release(tmp_path) == "36.4.3"
     file.write_text("something else")
     assert l4t_release(tmp_path) is None
+
+
+def test_a_package_that_breaks_on_import_does_not_keep_the_others_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch without its CUDA libraries raises OSError, PyCUDA for another NumPy raises ValueError."""
+    broken = {"pycuda": ValueError("numpy.dtype size changed"), "torch": OSError("libcublas.so.12: cannot open")}
+
+    def opened(name: str, index: int) -> HostBuffers:
+        if name in broken:
+            raise broken[name]
+        if name == "cuda-python":
+            raise RuntimeError
+        return HostBuffers()
+
+    monkeypatch.setattr("edgekd.runtimes.cuda_buffers.open_cuda_buffers", opened)
+    assert buffers_module.open_buffers().name == "host"
+    with pytest.raises(MissingDependencyError, match=r"pycuda: numpy\.dtype size changed"):
+        buffers_module.open_buffers("pycuda")
+
+
+def nms_inside() -> onnx.ModelProto:
+    """A detector whose outputs are as long as there are objects."""
+    model = moving_detector()
+    helper.set_model_props(model, {})
+    return append_nms(model, Thresholds(score_threshold=0.4))
+
+
+@pytest.mark.parametrize("profile", [None, (1, 1, 2)])
+def test_outputs_that_grow_with_the_picture_get_no_memory(
+    machine: Machine, detector: Path, tmp_path: Path, profile: tuple[int, int, int] | None
+) -> None:
+    """TensorRT writes as many rows as it finds, whatever there is memory for."""
+    trt = machine("8.6.1")
+    out = tmp_path / "s.engine"
+    export_engine(detector, out)
+    builder = trt.Builder(logger_of(trt))
+    network = create_network(trt, builder, strongly_typed=False)
+    parse_onnx(trt, network, nms_inside().SerializeToString())
+    plan = builder.build_serialized_network(network, builder.create_builder_config())
+    manifest = read_engine_manifest(out)
+    changes: dict[str, Any] = {"plan_sha256": hashlib.sha256(plan).hexdigest()}
+    if profile:  # as if the open size were the batch
+        changes.update(profile=profile, inputs={"images": {"shape": [-1, 3, 64, 64], "dtype": "FLOAT"}})
+    out.write_bytes(plan)
+    write_engine_manifest(out, replace(manifest, **changes))
+    buffers = HostBuffers(ORIN)
+    with pytest.raises(ArtifactError, match="size depends on the picture"):
+        TensorRTRuntime(out, buffers=buffers).run(IMAGES[:1])
+    assert profile or not buffers._memory, "what was allocated before is given back"
 
 
 def test_no_way_to_the_gpus_memory_says_why_for_each() -> None:

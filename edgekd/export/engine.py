@@ -198,7 +198,7 @@ def _set_dla(trt: Any, builder: Any, config: Any, core: int, precision: Precisio
         raise MissingDependencyError(
             "this device has no such DLA core",
             got=f"core {core}, TensorRT {trt.__version__}",
-            expected=f"one of {cores}" if cores else "a Jetson with a DLA, and TensorRT up to 10.7, the last to drive one",
+            expected=f"one of {cores}" if cores else "a Jetson with a DLA; TensorRT 10.7 is the last to drive one",
         )
     if precision != "fp16":  # GPU_FALLBACK would quietly run all of it on the GPU
         raise UserError("a DLA takes fp16 models only, no Q/DQ pairs", got=precision, fix="--precision fp16")

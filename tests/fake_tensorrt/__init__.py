@@ -373,8 +373,12 @@ class _Parser(Strict):
                 return "TensorRT only supports symmetric quantization: the zero point must be 0"
             if zero.dtype != np.int8:
                 return f"TensorRT takes int8 alone, not {zero.dtype}"
-        if node.op_type == "TopK" and int(numpy_helper.to_array(constants[node.input[1]])[0]) > 3840:
-            return "TopK with k greater than 3840"
+        if node.op_type == "TopK":
+            count = constants.get(node.input[1])
+            if count is None and self._trt.__version__.startswith("8.5"):
+                return "This version of TensorRT only supports input K as an initializer."
+            if count is not None and int(numpy_helper.to_array(count)[0]) > 3840:
+                return "TopK with k greater than 3840"
         return None
 
     @property
@@ -521,6 +525,8 @@ class _Engine(Strict):
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._infos = [*self._model.graph.input, *self._model.graph.output]
+        batch = self._model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+        self._opened = [info for info in self._infos if batch and info.type.tensor_type.shape.dim[0].dim_param == batch]
 
     def _info(self, name: str) -> Any:
         return next(info for info in self._infos if info.name == name)
@@ -548,11 +554,13 @@ class _Engine(Strict):
         return tuple(dim.dim_value or -1 for dim in self._info(name).type.tensor_type.shape.dim)
 
     def get_tensor_dtype(self, name: str) -> Any:
-        kinds = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64"}
+        long = "INT64" if self._trt.major >= 10 else "INT32"  # TensorRT 8 casts down
+        kinds = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: long}
         return self._trt.DataType[kinds[self._info(name).type.tensor_type.elem_type]]
 
     def _kind(self, name: str) -> Any:
-        return {1: np.float32, 10: np.float16, 6: np.int32, 7: np.int64}[self._info(name).type.tensor_type.elem_type]
+        kinds = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
+        return kinds[self.get_tensor_dtype(name).name]
 
     def create_execution_context(self) -> _Context:
         context = _Context(self._trt, self)
@@ -615,6 +623,21 @@ class _Context(Strict):
             return False
         self._shapes[name] = tuple(shape)
         return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """As far as it is known before running: -1 stays where the picture decides."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self._engine._model)
+        for given in model.graph.input:
+            for dim, extent in zip(given.type.tensor_type.shape.dim, self._shapes.get(given.name, ()), strict=False):
+                dim.dim_value = extent
+        for result in model.graph.output:
+            if result.name in {info.name for info in self._engine._opened}:
+                result.type.tensor_type.shape.dim[0].dim_value = next(iter(self._shapes.values()))[0]
+        found = next(info for info in (*model.graph.input, *model.graph.output) if info.name == name)
+        return tuple(dim.dim_value or -1 for dim in found.type.tensor_type.shape.dim)
 
     def infer_shapes(self) -> list[str]:
         inputs = [info.name for info in self._engine._model.graph.input]
