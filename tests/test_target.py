@@ -216,6 +216,21 @@ def test_one_session_at_a_time(sshd: Sshd, bundle: Bundle) -> None:
     assert bench_on_target(bundle.folder, at(sshd), arguments=QUICK)["rows"]
 
 
+def test_two_users_do_not_measure_at_once(sshd: Sshd, bundle: Bundle) -> None:
+    """Each has his own home, and so his own lock; the machine has one as well."""
+    with (sshd.folder / "tmp" / "edgekd.lock").open("w", encoding="utf-8") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"another session measures there[\s\S]*another user"):
+            bench_on_target(bundle.folder, at(sshd), arguments=QUICK)
+
+
+def test_a_remote_command_of_the_users_configuration_is_not_run(sshd: Sshd, bundle: Bundle, tmp_path: Path) -> None:
+    """ssh refuses to run ours beside it otherwise."""
+    config = tmp_path / "ssh_config"
+    config.write_text(sshd.config.read_text(encoding="utf-8") + "  RemoteCommand tmux attach\n", encoding="utf-8")
+    assert bench_on_target(bundle.folder, at(sshd, ssh_config=config), arguments=QUICK)["rows"]
+
+
 def test_a_failure_there_is_told_here(sshd: Sshd, bundle: Bundle) -> None:
     with pytest.raises(UserError, match="TensorRT cannot be imported"):
         bench_on_target(bundle.folder, at(sshd), arguments=["--provider", "tensorrt"])

@@ -498,7 +498,9 @@ def test_everything_asked_of_the_builder_reaches_it(
     assert seen[-1]._pools == {"WORKSPACE": 2**29}, "half of what a Jetson has left"
     with pytest.raises(UserError, match="less memory is free"):
         build_engine(onnx.load(str(detector)), EngineOptions(workspace_mib=2048), ORIN)
-    build_engine(onnx.load(str(detector)), EngineOptions(workspace_mib=2048), replace(ORIN, l4t=None))
+    build_engine(onnx.load(str(detector)), EngineOptions(workspace_mib=2048), replace(ORIN, integrated=False))
+    build_engine(onnx.load(str(detector)), EngineOptions(), replace(ORIN, l4t=None))
+    assert seen[-1]._pools == {"WORKSPACE": 2**29}, "a container may hide the L4T release"
 
 
 def test_strong_typing_with_flags_fails_as_it_does_on_tensorrt(machine: Machine) -> None:

@@ -42,7 +42,7 @@ def engine_for(file: Path, model: Mapping[str, Any], cache: Path) -> tuple[Path,
     driver = CudaDriver()
     device = driver.facts()
     flags = precision_flags(model["precision"], half_inside=model["half_inside"], strongly_typed=is_strongly_typed(trt))
-    key = {"onnx": model["sha256"], "flags": flags, "tensorrt": trt.__version__, "device": device.to_dict()}
+    key = {"onnx": model["sha256"], "flags": flags, "tensorrt": trt.__version__, "device": device.key()}
     engine = cache / f"{sha256_json(key)[:32]}.engine"
     try:
         manifest = read_engine_manifest(engine)
@@ -79,8 +79,8 @@ def _build(
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     flags = set_precision(trt, network, config, flags)
-    free = _available_bytes() if device.l4t is not None else None
-    if free is not None:  # a Jetson's memory is the CPU's too: all of it as workspace ends in a kill
+    free = _available_bytes() if device.integrated else None
+    if free is not None:  # the CPU's memory too, as on a Jetson: all of it as workspace ends in a kill
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, free // 2)
     plan = builder.build_serialized_network(network, config)
     if plan is None:

@@ -46,7 +46,7 @@ class EngineOptions:
 
     Attributes:
         workspace_mib: limit of scratch memory; TensorRT's own (all of the GPU's) if left out, half of what is free
-            on a Jetson, whose memory is the CPU's too.
+            where the GPU's memory is the CPU's too, as on a Jetson.
         level: builder optimisation level, 0 (quick) to 5 (thorough); TensorRT's own if left out.
         batch: (least, usual, most) images; (1, 1, 1) is a fixed batch.
         version_compatible: later versions of the same major one may run the engine; larger and a little slower.
@@ -209,8 +209,8 @@ def _set_dla(trt: Any, builder: Any, config: Any, core: int, precision: Precisio
 
 
 def _workspace_bytes(options: EngineOptions, device: DeviceFacts) -> int | None:
-    """The limit to set: as asked, and never more than a Jetson has left, which would end in an endless swap or a kill."""
-    free = _available_bytes() if device.l4t is not None else None
+    """The limit to set: as asked, never more than is left of memory that the CPU shares (which would end in a kill)."""
+    free = _available_bytes() if device.integrated else None
     if options.workspace_mib is None:
         return None if free is None else free // 2
     wanted = options.workspace_mib * _MIB
@@ -257,7 +257,7 @@ def _timing_cache_file(trt: Any, options: EngineOptions, device: DeviceFacts) ->
     """One cache for each TensorRT, GPU and L4T release, since timings hold for nothing else."""
     base = os.environ.get("XDG_CACHE_HOME")
     folder = options.timing_cache or (Path(base) if base else Path.home() / ".cache") / "edgekd" / "tensorrt"
-    key = {"tensorrt": trt.__version__, **device.to_dict(), "dla": options.dla_core}
+    key = {"tensorrt": trt.__version__, **device.key(), "dla": options.dla_core}
     return folder / f"timing-{trt.__version__}-{sha256_json(key)[:16]}.cache"
 
 

@@ -72,20 +72,23 @@ def optional(owner: Any, name: str, since: str) -> Any:
 def logger_of(trt: Any) -> Any:
     """TensorRT's logger for this process (it keeps the first it is given), which remembers errors for messages.
 
-    Its `messages` are the latest errors; `clear` before an operation whose errors matter.
+    Its `messages` are the latest errors, `warnings` the latest warnings; `clear` before an operation whose errors matter.
     """
 
     class _Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.messages = [*self.messages, message.strip()][-_KEPT_MESSAGES:]
+            elif severity == trt.ILogger.WARNING:
+                self.warnings = [*self.warnings, message.strip()][-_KEPT_MESSAGES:]
 
         def clear(self) -> None:
-            self.messages = []
+            self.messages, self.warnings = [], []
 
     return _Logger()
 
@@ -105,8 +108,8 @@ def profiler_of(trt: Any) -> Any:
 
 
 def said(logger: Any, otherwise: str = "TensorRT did not say why") -> str:
-    """TensorRT's latest errors as one line."""
-    return "; ".join(dict.fromkeys(logger.messages)) or otherwise
+    """TensorRT's latest errors as one line; its last warning where it failed without an error, as without a GPU."""
+    return "; ".join(dict.fromkeys(logger.messages or logger.warnings[-1:])) or otherwise
 
 
 def create_builder(trt: Any, logger: Any) -> Any:

@@ -22,7 +22,7 @@ from edgekd.runtimes.cuda_driver import DeviceFacts
 
 NAMES = json.loads((Path(__file__).parent / "names.json").read_text(encoding="utf-8"))
 VERSIONS: tuple[str, ...] = tuple(NAMES["versions"])
-ORIN = DeviceFacts("Orin", "8.7", 8 * 2**30, "12.6", "36.4.3")
+ORIN = DeviceFacts("Orin", "8.7", 8 * 2**30, "12.6", "36.4.3", True)
 
 ENUMS = (
     "BuilderFlag",
@@ -140,7 +140,7 @@ class _Builder(Strict):
         super().__init__(trt)
         assert isinstance(logger, trt.ILogger)
         if not trt._has_gpu:
-            logger.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+            logger.log(trt.ILogger.WARNING, "CUDA initialization failure with error: 35")  # no error, as 8.5 and 8.6 do
             raise TypeError("pybind11::init(): factory function returned nullptr")
         self._logger = logger
 
