@@ -84,7 +84,11 @@ def _build(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, free // 2)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ExportError(f"TensorRT {trt.__version__} could not build {file.name}", got=said(logger))
+        raise ExportError(
+            f"TensorRT {trt.__version__} could not build {file.name}",
+            got=said(logger),
+            fix="where memory is short: close other programs, stop the desktop, add swap; else --provider cuda or cpu",
+        )
     manifest = _manifest(trt, bytes(plan), model, flags, strongly_typed, device)
     with atomic_path(engine) as temporary:
         temporary.write_bytes(bytes(plan))

@@ -34,7 +34,8 @@ def tensorrt() -> Any:
         raise MissingDependencyError(
             "TensorRT cannot be imported",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="pip install edgekd[tensorrt] on a machine with an NVIDIA GPU; on a Jetson it comes with JetPack",
+            fix="pip install edgekd[tensorrt] on a machine with an NVIDIA GPU; on a Jetson: sudo apt-get install "
+            "python3-libnvinfer (JetPack's), and a virtual environment only with --system-site-packages",
         ) from error
     if version_of(trt) < OLDEST:
         raise MissingDependencyError(
