@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import getpass
+import io
 import json
 import subprocess
 import sys
@@ -229,6 +230,19 @@ def test_a_remote_command_of_the_users_configuration_is_not_run(sshd: Sshd, bund
     config = tmp_path / "ssh_config"
     config.write_text(sshd.config.read_text(encoding="utf-8") + "  RemoteCommand tmux attach\n", encoding="utf-8")
     assert bench_on_target(bundle.folder, at(sshd, ssh_config=config), arguments=QUICK)["rows"]
+
+
+def test_packages_that_take_too_long_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.device import agent
+
+    def slow(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 120)
+
+    monkeypatch.setattr(agent.subprocess, "run", slow)
+    sink = io.BytesIO()
+    request = {"do": "probe", "sha256": "0" * 64}
+    agent.Agent(io.BytesIO(json.dumps(request).encode() + b"\n"), sink).serve()
+    assert "took more than 120 s" in json.loads(sink.getvalue().decode().split(agent.MARK)[1])["message"]
 
 
 def test_a_failure_there_is_told_here(sshd: Sshd, bundle: Bundle) -> None:

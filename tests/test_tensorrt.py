@@ -467,8 +467,10 @@ def test_the_timing_cache_is_kept_by_version_and_device(machine: Machine, detect
     machine("10.3.0")
     for _ in range(2):
         export_engine(detector, tmp_path / "s.engine")
+    machine("10.3.0", device=replace(ORIN, cuda="12.8", memory_bytes=ORIN.memory_bytes - 4096))
+    export_engine(detector, tmp_path / "s.engine")
     (first,) = folder.iterdir()
-    assert first.read_bytes() == b"10.3.0 Orin|2"
+    assert first.read_bytes() == b"10.3.0 Orin|3", "a reboot and another driver change no timings"
     machine("10.13.3.9")
     export_engine(detector, tmp_path / "s.engine")
     assert len(list(folder.iterdir())) == 2
@@ -743,6 +745,25 @@ def test_outputs_that_grow_with_the_picture_get_no_memory(
     with pytest.raises(ArtifactError, match="size depends on the picture"):
         TensorRTRuntime(out, buffers=buffers).run(IMAGES[:1])
     assert profile or not buffers._memory, "what was allocated before is given back"
+
+
+def test_shapes_that_tensorrt_cannot_tell(
+    machine: Machine, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`infer_shapes` lists what is missing, but raises for everything else."""
+    from tests import fake_tensorrt
+
+    def fails(_: Any) -> list[str]:
+        raise RuntimeError("shape inference failed")
+
+    machine("8.6.1")
+    export_engine(detector, tmp_path / "s.engine")
+    monkeypatch.setattr(fake_tensorrt._Context, "infer_shapes", fails)
+    with (
+        TensorRTRuntime(tmp_path / "s.engine", buffers=HostBuffers(ORIN)) as runtime,
+        pytest.raises(RuntimeFailure, match="cannot tell its shapes"),
+    ):
+        runtime.run(IMAGES[:1])
 
 
 def test_no_way_to_the_gpus_memory_says_why_for_each() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.errors import ArtifactError, RuntimeFailure
-from edgekd.runtimes.buffers import Buffers, Graph, open_buffers
+from edgekd.runtimes.buffers import Buffers, Event, Graph, open_buffers
 from edgekd.runtimes.engine_file import EngineManifest, check_fits, read_engine_manifest
 from edgekd.runtimes.trt_api import logger_of, numpy_type, open_engine, profiler_of, said, tensorrt
 from edgekd.types import Array, FloatArray
@@ -70,6 +70,7 @@ class TensorRTRuntime:
         self._engine: Any = None
         self._context: Any = None
         self._tensors: dict[str, _Tensor] = {}
+        self._events: list[Event] = []
         try:
             check_fits(self._path, self.manifest, self._trt.__version__, self._buffers.device)
             with self._buffers.active():
@@ -106,7 +107,7 @@ class TensorRTRuntime:
             raise ArtifactError(
                 f"{self._path}: not a detector that edgekd can feed", got=f"{len(inputs)} inputs", expected="one image"
             )
-        self._input = inputs[0]
+        self._input_name = inputs[0].name
         _, channels, height, width = self._input.host.shape
         self.input_shape = (self._least if not self.dynamic_batch else 1, channels, height, width)
         self.device_times = False
@@ -124,6 +125,10 @@ class TensorRTRuntime:
         host = self._buffers.pinned(shape, dtype)
         is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
         return _Tensor(name, is_input, dtype, host, self._buffers.alloc(host.nbytes))
+
+    @property
+    def _input(self) -> _Tensor:
+        return self._tensors[self._input_name]
 
     def _unbounded(self, name: str, shape: tuple[int, ...]) -> ArtifactError:
         return ArtifactError(
@@ -247,7 +252,8 @@ class TensorRTRuntime:
             self._runtime = None
             for tensor in self._tensors.values():
                 self._buffers.free(tensor.address)
-            self._tensors.clear()
+            self._tensors.clear()  # PyCUDA frees host arrays and events with their last reference
+            self._events.clear()
         if self._owned:
             self._buffers.close()
 
