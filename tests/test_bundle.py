@@ -21,6 +21,7 @@ from edgekd.device import timing
 from edgekd.device.bundle import Bundle, is_bundle, make_bundle
 from edgekd.device.bundle_bench import read_bundle, run_bundle
 from edgekd.device.bundle_program import program_modules
+from edgekd.device.bundle_rows import warnings_of
 from edgekd.device.golden import check, normalise
 from edgekd.errors import ArtifactError, MissingDependencyError, ParityError, RuntimeFailure, UserError
 from edgekd.export import ExportData
@@ -461,6 +462,21 @@ def test_engines_are_built_once_and_kept_by_all_that_decides_them(
         run_bundle(made.folder, **settings)
         assert other._builds == 1
     assert len(list(tmp_path.glob("*.engine"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("built", "said"),
+    [
+        ({"fp32": 9}, ["toy fp16: TensorRT built no layer in fp16, only in fp32"]),
+        ({"fp16": 1, "fp32": 8}, []),
+        ({"unknown": 9}, []),
+        (None, []),
+    ],
+)
+def test_an_engine_that_is_not_in_its_precision_is_said(built: dict[str, int] | None, said: list[str]) -> None:
+    session = None if built is None else {"layer_precisions": built}
+    row = {"name": "toy", "precision": "fp16", "settled": True, "drift": 0.0, "session": session}
+    assert warnings_of([row], {"throttled": [], "before": {"clocks": {}}}) == said
 
 
 def test_nms_inside_is_not_given_to_tensorrt(data: ExportData, tmp_path: Path, orin_with: Any) -> None:

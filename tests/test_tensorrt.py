@@ -255,6 +255,23 @@ def test_sums_of_squares_are_held_inside_int8_graphs(machine: Machine) -> None:
     assert held == ["norm_square", "norm_sum", "norm_root", "decode"]
 
 
+def test_a_body_is_not_held_where_types_are_not_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should a version call every tensor float32, an fp16 model must not become an fp32 one."""
+    from tests.fake_tensorrt import _Network
+
+    trt = machine("8.6.1")
+    network = _Network(trt, 1)
+    parse_onnx(trt, network, to_float16(wide_detector()).SerializeToString())
+    config = trt.Builder(logger_of(trt)).create_builder_config()
+    convolution = next(layer for layer in network._layers if layer._node.op_type == "Conv")
+    assert convolution.get_output(0).dtype == trt.DataType.HALF
+    for layer in network._layers:
+        monkeypatch.setattr(layer, "_kinds", {})
+    assert set_precision(trt, network, config, ["FP16"]) == ["FP16", HELD]
+    assert convolution._precision is None
+    assert network._layers[-1]._precision == trt.DataType.FLOAT
+
+
 def normed() -> onnx.ModelProto:
     """Convolution, L2 norm, convolution, decoding."""
     info = helper.make_tensor_value_info

@@ -15,6 +15,7 @@ NO_TF32 = "no TF32"
 _ONLY = "TensorRT 8 and 10"
 _OF_THEIR_OWN = ("CONSTANT", "SHAPE", "IDENTITY", "CAST", "QUANTIZE", "DEQUANTIZE")
 """Layers whose types the graph gives."""
+_CONVOLUTIONS = ("CONVOLUTION", "DECONVOLUTION")
 _SUMS = ("REDUCE", "UNARY", "SOFTMAX")
 
 
@@ -54,11 +55,11 @@ def set_precision(trt: Any, network: Any, config: Any, flags: Sequence[str]) -> 
 def _hold_in_float(trt: Any, network: Any) -> int:
     """Ask float32 of layers; returns how many.
 
-    Where the graph has float16 of its own, every float32 layer is meant to be one. Elsewhere (int8 graphs) it is what
-    comes after the last convolution, and sums of squares before it.
+    Where convolutions are float16 in the graph, every float32 layer is meant to be one. Elsewhere (int8 graphs) it is
+    what comes after the last convolution, and sums of squares before it.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    typed = any(_makes(layer, trt.DataType.HALF) for layer in layers)
+    typed = any(layer.type.name in _CONVOLUTIONS and _makes(layer, trt.DataType.HALF) for layer in layers)
     leading = _leading_to_convolutions(layers)
     held = 0
     for index, layer in enumerate(layers):
@@ -85,7 +86,7 @@ def _leading_to_convolutions(layers: Sequence[Any]) -> set[int]:
     for index in reversed(range(len(layers))):
         layer = layers[index]
         outputs = {layer.get_output(output).name for output in range(layer.num_outputs)}
-        if layer.type.name in ("CONVOLUTION", "DECONVOLUTION") or outputs & needed:
+        if layer.type.name in _CONVOLUTIONS or outputs & needed:
             edges = (layer.get_input(number) for number in range(layer.num_inputs))
             needed.update(edge.name for edge in edges if edge is not None)
             found.add(index)
