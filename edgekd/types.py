@@ -11,18 +11,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgekd.errors import ArtifactError, DataError
 
-FloatArray = NDArray[np.float32]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
-ImageArray = NDArray[np.uint8]
-"""An RGB picture, (H, W, 3) uint8."""
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    FloatArray = NDArray[np.float32]
+    IntArray = NDArray[np.int64]
+    BoolArray = NDArray[np.bool_]
+    ImageArray = NDArray[np.uint8]
+    """An RGB picture, (H, W, 3) uint8."""
+else:  # bundles run on NumPy 1.17 too, which JetPack 5 comes with: `numpy.typing` is 1.20's
+    Array = FloatArray = IntArray = BoolArray = ImageArray = np.ndarray
 
 ResizeMode = Literal["stretch", "letterbox", "letterbox-corner"]
 Channels = Literal["rgb", "bgr"]
@@ -69,7 +74,7 @@ class Detections:
         """No detections."""
         return cls(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
-    def take(self, index: NDArray[Any]) -> Detections:
+    def take(self, index: Array) -> Detections:
         """The rows that `index` (integer or boolean) picks."""
         return Detections(self.boxes_xyxy[index], self.scores[index], self.labels[index])
 

@@ -14,6 +14,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+WHOLE = "8.5.3.1"
+"""JetPack 5's branch: only in a wheel of 549 MB, of all of TensorRT, for Python 3.6 to 3.10. Its names were read from that
+wheel, over a stub of its plugin library, on Python 3.8."""
 PACKAGES = {
     "8.6.1": "tensorrt-bindings==8.6.1",
     "10.3.0": "tensorrt-cu12-bindings==10.3.0",
@@ -41,6 +44,8 @@ def surface(version: str, wanted: list[str]) -> dict[str, Any]:
     Raises:
         Unavailable: they cannot be had.
     """
+    if version == WHOLE:
+        raise Unavailable("its wheel has 549 MB")
     folder = _unpacked(version)
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder / "stubs"), "PYTHONPATH": str(folder)}
     done = subprocess.run(

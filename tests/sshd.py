@@ -77,10 +77,12 @@ def running_sshd(folder: Path, environment: Mapping[str, str] | None = None) -> 
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     home, port, log = folder / "home", _free_port(), folder / "sshd.log"
-    home.mkdir(exist_ok=True)
+    for place in (home, folder / "tmp"):  # sessions of other tests on this machine must not be in the way
+        place.mkdir(exist_ok=True)
     host_key = _keygen(folder / "host_key")
     (folder / "authorized_keys").write_text(_keygen(folder / "id"), encoding="utf-8")
-    variables = " ".join(f'"{name}={value}"' for name, value in {"HOME": str(home), **(environment or {})}.items())
+    settings = {"HOME": str(home), "TMPDIR": str(folder / "tmp"), **(environment or {})}
+    variables = " ".join(f'"{name}={value}"' for name, value in settings.items())
     (folder / "sshd_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder / 'host_key'}\nPidFile none\nStrictModes no\n"
         f"AuthorizedKeysFile {folder / 'authorized_keys'}\nPasswordAuthentication no\n"

@@ -21,8 +21,9 @@ from edgekd.device import timing
 from edgekd.device.bundle import Bundle, is_bundle, make_bundle
 from edgekd.device.bundle_bench import read_bundle, run_bundle
 from edgekd.device.bundle_program import program_modules
+from edgekd.device.bundle_rows import warnings_of
 from edgekd.device.golden import check, normalise
-from edgekd.errors import ArtifactError, MissingDependencyError, ParityError, UserError
+from edgekd.errors import ArtifactError, MissingDependencyError, ParityError, RuntimeFailure, UserError
 from edgekd.export import ExportData
 from edgekd.preprocess import normalise as reference_normalise
 from edgekd.types import PreprocessSpec
@@ -246,6 +247,15 @@ def test_the_program_needs_only_numpy() -> None:
                 assert name.split(".")[0] in STANDARD | GPU_ONLY, f"{relative}:{node.lineno}: {name}"
 
 
+def test_the_program_runs_on_the_numpy_of_jetpack_5(made: Bundle) -> None:
+    """NumPy 1.17 has no `numpy.typing`; nothing may ask for it when it runs."""
+    modules = [path[: -len(".py")].replace("/", ".") for path in program_modules() if not path.endswith("__init__.py")]
+    code = "import sys, importlib; sys.modules['numpy.typing'] = None\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    command = [sys.executable, "-B", "-c", code, *modules, "bench"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=made.folder)
+    assert done.returncode == 0, done.stderr
+
+
 def program_source() -> Path:
     from edgekd.device import bundle_bench
 
@@ -444,8 +454,75 @@ def test_engines_are_built_once_and_kept_by_all_that_decides_them(
     damaged = orin_with(version)
     run_bundle(made.folder, **settings)
     assert damaged._builds == 1
-    for change in ({"l4t": "36.3.0"}, {"compute_capability": "8.9"}):
+    rebooted = orin_with(version, replace(ORIN, memory_bytes=ORIN.memory_bytes - 4096, cuda="12.8"))
+    run_bundle(made.folder, **settings)
+    assert rebooted._builds == 0, "a few pages more for the kernel make no other device"
+    for change in ({"l4t": "36.3.0"}, {"compute_capability": "8.9"}, {"memory_bytes": 64 << 30}):
         other = orin_with(version, replace(ORIN, **change))
         run_bundle(made.folder, **settings)
         assert other._builds == 1
-    assert len(list(tmp_path.glob("*.engine"))) == 3
+    assert len(list(tmp_path.glob("*.engine"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("built", "said"),
+    [
+        ({"fp32": 9}, ["toy fp16: TensorRT built no layer in fp16, only in fp32"]),
+        ({"fp16": 1, "fp32": 8}, []),
+        ({"unknown": 9}, []),
+        (None, []),
+    ],
+)
+def test_an_engine_that_is_not_in_its_precision_is_said(built: dict[str, int] | None, said: list[str]) -> None:
+    session = None if built is None else {"layer_precisions": built}
+    row = {"name": "toy", "precision": "fp16", "settled": True, "drift": 0.0, "session": session}
+    assert warnings_of([row], {"throttled": [], "before": {"clocks": {}}}) == said
+
+
+def test_nms_inside_is_not_given_to_tensorrt(data: ExportData, tmp_path: Path, orin_with: Any) -> None:
+    """Its outputs grow with the picture, and TensorRT would write past what was allocated for one row."""
+    import onnx
+
+    from edgekd.export.nms import Thresholds
+    from edgekd.export.onnx import detections_form
+
+    orin_with("8.6.1")
+    model = onnx.load(str(write_model(tmp_path / "plain.onnx")))
+    onnx.save(detections_form(model, Thresholds()), str(tmp_path / "nms.onnx"))
+    bundle = make_bundle([BenchArtifact(tmp_path / "nms.onnx", "toy")], tmp_path / "out", data=data)
+    settings: dict[str, Any] = {"check_only": True, "cache": tmp_path / "engines"}
+    with pytest.raises(RuntimeFailure, match="NMS is inside"):
+        run_bundle(bundle.folder, provider="tensorrt", say=lambda _: None, **settings)
+    said: list[str] = []
+    assert run_bundle(bundle.folder, say=said.append, **settings)["checked"]
+    assert any(line.startswith("tensorrt is not used") and "NMS is inside" in line for line in said)
+
+
+@pytest.mark.parametrize("version", fake_versions())
+def test_every_precision_of_a_run_becomes_an_engine_on_the_device(
+    data: ExportData, tmp_path: Path, orin_with: Any, version: str
+) -> None:
+    fake = orin_with(version)
+    model = helpful_detector(tmp_path / "fp32.onnx")
+    bundle = make_bundle([BenchArtifact(path, path.stem) for path in model], tmp_path / "out", data=data)
+    result = run_bundle(bundle.folder, plan=QUICK, energy_s=0, cache=tmp_path / "engines", say=lambda _: None)
+    rows = {row["precision"]: row["session"] for row in result["rows"]}
+    assert set(rows) == {"fp32", "fp16"}
+    assert fake._builds == 2
+    weak = tuple(int(part) for part in version.split(".")[:2]) < (10, 12)
+    assert rows["fp16"]["flags"] == (["FP16", "PREFER_PRECISION_CONSTRAINTS"] if weak else [])
+
+
+def helpful_detector(path: Path) -> list[Path]:
+    """The same detector in fp32 and fp16."""
+    import onnx
+
+    from edgekd.export.float16 import to_float16
+    from edgekd.export.graph import RAW_KEY, name_nodes, set_metadata
+
+    model = onnx.load(str(write_model(path)))
+    name_nodes(model)
+    set_metadata(model, {RAW_KEY: {"features": "features"}})
+    half = path.with_name("fp16.onnx")
+    onnx.save(to_float16(model), str(half))
+    return [path, half]

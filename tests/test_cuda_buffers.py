@@ -116,6 +116,7 @@ def test_the_whole_protocol(buffers: Buffers, stub: Any) -> None:
         "memory_bytes": 8 * 2**30,
         "cuda": "12.6",
         "l4t": cuda_driver.l4t_release(),
+        "integrated": True,
     }
     before = stub.stub_launches()
     exercise(buffers)

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from edgekd.device.conditions import ConditionWatch, snapshot, summary, temperatures, throttled
+from edgekd.device.conditions import ConditionWatch, clocks, snapshot, summary, temperatures, throttled
 from edgekd.device.facts import machine_facts
 from edgekd.device.jetson import jetson_facts, jetson_rails, parse_power_mode
 from edgekd.device.nvml import nvml_conditions, nvml_facts, nvml_rails, open_nvml
 from edgekd.device.power import PowerSampler, choose_group, energy_per_inference, idle_reading, power_rails
 from edgekd.device.rails import PowerRail, RailGroup
 from edgekd.device.rapl import rapl_rails
+from edgekd.device.target import steady_clocks
 from tests.sysfs_trees import I2C, intel, nano, orin, thor, write_tree, xavier
 
 
@@ -146,6 +147,31 @@ def test_temperatures_and_clocks(tmp_path: Path) -> None:
     assert found["clocks"]["gpu"]["max_mhz"] == 918.0
     assert snapshot(nano(tmp_path / "nano"))["clocks"]["gpu"]["pinned"] is True
     assert temperatures(xavier(tmp_path / "xavier"))["GPU-therm"] is None
+
+
+def test_only_what_jetson_clocks_pins_is_called_free(tmp_path: Path) -> None:
+    """Video engines scale by themselves, pinned or not: the advice to pin would never end."""
+    root = orin(tmp_path)
+    engine = "sys/class/devfreq/15480000.nvdec"
+    write_tree(
+        root, {f"{engine}/cur_freq": 115200000, f"{engine}/min_freq": 115200000, f"{engine}/max_freq": 524800000}
+    )
+    free = snapshot(root)
+    assert {name: clock["pinned"] for name, clock in free["clocks"].items()} == {
+        "cpu0": False,
+        "gpu": False,
+        "nvdec": None,
+    }
+    for path in ("sys/class/devfreq/17000000.gpu/min_freq", "sys/devices/system/cpu/cpufreq/policy0/scaling_min_freq"):
+        write_tree(root, {path: 918000000 if "gpu" in path else 1510400})
+    assert steady_clocks({"conditions": {"before": snapshot(root)}}) == "clocks are pinned there"
+    assert "jetson_clocks" in steady_clocks({"conditions": {"before": free}})
+
+
+@pytest.mark.parametrize("name", ["17000000.ga10b", "17000000.gv11b", "17000000.gp10b", "57000000.gpu", "gpu-gpc-0"])
+def test_gpus_by_their_names(tmp_path: Path, name: str) -> None:
+    write_tree(tmp_path, {f"sys/class/devfreq/{name}/min_freq": 10**6, f"sys/class/devfreq/{name}/max_freq": 2 * 10**6})
+    assert [clock["pinned"] for clock in clocks(tmp_path).values()] == [False]
 
 
 def test_throttling(tmp_path: Path) -> None:

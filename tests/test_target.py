@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import getpass
+import io
 import json
 import subprocess
 import sys
@@ -214,6 +215,34 @@ def test_one_session_at_a_time(sshd: Sshd, bundle: Bundle) -> None:
             bench_on_target(bundle.folder, at(sshd), arguments=QUICK)
     assert "since yesterday, process 7" in str(caught.value)
     assert bench_on_target(bundle.folder, at(sshd), arguments=QUICK)["rows"]
+
+
+def test_two_users_do_not_measure_at_once(sshd: Sshd, bundle: Bundle) -> None:
+    """Each has his own home, and so his own lock; the machine has one as well."""
+    with (sshd.folder / "tmp" / "edgekd.lock").open("w", encoding="utf-8") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"another session measures there[\s\S]*another user"):
+            bench_on_target(bundle.folder, at(sshd), arguments=QUICK)
+
+
+def test_a_remote_command_of_the_users_configuration_is_not_run(sshd: Sshd, bundle: Bundle, tmp_path: Path) -> None:
+    """ssh refuses to run ours beside it otherwise."""
+    config = tmp_path / "ssh_config"
+    config.write_text(sshd.config.read_text(encoding="utf-8") + "  RemoteCommand tmux attach\n", encoding="utf-8")
+    assert bench_on_target(bundle.folder, at(sshd, ssh_config=config), arguments=QUICK)["rows"]
+
+
+def test_packages_that_take_too_long_to_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.device import agent
+
+    def slow(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 120)
+
+    monkeypatch.setattr(agent.subprocess, "run", slow)
+    sink = io.BytesIO()
+    request = {"do": "probe", "sha256": "0" * 64}
+    agent.Agent(io.BytesIO(json.dumps(request).encode() + b"\n"), sink).serve()
+    assert "took more than 120 s" in json.loads(sink.getvalue().decode().split(agent.MARK)[1])["message"]
 
 
 def test_a_failure_there_is_told_here(sshd: Sshd, bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -20,21 +21,26 @@ from edgekd.export.engine_job import EngineResult, export_engine
 from edgekd.export.engine_parity import aligned
 from edgekd.export.float16 import to_float16
 from edgekd.export.graph import name_nodes
+from edgekd.export.nms import Thresholds, append_nms
 from edgekd.export.topk import with_top_candidates
 from edgekd.postprocess import select
 from edgekd.predictor import load_predictor
 from edgekd.runtimes import buffers as buffers_module
 from edgekd.runtimes.buffers import HostBuffers
 from edgekd.runtimes.cuda_driver import l4t_release
-from edgekd.runtimes.engine_file import manifest_path, read_engine_manifest
+from edgekd.runtimes.engine_file import manifest_path, read_engine_manifest, write_engine_manifest
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
-from edgekd.runtimes.trt_api import logger_of, optional, precision_in, tensorrt
+from edgekd.runtimes.trt_api import create_network, logger_of, open_engine, optional, parse_onnx, precision_in, tensorrt
+from edgekd.runtimes.trt_precision import set_precision
 from edgekd.types import Dataset
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, make_dataset, write_detector
 from tests.fake_tensorrt import ORIN, VERSIONS, FakeTensorRT
 
 IMAGES = np.random.default_rng(3).normal(size=(4, 3, 64, 64)).astype(np.float32)
 Machine = Callable[..., FakeTensorRT]
+WEAK = ("8.5.3.1", "8.6.1", "10.3.0")
+"""Versions that take precision as flags."""
+HELD = "PREFER_PRECISION_CONSTRAINTS"
 
 
 @pytest.fixture
@@ -161,9 +167,9 @@ def test_an_engine_from_file_to_detections(machine: Machine, tmp_path: Path, ver
     assert manifest.tensorrt == version
     assert manifest.precision == precision
     assert manifest.device["compute_capability"] == "8.7"
-    strong = version not in ("8.6.1", "10.3.0")
+    strong = version not in WEAK
     assert manifest.strongly_typed is strong
-    assert manifest.flags == (("no TF32",) if precision == "fp32" else () if strong else ("FP16",))
+    assert manifest.flags == (("no TF32",) if precision == "fp32" else () if strong else ("FP16", HELD))
     assert manifest.layer_precisions()[precision] > 1
     assert manifest.outputs["boxes"]["shape"] == [1, 1000, 4]
     assert result.parity[-1].ok
@@ -182,9 +188,11 @@ def test_an_engine_from_file_to_detections(machine: Machine, tmp_path: Path, ver
     assert all(stream > 0 for stream in fake._contexts[-1]._runs)
 
 
-def quantised(zero_point: int = 0, kind: type[np.generic] = np.int8) -> onnx.ModelProto:
+def quantised(
+    zero_point: int = 0, kind: type[np.generic] = np.int8, model: onnx.ModelProto | None = None
+) -> onnx.ModelProto:
     """The moving detector with its convolution between pairs."""
-    model = moving_detector()
+    model = model or moving_detector()
     graph = model.graph
     graph.initializer.extend(
         [
@@ -205,7 +213,85 @@ def test_int8_engines(machine: Machine, tmp_path: Path, version: str) -> None:
     source = ours(quantised(), tmp_path / "student.onnx")
     manifest = export_engine(source, tmp_path / "student.engine", precision="int8").manifest
     assert manifest.layer_precisions()["int8"] == 1
-    assert manifest.flags == (("INT8",) if version in ("8.6.1", "10.3.0") else ())
+    assert manifest.flags == (("INT8", "FP16", HELD) if version in WEAK else ())
+
+
+def wide_detector() -> onnx.ModelProto:
+    """The moving detector at 2,000 px and more, where float16 has steps of a pixel and larger."""
+    model = moving_detector()
+    graph = model.graph
+    graph.initializer.append(numpy_helper.from_array(np.array(2003.3, np.float32), "offset"))
+    graph.node.insert(len(graph.node) - 3, helper.make_node("Add", ["first", "offset"], ["moved"], "move"))
+    for node in graph.node:
+        if node.name in ("second_add", "boxes_concat"):
+            node.input[0] = "moved"
+    helper.set_model_props(model, {"edgekd.raw": json.dumps({"features": "features"})})
+    return model
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_what_float16_would_spoil_is_held_in_float32(machine: Machine, version: str, precision: str) -> None:
+    """Weakly typed TensorRT would decode in float16 too: boxes at 2,003 px would be a pixel off."""
+    machine(version)
+    model = wide_detector() if precision == "fp16" else quantised(model=wide_detector())
+    if precision == "fp16":
+        model = to_float16(model)
+    built = build_engine(model, EngineOptions(), ORIN)
+    _, engine = open_engine(tensorrt(), built.plan)
+    assert engine._header["half"] is False
+    assert (HELD in built.flags) is (version in WEAK)
+
+
+def test_sums_of_squares_are_held_inside_int8_graphs(machine: Machine) -> None:
+    """SSD's L2Norm over 512 channels passes 65,504; convolutions, and what only feeds them, may be float16."""
+    trt = machine("8.6.1")
+    builder = trt.Builder(logger_of(trt))
+    network = create_network(trt, builder, strongly_typed=False)
+    parse_onnx(trt, network, normed().SerializeToString())
+    config = builder.create_builder_config()
+    assert set_precision(trt, network, config, ["INT8", "FP16"]) == ["INT8", "FP16", HELD]
+    held = [layer.name for layer in network._layers if layer._precision is not None]
+    assert held == ["norm_square", "norm_sum", "norm_root", "decode"]
+
+
+def test_a_body_is_not_held_where_types_are_not_told(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should a version call every tensor float32, an fp16 model must not become an fp32 one."""
+    from tests.fake_tensorrt import _Network
+
+    trt = machine("8.6.1")
+    network = _Network(trt, 1)
+    parse_onnx(trt, network, to_float16(wide_detector()).SerializeToString())
+    config = trt.Builder(logger_of(trt)).create_builder_config()
+    convolution = next(layer for layer in network._layers if layer._node.op_type == "Conv")
+    assert convolution.get_output(0).dtype == trt.DataType.HALF
+    for layer in network._layers:
+        monkeypatch.setattr(layer, "_kinds", {})
+    assert set_precision(trt, network, config, ["FP16"]) == ["FP16", HELD]
+    assert convolution._precision is None
+    assert network._layers[-1]._precision == trt.DataType.FLOAT
+
+
+def normed() -> onnx.ModelProto:
+    """Convolution, L2 norm, convolution, decoding."""
+    info = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Conv", ["images", "w"], ["a"], "first"),
+        helper.make_node("Mul", ["a", "a"], ["b"], "norm_square"),
+        helper.make_node("ReduceSum", ["b", "axes"], ["c"], "norm_sum"),
+        helper.make_node("Sqrt", ["c"], ["d"], "norm_root"),
+        helper.make_node("Div", ["a", "d"], ["e"], "norm_divide"),
+        helper.make_node("Conv", ["e", "w"], ["f"], "second"),
+        helper.make_node("Exp", ["f"], ["boxes"], "decode"),
+    ]
+    weights = [
+        numpy_helper.from_array(np.ones((3, 3, 1, 1), np.float32), "w"),
+        numpy_helper.from_array(np.array([1], np.int64), "axes"),
+    ]
+    shape = [1, 3, 8, 8]
+    images, boxes = info("images", TensorProto.FLOAT, shape), info("boxes", TensorProto.FLOAT, shape)
+    graph = helper.make_graph(nodes, "normed", [images], [boxes], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 @pytest.mark.parametrize(("zero_point", "kind"), [(3, np.int8), (0, np.uint8)])
@@ -380,14 +466,16 @@ def test_hardware_compatibility(machine: Machine, detector: Path, tmp_path: Path
 def test_dla_needs_one_and_a_precision_that_it_computes(machine: Machine, tmp_path: Path) -> None:
     source, out = ours(moving_detector(), tmp_path / "s.onnx"), tmp_path / "s.engine"
     machine("10.13.3.9")
-    with pytest.raises(MissingDependencyError, match="no such DLA core"):
+    with pytest.raises(MissingDependencyError, match=r"no such DLA core[\s\S]*TensorRT 10\.7"):
         export_engine(source, out, precision="fp16", options=EngineOptions(dla_core=0))
-    machine("10.13.3.9", dla_cores=2)
-    with pytest.raises(UserError, match="fp16 and int8 only"):
+    machine("10.3.0", dla_cores=2)
+    with pytest.raises(UserError, match="fp16 models only"):
         export_engine(source, out, options=EngineOptions(dla_core=0))
+    with pytest.raises(UserError, match="no Q/DQ pairs"):
+        build_engine(quantised(), EngineOptions(dla_core=0), ORIN)
     manifest = export_engine(source, out, precision="fp16", options=EngineOptions(dla_core=1)).manifest
     assert not manifest.strongly_typed
-    assert manifest.flags == ("FP16", "GPU_FALLBACK")
+    assert manifest.flags == ("FP16", HELD, "GPU_FALLBACK")
     assert "--dla 1" in manifest.rebuild
 
 
@@ -396,8 +484,10 @@ def test_the_timing_cache_is_kept_by_version_and_device(machine: Machine, detect
     machine("10.3.0")
     for _ in range(2):
         export_engine(detector, tmp_path / "s.engine")
+    machine("10.3.0", device=replace(ORIN, cuda="12.8", memory_bytes=ORIN.memory_bytes - 4096))
+    export_engine(detector, tmp_path / "s.engine")
     (first,) = folder.iterdir()
-    assert first.read_bytes() == b"10.3.0 Orin|2"
+    assert first.read_bytes() == b"10.3.0 Orin|3", "a reboot and another driver change no timings"
     machine("10.13.3.9")
     export_engine(detector, tmp_path / "s.engine")
     assert len(list(folder.iterdir())) == 2
@@ -427,7 +517,9 @@ def test_everything_asked_of_the_builder_reaches_it(
     assert seen[-1]._pools == {"WORKSPACE": 2**29}, "half of what a Jetson has left"
     with pytest.raises(UserError, match="less memory is free"):
         build_engine(onnx.load(str(detector)), EngineOptions(workspace_mib=2048), ORIN)
-    build_engine(onnx.load(str(detector)), EngineOptions(workspace_mib=2048), replace(ORIN, l4t=None))
+    build_engine(onnx.load(str(detector)), EngineOptions(workspace_mib=2048), replace(ORIN, integrated=False))
+    build_engine(onnx.load(str(detector)), EngineOptions(), replace(ORIN, l4t=None))
+    assert seen[-1]._pools == {"WORKSPACE": 2**29}, "a container may hide the L4T release"
 
 
 def test_strong_typing_with_flags_fails_as_it_does_on_tensorrt(machine: Machine) -> None:
@@ -553,7 +645,7 @@ def test_without_tensorrt_or_a_gpu(detector: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(MissingDependencyError, match=r"cannot start here[\s\S]*CUDA initialization failure"):
         build_engine(onnx.load(str(detector)), EngineOptions(), ORIN)
     old = FakeTensorRT("8.6.1")
-    old.__version__ = "8.5.2.2"
+    old.__version__ = "8.4.1.5"
     monkeypatch.setitem(sys.modules, "tensorrt", old)
     with pytest.raises(MissingDependencyError, match="too old"):
         tensorrt()
@@ -622,6 +714,73 @@ def test_l4t(tmp_path: Path) -> None:
     assert l4t_release(tmp_path) == "36.4.3"
     file.write_text("something else")
     assert l4t_release(tmp_path) is None
+
+
+def test_a_package_that_breaks_on_import_does_not_keep_the_others_from_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch without its CUDA libraries raises OSError, PyCUDA for another NumPy raises ValueError."""
+    broken = {"pycuda": ValueError("numpy.dtype size changed"), "torch": OSError("libcublas.so.12: cannot open")}
+
+    def opened(name: str, index: int) -> HostBuffers:
+        if name in broken:
+            raise broken[name]
+        if name == "cuda-python":
+            raise RuntimeError
+        return HostBuffers()
+
+    monkeypatch.setattr("edgekd.runtimes.cuda_buffers.open_cuda_buffers", opened)
+    assert buffers_module.open_buffers().name == "host"
+    with pytest.raises(MissingDependencyError, match=r"pycuda: numpy\.dtype size changed"):
+        buffers_module.open_buffers("pycuda")
+
+
+def nms_inside() -> onnx.ModelProto:
+    """A detector whose outputs are as long as there are objects."""
+    model = moving_detector()
+    helper.set_model_props(model, {})
+    return append_nms(model, Thresholds(score_threshold=0.4))
+
+
+@pytest.mark.parametrize("profile", [None, (1, 1, 2)])
+def test_outputs_that_grow_with_the_picture_get_no_memory(
+    machine: Machine, detector: Path, tmp_path: Path, profile: tuple[int, int, int] | None
+) -> None:
+    """TensorRT writes as many rows as it finds, whatever there is memory for."""
+    trt = machine("8.6.1")
+    out = tmp_path / "s.engine"
+    export_engine(detector, out)
+    builder = trt.Builder(logger_of(trt))
+    network = create_network(trt, builder, strongly_typed=False)
+    parse_onnx(trt, network, nms_inside().SerializeToString())
+    plan = builder.build_serialized_network(network, builder.create_builder_config())
+    manifest = read_engine_manifest(out)
+    changes: dict[str, Any] = {"plan_sha256": hashlib.sha256(plan).hexdigest()}
+    if profile:  # as if the open size were the batch
+        changes.update(profile=profile, inputs={"images": {"shape": [-1, 3, 64, 64], "dtype": "FLOAT"}})
+    out.write_bytes(plan)
+    write_engine_manifest(out, replace(manifest, **changes))
+    buffers = HostBuffers(ORIN)
+    with pytest.raises(ArtifactError, match="size depends on the picture"):
+        TensorRTRuntime(out, buffers=buffers).run(IMAGES[:1])
+    assert profile or not buffers._memory, "what was allocated before is given back"
+
+
+def test_shapes_that_tensorrt_cannot_tell(
+    machine: Machine, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`infer_shapes` lists what is missing, but raises for everything else."""
+    from tests import fake_tensorrt
+
+    def fails(_: Any) -> list[str]:
+        raise RuntimeError("shape inference failed")
+
+    machine("8.6.1")
+    export_engine(detector, tmp_path / "s.engine")
+    monkeypatch.setattr(fake_tensorrt._Context, "infer_shapes", fails)
+    with (
+        TensorRTRuntime(tmp_path / "s.engine", buffers=HostBuffers(ORIN)) as runtime,
+        pytest.raises(RuntimeFailure, match="cannot tell its shapes"),
+    ):
+        runtime.run(IMAGES[:1])
 
 
 def test_no_way_to_the_gpus_memory_says_why_for_each() -> None:

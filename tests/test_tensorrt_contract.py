@@ -33,6 +33,8 @@ OBJECTS = {
     "builder": "Builder",
     "network": "INetworkDefinition",
     "image": "ITensor",
+    "edge": "ITensor",
+    "layer": "ILayer",
     "parser": "OnnxParser",
     "problem": "ParserError",
     "config": "IBuilderConfig",

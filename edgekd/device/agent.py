@@ -64,6 +64,7 @@ class Agent:
         self.source, self.sink = source, sink
         self.base = os.path.join(os.path.expanduser("~"), ".cache", "edgekd")
         self._lock: Any = None
+        self._machine_lock: int | None = None
         self._write = threading.Lock()
 
     def say(self, **body: Any) -> None:
@@ -100,13 +101,16 @@ class Agent:
 
     def probe(self, request: dict[str, Any]) -> dict[str, Any]:
         """What is here."""
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=120,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _PROBE],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=120,
+            )
+        except subprocess.TimeoutExpired:
+            raise Problem("system", message="importing its packages took more than 120 s") from None
         try:
             found: dict[str, Any] = json.loads(done.stdout.decode().strip().splitlines()[-1])
         except (ValueError, IndexError):
@@ -154,7 +158,7 @@ class Agent:
         handle = open(os.path.join(self.base, "lock"), "a+")  # noqa: SIM115 - held until the process ends
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             handle.seek(0)
             holder = handle.read()[:300]
             handle.close()
@@ -165,6 +169,27 @@ class Agent:
             handle.write(f"since {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}")
             handle.flush()
         self._lock = handle
+        self._lock_machine()
+
+    def _lock_machine(self) -> None:
+        """Sessions of two users would disturb each other as well. Where there is no shared folder, each has his own lock."""
+        path = os.path.join(tempfile.gettempdir(), "edgekd.lock")
+        flags = os.O_RDONLY | os.O_NOFOLLOW  # to lock a file it need not be ours, and others may not create it over
+        try:
+            with contextlib.suppress(FileExistsError):
+                handle = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+                os.fchmod(handle, 0o644)
+                os.close(handle)
+            handle = os.open(path, flags)
+        except OSError:
+            return
+        self._machine_lock = handle
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem("busy", holder="another user") from None
+        except OSError:
+            return  # no locks on this file system
 
     def push(self, request: dict[str, Any]) -> dict[str, Any]:
         """Receive a bundle; it appears complete and verified, or not at all."""

@@ -235,6 +235,9 @@ def _describe(
     source: BenchArtifact, file: Path, images: Sequence[ImageArray], arrays: dict[str, Any]
 ) -> dict[str, Any]:
     """A model's entry in the manifest; puts its inputs and expected outputs into `arrays`."""
+    import onnx
+
+    from edgekd.export.engine import has_half
     from edgekd.export.parity import TOLERANCES
 
     opened = open_onnx(file, source.options, provider="cpu", threads=1)
@@ -269,7 +272,7 @@ def _describe(
         "sha256": facts.sha256,
         "size_bytes": facts.size_bytes,
         "precision": precision,
-        "half_inside": _has_half(file),
+        "half_inside": has_half(onnx.load(str(file), load_external_data=False)),
         "target": opened.facts.get("target"),
         "input": {"name": image.name, "shape": shape, "dtype": image.type},
         "outputs": [{"name": info.name, "shape": list(info.shape), "dtype": info.type} for info in outputs],
@@ -282,15 +285,3 @@ def _describe(
         "macs": facts.macs,
         "bytes_moved": bytes_moved(file, opened.preprocess.input_hw),
     }
-
-
-def _has_half(file: Path) -> bool:
-    """Whether float16 tensors are in the graph: TensorRT before 10.12 must be told."""
-    import onnx
-
-    graph = onnx.load(str(file)).graph
-    half = onnx.TensorProto.FLOAT16
-    casts = (a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to")
-    kinds = (tensor.data_type for tensor in graph.initializer)
-    inputs = (info.type.tensor_type.elem_type for info in graph.input)
-    return half in {*casts, *kinds, *inputs}

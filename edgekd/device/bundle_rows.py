@@ -111,6 +111,9 @@ def warnings_of(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]
             said.append(f"{name}: the median had not settled when the warm-up ended")
         if abs(row["drift"]) > 0.1:
             said.append(f"{name}: the median moved by {row['drift']:+.0%} from the first half to the second")
+        built = set((row["session"] or {}).get("layer_precisions") or ()) - {"unknown"}
+        if built and row["precision"] not in built:
+            said.append(f"{name}: TensorRT built no layer in {row['precision']}, only in " + ", ".join(sorted(built)))
     loose = [name for name, clock in conditions["before"]["clocks"].items() if clock["pinned"] is False]
     if loose:
         said.append("clocks are free to change: " + ", ".join(loose))

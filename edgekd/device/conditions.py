@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from edgekd.device.nvml import nvml_conditions
 from edgekd.device.sysfs import read_int, read_text
 
+_GPU = re.compile(r"gpu(-gpc-\d+)?|g[a-z]\d\d?b")
+"""Devices with scaling that are a GPU: "gpu", "gpu-gpc-0" (Thor), "ga10b" (Orin), "gv11b" (Xavier)."""
 _ABSENT_C = -200.0  # zones that are switched off say -256
 _PI_NOW = {"under-voltage": 0x1, "frequency capped": 0x2, "throttled": 0x4, "soft temperature limit": 0x8}
 
@@ -38,14 +41,16 @@ def temperatures(root: Path = Path("/")) -> dict[str, float | None]:
 def clocks(root: Path = Path("/")) -> dict[str, dict[str, Any]]:
     """Clocks of CPU clusters and of the devices with scaling of their own (on a Jetson, the GPU).
 
-    `pinned` says whether lowest and highest clock are equal, as `jetson_clocks` makes them.
+    `pinned` says whether lowest and highest clock are equal, as `jetson_clocks` makes them for CPUs and the GPU; None
+    for what it leaves alone, such as video engines.
     """
     found: dict[str, dict[str, Any]] = {}
     for policy in sorted(root.glob("sys/devices/system/cpu/cpufreq/policy*"), key=_by_number):
         found[f"cpu{policy.name[len('policy') :]}"] = _clock(policy, "scaling_", "scaling_governor", 1e-3, "cpuinfo_")
     for device in sorted(root.glob("sys/class/devfreq/*")):
         name = device.name.split(".", 1)[-1] if device.name[:1].isdigit() else device.name
-        found[_unused(name, found)] = _clock(device, "", "governor", 1e-6, None)
+        clock = _clock(device, "", "governor", 1e-6, None)
+        found[_unused(name, found)] = clock if _GPU.fullmatch(name) else {**clock, "pinned": None}
     return found
 
 

@@ -25,11 +25,11 @@ from edgekd.runtimes.trt_api import (
     logger_of,
     memory_of,
     open_engine,
-    optional,
     parse_onnx,
     said,
     tensorrt,
 )
+from edgekd.runtimes.trt_precision import precision_flags, set_precision
 
 
 def engine_for(file: Path, model: Mapping[str, Any], cache: Path) -> tuple[Path, dict[str, Any]]:
@@ -41,8 +41,8 @@ def engine_for(file: Path, model: Mapping[str, Any], cache: Path) -> tuple[Path,
     trt = tensorrt()
     driver = CudaDriver()
     device = driver.facts()
-    flags = _wanted_flags(trt, model)
-    key = {"onnx": model["sha256"], "flags": flags, "tensorrt": trt.__version__, "device": device.to_dict()}
+    flags = precision_flags(model["precision"], half_inside=model["half_inside"], strongly_typed=is_strongly_typed(trt))
+    key = {"onnx": model["sha256"], "flags": flags, "tensorrt": trt.__version__, "device": device.key()}
     engine = cache / f"{sha256_json(key)[:32]}.engine"
     try:
         manifest = read_engine_manifest(engine)
@@ -64,19 +64,6 @@ def engine_for(file: Path, model: Mapping[str, Any], cache: Path) -> tuple[Path,
     }
 
 
-def _wanted_flags(trt: Any, model: Mapping[str, Any]) -> list[str]:
-    """Precision flags for weakly typed networks, none for strongly typed ones; TF32 never counts as fp32."""
-    precision = model["precision"]
-    flags = ["no TF32"] if precision == "fp32" else []
-    if is_strongly_typed(trt):
-        return flags
-    if precision == "int8":
-        flags.append("INT8")
-    if precision == "fp16" or model["half_inside"]:
-        flags.append("FP16")
-    return flags
-
-
 def _build(
     trt: Any, file: Path, model: Mapping[str, Any], engine: Path, flags: list[str], device: DeviceFacts
 ) -> EngineManifest:
@@ -91,17 +78,17 @@ def _build(
         image.shape = tuple(model["input"]["shape"])
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    for flag in flags:
-        if flag == "no TF32":
-            config.clear_flag(trt.BuilderFlag.TF32)
-        else:
-            config.set_flag(optional(trt.BuilderFlag, flag, "TensorRT 8 and 10"))
-    free = _available_bytes() if device.l4t is not None else None
-    if free is not None:  # a Jetson's memory is the CPU's too: all of it as workspace ends in a kill
+    flags = set_precision(trt, network, config, flags)
+    free = _available_bytes() if device.integrated else None
+    if free is not None:  # the CPU's memory too, as on a Jetson: all of it as workspace ends in a kill
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, free // 2)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise ExportError(f"TensorRT {trt.__version__} could not build {file.name}", got=said(logger))
+        raise ExportError(
+            f"TensorRT {trt.__version__} could not build {file.name}",
+            got=said(logger),
+            fix="where memory is short: close other programs, stop the desktop, add swap; else --provider cuda or cpu",
+        )
     manifest = _manifest(trt, bytes(plan), model, flags, strongly_typed, device)
     with atomic_path(engine) as temporary:
         temporary.write_bytes(bytes(plan))

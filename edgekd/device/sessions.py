@@ -79,6 +79,12 @@ class TensorRTSession:
         from edgekd.device.engines import engine_for
         from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
 
+        sizes = [extent for output in model["outputs"] for extent in output["shape"]]
+        if model["output_format"]["kind"] == "detections" and not all(isinstance(extent, int) for extent in sizes):
+            raise RuntimeFailure(
+                f"{file.name}: NMS is inside this model, so its outputs grow with the picture; an engine's must not",
+                fix="--provider cuda or cpu, or bundle the form with decoded boxes and scores",
+            )
         engine, facts = engine_for(file, model, cache)
         self._runtime = TensorRTRuntime(engine)
         self.provider = self._runtime.provider

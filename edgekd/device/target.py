@@ -37,6 +37,7 @@ OPTIONS = (
     *("-o", "ServerAliveInterval=15"),
     *("-o", "ServerAliveCountMax=3"),
     *("-o", "ClearAllForwardings=yes"),
+    *("-o", "RemoteCommand=none"),
 )
 _START = (
     """ -u -c "import sys; b = sys.stdin.buffer; exec(compile(b.read(int(b.readline())), 'edgekd-agent', 'exec'))" """

@@ -1,7 +1,8 @@
-"""ONNX to a TensorRT plan, by one path for 8.6, 10.x and 11.x.
+"""ONNX to a TensorRT plan, by one path for 8.5 to 11.x.
 
 Precision lives in the ONNX. Where TensorRT can be strongly typed (from 10.12) the graph's types are all it is told;
-below that the FP16 and INT8 flags are read off the graph. What was really built is read back from the inspector.
+below that the FP16 and INT8 flags are read off the graph, see `runtimes.trt_precision`. What was really built is read
+back from the inspector.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from edgekd.runtimes.trt_api import (
     said,
     tensorrt,
 )
+from edgekd.runtimes.trt_precision import precision_flags, set_precision
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -44,7 +46,7 @@ class EngineOptions:
 
     Attributes:
         workspace_mib: limit of scratch memory; TensorRT's own (all of the GPU's) if left out, half of what is free
-            on a Jetson, whose memory is the CPU's too.
+            where the GPU's memory is the CPU's too, as on a Jetson.
         level: builder optimisation level, 0 (quick) to 5 (thorough); TensorRT's own if left out.
         batch: (least, usual, most) images; (1, 1, 1) is a fixed batch.
         version_compatible: later versions of the same major one may run the engine; larger and a little slower.
@@ -96,15 +98,16 @@ class BuiltEngine:
 
 def graph_precision(model: ModelProto) -> Precision:
     """What a graph's own types make it: int8 with Q/DQ pairs, else fp16 with float16 tensors, else fp32."""
-    from onnx import TensorProto
-
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
         return "int8"
-    return "fp16" if _has_half(model, TensorProto.FLOAT16) else "fp32"
+    return "fp16" if has_half(model) else "fp32"
 
 
-def _has_half(model: ModelProto, half: int) -> bool:
-    graph = model.graph
+def has_half(model: ModelProto) -> bool:
+    """Whether float16 tensors are in a graph: TensorRT before 10.12 must be told."""
+    from onnx import TensorProto
+
+    half, graph = TensorProto.FLOAT16, model.graph
     casts = (
         attribute.i
         for node in graph.node
@@ -140,7 +143,8 @@ def build_engine(model: ModelProto, options: EngineOptions, device: DeviceFacts)
     network = create_network(trt, builder, strongly_typed=strongly_typed)
     parse_onnx(trt, network, model.SerializeToString())
     config = builder.create_builder_config()
-    flags = _precision_flags(trt, config, model, precision, strongly_typed)
+    wanted = precision_flags(precision, half_inside=has_half(model), strongly_typed=strongly_typed)
+    flags = set_precision(trt, network, config, wanted)
     flags += _set_options(trt, builder, config, options, precision, device)
     _set_profile(builder, network, config, options)
     cache_file = _timing_cache_file(trt, options, device)
@@ -154,26 +158,6 @@ def build_engine(model: ModelProto, options: EngineOptions, device: DeviceFacts)
     return _describe(trt, plan_bytes, precision, strongly_typed, flags, options)
 
 
-def _precision_flags(trt: Any, config: Any, model: ModelProto, precision: Precision, strongly_typed: bool) -> list[str]:
-    """Set what the graph's types need on weakly typed networks; on strongly typed ones they would be an error."""
-    from onnx import TensorProto
-
-    flags = []
-    if precision == "fp32":  # a baseline in fp32 should not be in TF32's 10 bits
-        config.clear_flag(trt.BuilderFlag.TF32)
-        flags.append("no TF32")
-    if strongly_typed:
-        return flags
-    only = "TensorRT 8 and 10"
-    if precision == "int8":
-        config.set_flag(optional(trt.BuilderFlag, "INT8", only))
-        flags.append("INT8")
-    if _has_half(model, TensorProto.FLOAT16):
-        config.set_flag(optional(trt.BuilderFlag, "FP16", only))
-        flags.append("FP16")
-    return flags
-
-
 def _set_options(
     trt: Any, builder: Any, config: Any, options: EngineOptions, precision: Precision, device: DeviceFacts
 ) -> list[str]:
@@ -184,15 +168,18 @@ def _set_options(
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if options.level is not None:
+        optional(config, "builder_optimization_level", "TensorRT 8.6")
         config.builder_optimization_level = options.level
     if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        config.set_flag(optional(trt.BuilderFlag, "VERSION_COMPATIBLE", "TensorRT 8.6"))
         flags.append("VERSION_COMPATIBLE")
-    levels = trt.HardwareCompatibilityLevel
-    if options.hardware == "ampere+":
-        config.hardware_compatibility_level = levels.AMPERE_PLUS
-    elif options.hardware == "same-capability":
-        config.hardware_compatibility_level = optional(levels, "SAME_COMPUTE_CAPABILITY", "TensorRT 10.13")
+    if options.hardware != "exact":
+        levels = optional(trt, "HardwareCompatibilityLevel", "TensorRT 8.6")
+        optional(config, "hardware_compatibility_level", "TensorRT 8.6")
+        if options.hardware == "ampere+":
+            config.hardware_compatibility_level = optional(levels, "AMPERE_PLUS", "TensorRT 8.6")
+        else:
+            config.hardware_compatibility_level = optional(levels, "SAME_COMPUTE_CAPABILITY", "TensorRT 10.13")
     if not options.library_tactics:
         sources = config.get_tactic_sources()
         for name in ("CUBLAS", "CUBLAS_LT", "CUDNN"):
@@ -209,10 +196,12 @@ def _set_dla(trt: Any, builder: Any, config: Any, core: int, precision: Precisio
     cores = int(builder.num_DLA_cores)
     if core >= cores:
         raise MissingDependencyError(
-            "this device has no such DLA core", got=core, expected=f"one of {cores}" if cores else "a Jetson with a DLA"
+            "this device has no such DLA core",
+            got=f"core {core}, TensorRT {trt.__version__}",
+            expected=f"one of {cores}" if cores else "a Jetson with a DLA; TensorRT 10.7 is the last to drive one",
         )
-    if precision == "fp32":
-        raise UserError("a DLA computes in fp16 and int8 only", got="fp32", fix="--precision fp16")
+    if precision != "fp16":  # GPU_FALLBACK would quietly run all of it on the GPU
+        raise UserError("a DLA takes fp16 models only, no Q/DQ pairs", got=precision, fix="--precision fp16")
     config.default_device_type = trt.DeviceType.DLA
     config.DLA_core = core
     config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
@@ -220,8 +209,8 @@ def _set_dla(trt: Any, builder: Any, config: Any, core: int, precision: Precisio
 
 
 def _workspace_bytes(options: EngineOptions, device: DeviceFacts) -> int | None:
-    """The limit to set: as asked, and never more than a Jetson has left, which would end in an endless swap or a kill."""
-    free = _available_bytes() if device.l4t is not None else None
+    """The limit to set: as asked, never more than is left of memory that the CPU shares (which would end in a kill)."""
+    free = _available_bytes() if device.integrated else None
     if options.workspace_mib is None:
         return None if free is None else free // 2
     wanted = options.workspace_mib * _MIB
@@ -268,7 +257,7 @@ def _timing_cache_file(trt: Any, options: EngineOptions, device: DeviceFacts) ->
     """One cache for each TensorRT, GPU and L4T release, since timings hold for nothing else."""
     base = os.environ.get("XDG_CACHE_HOME")
     folder = options.timing_cache or (Path(base) if base else Path.home() / ".cache") / "edgekd" / "tensorrt"
-    key = {"tensorrt": trt.__version__, **device.to_dict(), "dla": options.dla_core}
+    key = {"tensorrt": trt.__version__, **device.key(), "dla": options.dla_core}
     return folder / f"timing-{trt.__version__}-{sha256_json(key)[:16]}.cache"
 
 

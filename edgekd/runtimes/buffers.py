@@ -10,15 +10,17 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
-from edgekd.errors import EdgeKDError, MissingDependencyError, UserError
+from edgekd.errors import MissingDependencyError, UserError
 from edgekd.runtimes.cuda_driver import DeviceFacts
+from edgekd.types import Array
 
-Array = NDArray[np.generic]
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
 BACKENDS = ("pycuda", "cuda-python", "torch", "driver")
 """In the order in which they are tried; "driver" is ctypes on libcuda, which needs no package."""
 
@@ -119,8 +121,8 @@ def open_buffers(backend: str | None = None, index: int = 0) -> Buffers:
     for name in BACKENDS if backend is None else (backend,):
         try:
             return open_cuda_buffers(name, index)
-        except (ImportError, EdgeKDError) as error:
-            reasons.append(f"{name}: {str(error).splitlines()[0]}")
+        except Exception as error:  # a package that does not fit this machine's CUDA or NumPy raises whatever it likes
+            reasons.append(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}")
     raise MissingDependencyError(
         "no way to reach the GPU's memory",
         got="; ".join(reasons),

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from edgekd.errors import MissingDependencyError
-from edgekd.runtimes.buffers import Array, Buffers, Event
+from edgekd.runtimes.buffers import Buffers, Event
 from edgekd.runtimes.cuda_driver import CudaDriver, OnDriver
 from edgekd.runtimes.handle_buffers import cuda_python_buffers, driver_buffers
+from edgekd.types import Array
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, for which PyCUDA has no name
 

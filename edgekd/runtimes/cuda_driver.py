@@ -16,7 +16,7 @@ from typing import Any
 from edgekd.errors import MissingDependencyError, RuntimeFailure
 
 LIBRARY = "libcuda.so.1"
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, _INTEGRATED
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on allocating
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: never waits for the default stream
 
@@ -27,9 +27,10 @@ class DeviceFacts:
 
     Attributes:
         name: the GPU's, such as "Orin". compute_capability: such as "8.7".
-        memory_bytes: of the device; shared with the CPU on a Jetson.
+        memory_bytes: of the device.
         cuda: the driver's CUDA version, such as "12.6".
-        l4t: a Jetson's release, such as "36.4.3"; None elsewhere.
+        l4t: a Jetson's release, such as "36.4.3"; None elsewhere, and in containers that hide it.
+        integrated: its memory is the CPU's too, as on a Jetson.
     """
 
     name: str
@@ -37,10 +38,16 @@ class DeviceFacts:
     memory_bytes: int
     cuda: str
     l4t: str | None
+    integrated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return asdict(self)
+
+    def key(self) -> dict[str, Any]:
+        """What an engine and its timings hold for; the exact memory and the driver differ from one boot to the next."""
+        gigabytes = round(self.memory_bytes / 2**30)  # an Orin Nano and an AGX Orin share name and capability
+        return {"name": self.name, "capability": self.compute_capability, "gigabytes": gigabytes, "l4t": self.l4t}
 
 
 def l4t_release(root: Path = Path("/")) -> str | None:
@@ -99,7 +106,7 @@ class CudaDriver:
         name = ctypes.create_string_buffer(256)
         self.call("cuDeviceGetName", name, len(name), self.device)
         numbers = []
-        for attribute in (_MAJOR, _MINOR):
+        for attribute in (_MAJOR, _MINOR, _INTEGRATED):
             value = ctypes.c_int()
             self.call("cuDeviceGetAttribute", ctypes.byref(value), attribute, self.device)
             numbers.append(value.value)
@@ -107,7 +114,8 @@ class CudaDriver:
         self.call("cuDeviceTotalMem_v2", ctypes.byref(memory), self.device)
         self.call("cuDriverGetVersion", ctypes.byref(version))
         cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
-        return DeviceFacts(name.value.decode(), f"{numbers[0]}.{numbers[1]}", memory.value, cuda, l4t_release())
+        capability, shared = f"{numbers[0]}.{numbers[1]}", bool(numbers[2])
+        return DeviceFacts(name.value.decode(), capability, memory.value, cuda, l4t_release(), shared)
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:

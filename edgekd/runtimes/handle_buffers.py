@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
 from edgekd.errors import RuntimeFailure
-from edgekd.runtimes.buffers import Array, Event
+from edgekd.runtimes.buffers import Event
 from edgekd.runtimes.cuda_driver import CudaDriver, OnDriver
+from edgekd.types import Array
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 
 def cuda_python_buffers(driver: CudaDriver) -> HandleBuffers:
@@ -139,7 +142,7 @@ class HandleBuffers(OnDriver):
         size = max(1, prod(shape) * kind.itemsize)
         address = self._calls.make("cuMemAllocHost", size)
         self._pinned.append(address)
-        memory: NDArray[Any] = np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(address))
+        memory: Array = np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(address))
         array: Array = memory[: prod(shape) * kind.itemsize].view(kind).reshape(tuple(shape))
         return array
 

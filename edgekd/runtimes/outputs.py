@@ -7,17 +7,16 @@ from functools import lru_cache
 from typing import Any, Literal, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgekd.boxes import xyxy_from_cxcywh
 from edgekd.errors import ArtifactError, RuntimeFailure
-from edgekd.types import FloatArray, IntArray
+from edgekd.types import Array, FloatArray, IntArray
 
 OutputKind = Literal["boxes-scores", "yolo", "yolo-objectness", "detections"]
 BoxFormat = Literal["xyxy", "cxcywh", "yxyx", "xyxy-normalised", "cxcywh-normalised", "yxyx-normalised", "grid-offsets"]
 Activation = Literal["none", "sigmoid", "softmax"]
 Background = Literal["none", "first", "last"]
-Arrays = Mapping[str, NDArray[Any]]
+Arrays = Mapping[str, Array]
 GRID_STRIDES = ((8, 16, 32), (8, 16, 32, 64))
 """Of "grid-offsets", by the number of candidates."""
 NORMALISED_BELOW = 2.0
@@ -100,7 +99,7 @@ def decode(
     return boxes, scores
 
 
-def item_of(array: NDArray[Any], item: int, rank: int) -> NDArray[Any]:
+def item_of(array: Array, item: int, rank: int) -> Array:
     """One image's part of an output, with single axes dropped from the middle until it has `rank` axes."""
     if array.ndim > rank:
         array = array[item]
@@ -112,7 +111,7 @@ def item_of(array: NDArray[Any], item: int, rank: int) -> NDArray[Any]:
     return array
 
 
-def activate(scores: NDArray[Any], activation: Activation) -> FloatArray:
+def activate(scores: Array, activation: Activation) -> FloatArray:
     """(P, C) raw scores to probabilities over the last axis."""
     values = np.asarray(scores, np.float32)
     if activation == "sigmoid":
@@ -123,7 +122,7 @@ def activate(scores: NDArray[Any], activation: Activation) -> FloatArray:
     return values
 
 
-def _read_boxes_scores(outputs: Arrays, form: OutputFormat, item: int) -> tuple[NDArray[Any], FloatArray]:
+def _read_boxes_scores(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Array, FloatArray]:
     boxes, scores = (item_of(outputs[name], item, 2) for name in form.names)
     if form.channels_first:
         boxes, scores = boxes.T, scores.T
@@ -135,7 +134,7 @@ def _read_boxes_scores(outputs: Arrays, form: OutputFormat, item: int) -> tuple[
     return boxes.reshape(-1, 4), _checked_width(probs, form)
 
 
-def _read_yolo(outputs: Arrays, form: OutputFormat, item: int) -> tuple[NDArray[Any], FloatArray]:
+def _read_yolo(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Array, FloatArray]:
     table = item_of(outputs[form.names[0]], item, 2)
     if not form.channels_first:
         table = table.T
@@ -146,7 +145,7 @@ def _read_yolo(outputs: Arrays, form: OutputFormat, item: int) -> tuple[NDArray[
     return table[:4].T, _checked_width(scores, form)
 
 
-def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[NDArray[Any], FloatArray]:
+def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Array, FloatArray]:
     if len(form.names) == 1:
         rows = _rows_of(outputs[form.names[0]], form, item)
         table = rows[:, list(form.columns)]
@@ -187,15 +186,15 @@ def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[ND
     return boxes[real], probs
 
 
-def _rows_of(array: NDArray[Any], form: OutputFormat, item: int) -> NDArray[Any]:
+def _rows_of(array: Array, form: OutputFormat, item: int) -> Array:
     """One image's detection rows; an array over the whole batch names the image in its first column."""
     if array.ndim == 2 and min(form.columns) == 1:
-        rows: NDArray[Any] = array[np.rint(array[:, 0]) == item]
+        rows: Array = array[np.rint(array[:, 0]) == item]
         return rows
     return item_of(array, item, 2)
 
 
-def _column(array: NDArray[Any], item: int, rows: int) -> NDArray[Any]:
+def _column(array: Array, item: int, rows: int) -> Array:
     """One value a detection, whatever single axes surround it."""
     flat = (array if array.size == rows or array.ndim == 1 else array[item]).reshape(-1)
     if len(flat) != rows:
@@ -209,7 +208,7 @@ def _checked_width(scores: FloatArray, form: OutputFormat) -> FloatArray:
     return scores
 
 
-def _box_format(boxes: NDArray[Any], form: OutputFormat) -> BoxFormat:
+def _box_format(boxes: Array, form: OutputFormat) -> BoxFormat:
     if form.unit_unseen and boxes.size and float(np.abs(boxes).max()) <= NORMALISED_BELOW:
         return "xyxy-normalised"
     return form.box_format

@@ -9,13 +9,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgekd.errors import ArtifactError, RuntimeFailure
-from edgekd.runtimes.buffers import Array, Buffers, Graph, open_buffers
+from edgekd.runtimes.buffers import Buffers, Event, Graph, open_buffers
 from edgekd.runtimes.engine_file import EngineManifest, check_fits, read_engine_manifest
 from edgekd.runtimes.trt_api import logger_of, numpy_type, open_engine, profiler_of, said, tensorrt
-from edgekd.types import FloatArray
+from edgekd.types import Array, FloatArray
 
 
 @dataclass
@@ -67,61 +66,79 @@ class TensorRTRuntime:
         self._profiler: Any = None
         self._closed = False
         self._batch = 0
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._context: Any = None
+        self._tensors: dict[str, _Tensor] = {}
+        self._events: list[Event] = []
         try:
             check_fits(self._path, self.manifest, self._trt.__version__, self._buffers.device)
             with self._buffers.active():
                 self._open()
         except BaseException:
-            if self._owned:
-                self._buffers.close()
+            self.close()
             raise
 
     def _open(self) -> None:
+        """Everything that must be let go of goes into `self` at once: a traceback would keep a local variable alive."""
         manifest = self.manifest
-        self._runtime, engine = open_engine(self._trt, self._path.read_bytes(), host_code=manifest.version_compatible)
-        context = engine.create_execution_context()
-        if context is None:
+        plan = self._path.read_bytes()
+        self._runtime, self._engine = open_engine(self._trt, plan, host_code=manifest.version_compatible)
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
             raise RuntimeFailure(
                 f"{self._path}: TensorRT gave no execution context",
                 got=said(logger_of(self._trt)),
                 expected=f"{manifest.memory_bytes / 2**20:.0f} MiB of free device memory",
             )
-        self._engine, self._context = engine, context
         self._stream = self._buffers.stream()
         self._events = [self._buffers.event() for _ in range(4)]
         self.provider = self._buffers.device.name
         self.backend = self._buffers.name
         self._least, self._most = manifest.profile[0], manifest.profile[2]
         self.dynamic_batch = self._least != self._most
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        self._tensors = {name: self._allocate(name) for name in names}
+        self._open_batch = any(given["shape"][0] < 0 for given in manifest.inputs.values())
+        for index in range(self._engine.num_io_tensors):
+            name = self._engine.get_tensor_name(index)
+            self._tensors[name] = self._allocate(name)
         self.output_names = tuple(name for name, tensor in self._tensors.items() if not tensor.is_input)
         inputs = [tensor for tensor in self._tensors.values() if tensor.is_input]
         if len(inputs) != 1:
             raise ArtifactError(
                 f"{self._path}: not a detector that edgekd can feed", got=f"{len(inputs)} inputs", expected="one image"
             )
-        self._input = inputs[0]
+        self._input_name = inputs[0].name
         _, channels, height, width = self._input.host.shape
         self.input_shape = (self._least if not self.dynamic_batch else 1, channels, height, width)
         self.device_times = False
         for tensor in self._tensors.values():
-            self._check(context.set_tensor_address(tensor.name, tensor.address), f"set_tensor_address({tensor.name})")
+            taken = self._context.set_tensor_address(tensor.name, tensor.address)
+            self._check(taken, f"set_tensor_address({tensor.name})")
 
     def _allocate(self, name: str) -> _Tensor:
-        engine, trt = self._engine, self._trt
-        shape = tuple(int(extent) for extent in engine.get_tensor_shape(name))
-        if any(extent < 0 for extent in shape[1:]):
-            raise ArtifactError(
-                f"{self._path}: an output's size depends on the picture", got=f"{name}: {shape}", expected="fixed sizes"
-            )
-        shape = (self._most if shape[0] < 0 else shape[0], *shape[1:])
-        dtype = numpy_type(engine.get_tensor_dtype(name))
+        shape = tuple(int(extent) for extent in self._engine.get_tensor_shape(name))
+        if self._open_batch and shape[:1] == (-1,):
+            shape = (self._most, *shape[1:])
+        if any(extent < 0 for extent in shape):
+            raise self._unbounded(name, shape)
+        dtype = numpy_type(self._engine.get_tensor_dtype(name))
         host = self._buffers.pinned(shape, dtype)
-        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
         return _Tensor(name, is_input, dtype, host, self._buffers.alloc(host.nbytes))
 
-    def run(self, images: FloatArray) -> Mapping[str, NDArray[np.generic]]:
+    @property
+    def _input(self) -> _Tensor:
+        return self._tensors[self._input_name]
+
+    def _unbounded(self, name: str, shape: tuple[int, ...]) -> ArtifactError:
+        return ArtifactError(
+            f"{self._path}: an output's size depends on the picture",
+            got=f"{name}: {shape}",
+            expected="fixed sizes",
+            fix="build it from the form with decoded boxes and scores; NMS inside is for ONNX Runtime",
+        )
+
+    def run(self, images: FloatArray) -> Mapping[str, Array]:
         """One inference: images (B, 3, H, W) float32, normalised; every output by name, valid until the next call.
 
         Fewer images than the engine's least batch are filled up; the outputs of the rest are to be ignored.
@@ -158,10 +175,18 @@ class TensorRTRuntime:
         self._batch = 0  # so that a failure below does not pass for a batch that was set
         self._drop_graph()
         self._check(context.set_input_shape(self._input.name, shape), f"set_input_shape({shape})")
-        open_shapes = context.infer_shapes()
+        try:
+            open_shapes = context.infer_shapes()
+        except RuntimeError as error:
+            raise RuntimeFailure(f"{self._path}: TensorRT cannot tell its shapes", got=error) from error
         if open_shapes:
             raise RuntimeFailure(f"{self._path}: shapes are left open", got=", ".join(map(str, open_shapes)))
         self._batch = batch
+        for name in self.output_names:  # more than there is memory for would be written all the same
+            found = tuple(int(extent) for extent in context.get_tensor_shape(name))
+            if found != self._part(self._tensors[name]).shape:
+                self._batch = 0
+                raise self._unbounded(name, found)
         if self.cuda_graph:
             # One plain run first: TensorRT puts off work to the first enqueue that a capture may not hold.
             self._execute()
@@ -222,9 +247,13 @@ class TensorRTRuntime:
         self._closed = True
         with self._buffers.active():
             self._drop_graph()
-            del self._context, self._engine, self._runtime  # in this order, while CUDA is still there
+            self._context = None  # in this order, while CUDA is still there
+            self._engine = None
+            self._runtime = None
             for tensor in self._tensors.values():
                 self._buffers.free(tensor.address)
+            self._tensors.clear()  # PyCUDA frees host arrays and events with their last reference
+            self._events.clear()
         if self._owned:
             self._buffers.close()
 

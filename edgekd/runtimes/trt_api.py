@@ -1,10 +1,10 @@
 """The door to TensorRT: the only module that imports it, and the rules of its versions.
 
-8.6, 10.x and 11.x go one way. What only some versions have is reached through `optional`, which names the version that
+8.5, 8.6, 10.x and 11.x go one way. What only some versions have is reached through `optional`, which names the version that
 has it; everything else that is used here, in `tensorrt_runtime` and in `export.engine` exists in all of them, which
 `tests/test_tensorrt_contract.py` checks against NVIDIA's own bindings. For its sake TensorRT's objects go by fixed
-names in these modules: `trt`, `builder`, `network`, `parser`, `config`, `profile`, `timing_cache`, `runtime`, `engine`,
-`context`, `inspector`, `problem` (a parser error).
+names in these modules: `trt`, `builder`, `network`, `layer`, `edge` (a tensor), `parser`, `config`, `profile`,
+`timing_cache`, `runtime`, `engine`, `context`, `inspector`, `problem` (a parser error).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from edgekd.errors import ArtifactError, ExportError, MissingDependencyError
 
-OLDEST = (8, 6)
+OLDEST = (8, 5)
 STRONGLY_TYPED_SINCE = (10, 12)
 _KEPT_MESSAGES = 20
 
@@ -34,11 +34,12 @@ def tensorrt() -> Any:
         raise MissingDependencyError(
             "TensorRT cannot be imported",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="pip install edgekd[tensorrt] on a machine with an NVIDIA GPU; on a Jetson it comes with JetPack",
+            fix="pip install edgekd[tensorrt] on a machine with an NVIDIA GPU; on a Jetson: sudo apt-get install "
+            "python3-libnvinfer (JetPack's), and a virtual environment only with --system-site-packages",
         ) from error
     if version_of(trt) < OLDEST:
         raise MissingDependencyError(
-            "this TensorRT is too old", got=trt.__version__, expected="8.6 or later", fix="JetPack 6 or later has it"
+            "this TensorRT is too old", got=trt.__version__, expected="8.5 or later", fix="JetPack 5 or later has it"
         )
     return trt
 
@@ -72,20 +73,23 @@ def optional(owner: Any, name: str, since: str) -> Any:
 def logger_of(trt: Any) -> Any:
     """TensorRT's logger for this process (it keeps the first it is given), which remembers errors for messages.
 
-    Its `messages` are the latest errors; `clear` before an operation whose errors matter.
+    Its `messages` are the latest errors, `warnings` the latest warnings; `clear` before an operation whose errors matter.
     """
 
     class _Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.messages = [*self.messages, message.strip()][-_KEPT_MESSAGES:]
+            elif severity == trt.ILogger.WARNING:
+                self.warnings = [*self.warnings, message.strip()][-_KEPT_MESSAGES:]
 
         def clear(self) -> None:
-            self.messages = []
+            self.messages, self.warnings = [], []
 
     return _Logger()
 
@@ -105,8 +109,8 @@ def profiler_of(trt: Any) -> Any:
 
 
 def said(logger: Any, otherwise: str = "TensorRT did not say why") -> str:
-    """TensorRT's latest errors as one line."""
-    return "; ".join(dict.fromkeys(logger.messages)) or otherwise
+    """TensorRT's latest errors as one line; its last warning where it failed without an error, as without a GPU."""
+    return "; ".join(dict.fromkeys(logger.messages or logger.warnings[-1:])) or otherwise
 
 
 def create_builder(trt: Any, logger: Any) -> Any:
@@ -189,6 +193,7 @@ def open_engine(trt: Any, plan: bytes, *, host_code: bool = False) -> tuple[Any,
             fix="it needs an NVIDIA GPU; see `edgekd doctor`",
         ) from error
     if host_code:
+        optional(runtime, "engine_host_code_allowed", "TensorRT 8.6")
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

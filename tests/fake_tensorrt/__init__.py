@@ -22,7 +22,7 @@ from edgekd.runtimes.cuda_driver import DeviceFacts
 
 NAMES = json.loads((Path(__file__).parent / "names.json").read_text(encoding="utf-8"))
 VERSIONS: tuple[str, ...] = tuple(NAMES["versions"])
-ORIN = DeviceFacts("Orin", "8.7", 8 * 2**30, "12.6", "36.4.3")
+ORIN = DeviceFacts("Orin", "8.7", 8 * 2**30, "12.6", "36.4.3", True)
 
 ENUMS = (
     "BuilderFlag",
@@ -35,8 +35,25 @@ ENUMS = (
     "ProfilingVerbosity",
     "DataType",
     "TacticSource",
+    "LayerType",
 )
+_LAYER_TYPES = {
+    "Conv": "CONVOLUTION",
+    "ConvTranspose": "DECONVOLUTION",
+    "QuantizeLinear": "QUANTIZE",
+    "DequantizeLinear": "DEQUANTIZE",
+    "Shape": "SHAPE",
+    "Constant": "CONSTANT",
+    "Softmax": "SOFTMAX",
+    "Add": "ELEMENTWISE",
+    "Mul": "ELEMENTWISE",
+    "Div": "ELEMENTWISE",
+    "Exp": "UNARY",
+    "Sqrt": "UNARY",
+}
+"""Of operators; those that begin with Reduce are REDUCE, the rest goes as SHUFFLE."""
 _PRECISION_FLAGS = {"FP16", "BF16", "INT8", "FP8"}
+_CONSTRAINTS = {"PREFER_PRECISION_CONSTRAINTS", "OBEY_PRECISION_CONSTRAINTS"}
 _MAGIC = b"fake plan\n"
 
 
@@ -87,7 +104,8 @@ class FakeTensorRT(types.ModuleType):
         self._contexts: list[_Context] = []
         for name in ENUMS:
             listed = sorted(members(version, name) - {"name", "value", "itemsize"})
-            setattr(self, name, enum.IntEnum(name, {member: index for index, member in enumerate(listed)}))
+            if listed:  # else this version lacks it altogether
+                setattr(self, name, enum.IntEnum(name, {member: index for index, member in enumerate(listed)}))
         self.ILogger = type(
             "ILogger", (_Logger,), {"ERROR": 1, "INTERNAL_ERROR": 0, "WARNING": 2, "INFO": 3, "VERBOSE": 4}
         )
@@ -122,7 +140,7 @@ class _Builder(Strict):
         super().__init__(trt)
         assert isinstance(logger, trt.ILogger)
         if not trt._has_gpu:
-            logger.log(trt.ILogger.ERROR, "CUDA initialization failure with error: 35")
+            logger.log(trt.ILogger.WARNING, "CUDA initialization failure with error: 35")  # no error, as 8.5 and 8.6 do
             raise TypeError("pybind11::init(): factory function returned nullptr")
         self._logger = logger
 
@@ -148,6 +166,7 @@ class _Builder(Strict):
             return None
         if config._timing_cache is not None:
             config._timing_cache._entries += 1
+        free = not network._strong and network._in_half()
         header = {
             "tensorrt": trt.__version__,
             "capability": trt._device.compute_capability,
@@ -156,6 +175,7 @@ class _Builder(Strict):
             "profile": config._profiles[0]._shapes if config._profiles else {},
             "detailed": config._verbosity == trt.ProfilingVerbosity.DETAILED,
             "flags": sorted(config._flags),
+            "half": "FP16" in config._flags and (free or not config._flags & _CONSTRAINTS),
             "onnx": b64encode(network._model.SerializeToString()).decode(),
         }
         return _HostMemory(_MAGIC + json.dumps(header).encode())
@@ -182,9 +202,9 @@ def _problem_of(trt: FakeTensorRT, network: _Network, config: _Config) -> str | 
 class _Tensor(Strict):
     _as = "ITensor"
 
-    def __init__(self, trt: FakeTensorRT, name: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, trt: FakeTensorRT, name: str, shape: tuple[int, ...], dtype: Any = None) -> None:
         super().__init__(trt)
-        self.name, self.shape = name, shape
+        self.name, self.shape, self.dtype = name, shape, dtype
 
 
 class _Network(Strict):
@@ -199,6 +219,7 @@ class _Network(Strict):
         self._strong = trt.major >= 11 or "STRONGLY_TYPED" in names
         self._model: Any = None
         self._shape: tuple[int, ...] = ()
+        self._layers: list[_Layer] = []
 
     def _precisions(self) -> set[str]:
         """ "int8" and "fp16" as far as the graph has them."""
@@ -219,6 +240,80 @@ class _Network(Strict):
 
     def get_input(self, index: int) -> _Tensor:
         return _Tensor(self._trt, self._model.graph.input[index].name, self._shape)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def get_layer(self, index: int) -> _Layer:
+        return self._layers[index]
+
+    def _read_layers(self) -> None:
+        """One layer an operator, with the types that the graph gives its tensors."""
+        import onnx
+
+        graph = onnx.shape_inference.infer_shapes(self._model).graph
+        infos = (*graph.value_info, *graph.input, *graph.output)
+        kinds = {info.name: info.type.tensor_type.elem_type for info in infos}
+        self._layers = [_Layer(self._trt, node, kinds) for node in graph.node]
+
+    def _in_half(self) -> bool:
+        """Whether a decoded output comes from a layer that may run in float16, though float32 in the graph."""
+        makers = {name: layer for layer in self._layers for name in layer._node.output}
+        finals = (makers[output.name] for output in self._model.graph.output)
+        return any(layer._free() for layer in finals)
+
+
+class _Layer(Strict):
+    _as = "ILayer"
+
+    def __init__(self, trt: FakeTensorRT, node: Any, kinds: dict[str, int]) -> None:
+        super().__init__(trt)
+        self._node, self._kinds = node, kinds
+        self._held: set[str] = set()
+        self._precision: Any = None
+
+    @property
+    def name(self) -> str:
+        return str(self._node.name)
+
+    @property
+    def type(self) -> Any:
+        operator = self._node.op_type
+        name = "REDUCE" if operator.startswith("Reduce") else _LAYER_TYPES.get(operator, "SHUFFLE")
+        if operator == "Cast":
+            name = "CAST" if "CAST" in members(self._trt.__version__, "LayerType") else "IDENTITY"
+        return self._trt.LayerType[name]
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._node.input)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self._node.output)
+
+    def get_input(self, index: int) -> _Tensor | None:
+        name = self._node.input[index]
+        return self._edge(name) if name else None
+
+    def get_output(self, index: int) -> _Tensor:
+        return self._edge(self._node.output[index])
+
+    def _edge(self, name: str) -> _Tensor:
+        known = {10: "HALF", 6: "INT32", 7: "INT32", 3: "INT8", 9: "BOOL"}
+        return _Tensor(self._trt, name, (), self._trt.DataType[known.get(self._kinds.get(name, 1), "FLOAT")])
+
+    def set_output_type(self, index: int, dtype: Any) -> None:
+        assert self.get_output(index).dtype == dtype == self._trt.DataType.FLOAT, "a type that the graph does not have"
+        self._held.add(self._node.output[index])
+
+    precision = property(lambda self: self._precision, lambda self, v: object.__setattr__(self, "_precision", v))
+
+    def _free(self) -> bool:
+        float32 = self._trt.DataType.FLOAT
+        names = [name for index, name in enumerate(self._node.output) if self.get_output(index).dtype == float32]
+        return bool(names) and (self._precision != float32 or not self._held.issuperset(names))
 
 
 class _Problem(Strict):
@@ -263,6 +358,7 @@ class _Parser(Strict):
         self._network._model = proto
         dims = proto.graph.input[0].type.tensor_type.shape.dim
         self._network._shape = tuple(dim.dim_value or -1 for dim in dims)
+        self._network._read_layers()
         return True
 
     def _refusal(self, proto: Any, node: Any) -> str | None:
@@ -277,8 +373,12 @@ class _Parser(Strict):
                 return "TensorRT only supports symmetric quantization: the zero point must be 0"
             if zero.dtype != np.int8:
                 return f"TensorRT takes int8 alone, not {zero.dtype}"
-        if node.op_type == "TopK" and int(numpy_helper.to_array(constants[node.input[1]])[0]) > 3840:
-            return "TopK with k greater than 3840"
+        if node.op_type == "TopK":
+            count = constants.get(node.input[1])
+            if count is None and self._trt.__version__.startswith("8.5"):
+                return "This version of TensorRT only supports input K as an initializer."
+            if count is not None and int(numpy_helper.to_array(count)[0]) > 3840:
+                return "TopK with k greater than 3840"
         return None
 
     @property
@@ -384,7 +484,11 @@ class _Runtime(Strict):
         super().__init__(trt)
         if not trt._has_gpu:
             raise TypeError("pybind11::init(): factory function returned nullptr")
-        self._logger, self.engine_host_code_allowed = logger, False
+        self._logger, self._host_code = logger, False
+
+    engine_host_code_allowed = property(
+        lambda self: self._host_code, lambda self, v: object.__setattr__(self, "_host_code", v)
+    )
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> _Engine | None:
         trt = self._trt
@@ -395,7 +499,7 @@ class _Runtime(Strict):
             header = json.loads(serialized_engine[len(_MAGIC) :])
             if header["tensorrt"] != trt.__version__ and not header["compatible"]:
                 problem = "The engine plan file is not compatible with this version of TensorRT"
-            elif header["compatible"] and not self.engine_host_code_allowed:
+            elif header["compatible"] and not self._host_code:
                 problem = "the plan holds host code, which is not allowed"
             elif header["capability"] != trt._device.compute_capability and header["hardware"] == "NONE":
                 problem = "The engine plan file is generated on an incompatible device"
@@ -421,6 +525,8 @@ class _Engine(Strict):
         options.log_severity_level = 3
         self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self._infos = [*self._model.graph.input, *self._model.graph.output]
+        batch = self._model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+        self._opened = [info for info in self._infos if batch and info.type.tensor_type.shape.dim[0].dim_param == batch]
 
     def _info(self, name: str) -> Any:
         return next(info for info in self._infos if info.name == name)
@@ -448,8 +554,13 @@ class _Engine(Strict):
         return tuple(dim.dim_value or -1 for dim in self._info(name).type.tensor_type.shape.dim)
 
     def get_tensor_dtype(self, name: str) -> Any:
-        kinds = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64"}
+        long = "INT64" if self._trt.major >= 10 else "INT32"  # TensorRT 8 casts down
+        kinds = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: long}
         return self._trt.DataType[kinds[self._info(name).type.tensor_type.elem_type]]
+
+    def _kind(self, name: str) -> Any:
+        kinds = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
+        return kinds[self.get_tensor_dtype(name).name]
 
     def create_execution_context(self) -> _Context:
         context = _Context(self._trt, self)
@@ -513,6 +624,21 @@ class _Context(Strict):
         self._shapes[name] = tuple(shape)
         return True
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """As far as it is known before running: -1 stays where the picture decides."""
+        import onnx
+
+        model = onnx.ModelProto()
+        model.CopyFrom(self._engine._model)
+        for given in model.graph.input:
+            for dim, extent in zip(given.type.tensor_type.shape.dim, self._shapes.get(given.name, ()), strict=False):
+                dim.dim_value = extent
+        for result in model.graph.output:
+            if result.name in {info.name for info in self._engine._opened}:
+                result.type.tensor_type.shape.dim[0].dim_value = next(iter(self._shapes.values()))[0]
+        found = next(info for info in (*model.graph.input, *model.graph.output) if info.name == name)
+        return tuple(dim.dim_value or -1 for dim in found.type.tensor_type.shape.dim)
+
     def infer_shapes(self) -> list[str]:
         inputs = [info.name for info in self._engine._model.graph.input]
         return [n for n in inputs if n not in self._shapes and any(d < 0 for d in self._engine.get_tensor_shape(n))]
@@ -533,7 +659,9 @@ class _Context(Strict):
             feed[info.name] = _at(self._addresses[info.name], shape, np.float32).copy()
         names = [info.name for info in engine._model.graph.output]
         for name, value in zip(names, engine._session.run(names, feed), strict=True):
-            _at(self._addresses[name], value.shape, value.dtype)[...] = value
+            if engine._header["half"] and value.dtype == np.float32:  # as TensorRT runs what nobody holds in float32
+                value = value.astype(np.float16)
+            _at(self._addresses[name], value.shape, engine._kind(name))[...] = value
         self._runs.append(stream_handle)
         if self.profiler is not None:
             for index, node in enumerate(engine._model.graph.node):
