@@ -181,7 +181,10 @@ class OnnxTeacher(_Section):
         "xyxy-normalised",
         "cxcywh-normalised",
         "yxyx-normalised",
+        "cxcywh-rotated",
         "grid-offsets",
+        "grid-distances",
+        "grid-distances-corner",
     ] = "auto"
     taps: dict[str, str] = Field(default_factory=dict, description="Tap name to the name of a tensor in the graph.")
     weight: float = Field(1.0, gt=0)

@@ -1,0 +1,241 @@
+"""Recognise raw heads: YOLO's in one array or one a level, and boxes beside scores."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.labels import NAMED_LABEL_SETS
+from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.grids import grid_cells
+from edgekd.runtimes.outputs import Activation, BoxFormat, OutputFormat, OutputKind, item_of, table_of
+from edgekd.runtimes.probe import Probe, Recognised, box_format_of, names_or_error
+from edgekd.types import FloatArray
+
+BINS = (8, 16, 17)
+"""How many distances a box side's distribution goes over: NanoDet's and PicoDet's, YOLOv8's, Generalized Focal Loss's."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a candidate's values are: K scores, an objectness perhaps, box values, and others that are of no use here."""
+
+    kind: OutputKind
+    classes: int
+    box_values: int = 4
+    extra: int = 0
+
+
+def yolo(
+    probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tuple[str, ...] | None
+) -> Recognised:
+    """A head whose candidates have a box and all scores in one array, or in one array a level.
+
+    Raises:
+        UserError: it leaves more than one reading or none.
+    """
+    arrays = [probe.arrays[name] for name in outputs]
+    table = item_of(arrays[0], 0, 2)
+    channels_first = True
+    if len(outputs) == 1 and arrays[0].ndim < 4 or table.ndim == 2:
+        if table.ndim != 2 or min(table.shape) < 5:
+            raise probe.unclear(
+                "the output is neither a raw YOLO head (4 + K or 5 + K values a candidate) nor finished detections",
+                "declare `output`, and export boxes with scores if the file is something else",
+            )
+        channels_first = _channels_first(probe, table, names)
+    values = np.asarray(table_of(arrays, 0, channels_first), np.float32)
+    layout = _layout(probe, values, declared, names)
+    class_names, notes = names_or_error(probe, names, layout.classes)
+    last = layout.box_values > 4 and _bounded(values[:, : layout.classes]) and not _bounded(values[:, -layout.classes :])
+    boxes = values[:, layout.classes :] if last else values[:, : layout.box_values]
+    box_format = _yolo_box_format(probe, boxes, declared, layout, last)
+    scores = values[:, : layout.classes] if last else values[:, layout.box_values : values.shape[1] - layout.extra]
+    activation = activation_of(scores, declared, "sigmoid")
+    if layout.kind == "yolo-objectness" and declared.output == "auto" and _bounded(scores[:, :-1]) and not _bounded(scores):
+        raise probe.unclear(
+            "only the last value of a candidate lies outside 0 to 1, as an angle of rotated boxes does",
+            "declare `output: yolo-objectness` if it is a class score; else take a detection model without angles",
+        )
+    form = OutputFormat(
+        layout.kind,
+        tuple(outputs),
+        len(class_names),
+        box_format,
+        activation,
+        "none",
+        channels_first,
+        extra=layout.extra,
+        boxes_last=last,
+    )
+    if layout.extra:
+        notes = (*notes, f"{layout.extra} further values a candidate (mask, keypoints, angle) left aside")
+    levels = f" over {len(outputs)} levels" if len(outputs) > 1 else ""
+    return Recognised(
+        form, class_names, (f"outputs recognised as {layout.kind}{levels}, boxes as {box_format}", *notes)
+    )
+
+
+def _channels_first(probe: Probe, table: NDArray[Any], names: tuple[str, ...] | None) -> bool:
+    """Whether values run along the first axis: by the number of classes, else the shorter axis."""
+    if names is not None:
+        fits = [extent - len(names) in (4, 5) for extent in table.shape]
+        if fits[0] != fits[1]:
+            return fits[0]
+    cells = [grid_cells(probe.input_hw, extent) is not None for extent in table.shape]
+    if cells[0] != cells[1]:
+        return cells[1]
+    if table.shape[0] == table.shape[1]:
+        raise probe.unclear(
+            "a square output does not show which axis holds the candidates", "export another input size"
+        )
+    return bool(table.shape[0] < table.shape[1])
+
+
+def _layout(probe: Probe, values: FloatArray, declared: OnnxTeacher, names: tuple[str, ...] | None) -> _Layout:
+    """Which values of a candidate are box, objectness, scores and anything else."""
+    columns = values.shape[1]
+    classes = 80 if names is None else len(names)
+    extra = _further_values(probe, columns - classes)
+    if declared.output in ("yolo", "yolo-objectness"):
+        offset = 4 if declared.output == "yolo" else 5
+        if names is None or columns - offset - extra == classes:
+            return _Layout(cast(OutputKind, declared.output), columns - offset - extra, 4, extra)
+        raise probe.unclear(
+            f"{classes} class names do not fit {columns} values a candidate",
+            f"declare {columns - 4} class names for `output: yolo`, or {columns - 5} for `output: yolo-objectness`",
+        )
+    if columns - classes - extra == 4:
+        return _Layout("yolo", classes, 4, extra)
+    if columns - classes - extra == 5:
+        return _Layout("yolo-objectness", classes, 4, extra)
+    if columns - classes in [4 * bins for bins in BINS] and grid_cells(probe.input_hw, len(values)) is not None:
+        return _Layout("yolo", classes, columns - classes)
+    raise probe.unclear(
+        f"{columns} values a candidate fit neither 4 + {classes} nor 5 + {classes} classes",
+        "declare `class_names`, and `output: yolo` or `output: yolo-objectness`; a head for masks, keypoints or rotated "
+        "boxes has further values: take the detection model of it, or a file that says its `task`, as Ultralytics' do",
+    )
+
+
+def _further_values(probe: Probe, spare: int) -> int:
+    """How many values a candidate has besides box and scores: by the file's task, or by prototypes of masks beside it."""
+    task = probe.metadata.get("task")
+    prototypes = [a.shape[1] for a in probe.arrays.values() if a.ndim == 4 and min(a.shape[1:]) > 1]
+    if task == "obb":
+        return 1
+    if task == "pose":
+        try:
+            points, values = ast.literal_eval(probe.metadata.get("kpt_shape", ""))
+            return int(points) * int(values)
+        except (ValueError, SyntaxError, TypeError):
+            return max(0, spare - 4)
+    return next((count for count in prototypes if spare - count in (4, 5)), 0)
+
+
+def _yolo_box_format(
+    probe: Probe, boxes: FloatArray, declared: OnnxTeacher, layout: _Layout, last: bool
+) -> BoxFormat:
+    if declared.box_format != "auto":
+        return declared.box_format
+    if layout.box_values > 4:
+        return "grid-distances-corner" if last else "grid-distances"
+    if probe.metadata.get("task") == "obb":
+        return "cxcywh-rotated"
+    if layout.kind == "yolo-objectness" and _are_grid_offsets(probe, boxes):
+        return "grid-offsets"
+    return box_format_of(probe, boxes, declared, usual="cxcywh")
+
+
+def _are_grid_offsets(probe: Probe, boxes: FloatArray) -> bool:
+    """Whether a head's boxes are not decoded, as YOLOX exports them: one a cell, some extents' logarithms below 0."""
+    return bool((boxes[:, 2:] < 0).any()) and grid_cells(probe.input_hw, len(boxes)) is not None
+
+
+def _bounded(scores: FloatArray) -> bool:
+    return scores.size == 0 or (float(scores.min()) >= -1e-4 and float(scores.max()) <= 1.0 + 1e-3)
+
+
+def activation_of(scores: FloatArray, declared: OnnxTeacher, for_logits: Activation) -> Activation:
+    """Values outside [0, 1] are logits; what squashes them is known from whether there is a background column."""
+    if declared.score_activation != "auto":
+        return declared.score_activation
+    return "none" if _bounded(scores) else for_logits
+
+
+# --- one array, or a pair, a level ---------------------------------------------------------------------------------
+
+
+def levels(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -> Recognised | None:
+    """A head in levels, as the file has one map or one table a level or a pair of them; None if the outputs are none.
+
+    Raises:
+        UserError: a head in levels that cannot be read.
+    """
+    maps = {name: array for name, array in probe.arrays.items() if array.ndim == 4 and min(array.shape[2:]) > 1}
+    anchored = [array for array in probe.arrays.values() if array.ndim == 5]
+    tables = {name: table_of([array], 0, True) for name, array in maps.items()}
+    if not maps:
+        tables = {n: item_of(a, 0, 2) for n, a in probe.arrays.items() if a.ndim == 3 and min(a.shape[1:]) > 1}
+    groups: dict[int, dict[str, int]] = {}
+    for name, table in tables.items():
+        groups.setdefault(len(table), {})[name] = table.shape[1]
+    sizes = sorted(groups, reverse=True)
+    whole = grid_cells(probe.input_hw, sum(sizes)) is not None
+    alike = len({tuple(sorted(group.values())) for group in groups.values()}) == 1
+    if anchored or (maps and len(groups) < 2) or _has_anchors(groups, names):
+        raise probe.unclear(
+            "a raw head with anchors, which the file does not say",
+            "export it with decoded boxes: YOLOv5's export.py does, YOLOv7's with --grid, YOLOv3's and v4's with the "
+            "decoding or NMS in the graph",
+        )
+    if not (whole and alike and len(groups) > 1):
+        return None
+    first = groups[sizes[0]]
+    if len(first) == 1:
+        return yolo(probe, [next(iter(groups[size])) for size in sizes], declared, names)
+    return _pairs(probe, groups, sizes, declared, names)
+
+
+def _has_anchors(groups: dict[int, dict[str, int]], names: tuple[str, ...] | None) -> bool:
+    """Whether every map has, for each of some anchors, four values, an objectness and the scores."""
+    classes = 80 if names is None else len(names)
+    widths = [width for group in groups.values() for width in group.values()]
+    return bool(widths) and all(width in [count * (5 + classes) for count in (2, 3, 5)] for width in widths)
+
+
+def _pairs(
+    probe: Probe,
+    groups: dict[int, dict[str, int]],
+    sizes: Sequence[int],
+    declared: OnnxTeacher,
+    names: tuple[str, ...] | None,
+) -> Recognised | None:
+    """Boxes and scores apart on each level, as for RKNN and in NanoDet's and PicoDet's first exports."""
+    widths = sorted(next(iter(groups.values())).values())
+    coded = [width for width in widths if width in [4 * bins for bins in BINS]]
+    classes = len(names) if names is not None else 80
+    if len(coded) != 1 or widths.count(classes) != 1 or classes == coded[0]:
+        return None
+    box_names = [name for size in sizes for name, width in groups[size].items() if width == coded[0]]
+    score_names = [name for size in sizes for name, width in groups[size].items() if width == classes]
+    class_names, notes = names_or_error(probe, names, classes)
+    channels_first = probe.arrays[score_names[0]].ndim == 4
+    scores = table_of([probe.arrays[name] for name in score_names], 0, channels_first)
+    activation = activation_of(np.asarray(scores, np.float32), declared, "sigmoid")
+    box_format: BoxFormat = "grid-distances" if declared.box_format == "auto" else declared.box_format
+    form = OutputFormat(
+        "boxes-scores", (*box_names, *score_names), classes, box_format, activation, "none", channels_first
+    )
+    found = f"outputs recognised as boxes ({box_format}) and scores over {len(sizes)} levels (activation {activation})"
+    return Recognised(form, class_names, (found, *notes))
+
+
+def coco_by_id(names: Sequence[str]) -> bool:
+    """Whether names are COCO's by category id, whose first column is never an object."""
+    return tuple(names) == NAMED_LABEL_SETS["coco91"]
