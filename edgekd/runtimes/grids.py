@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Sequence
 
 import numpy as np
 
@@ -23,6 +24,12 @@ def grid_cells(input_hw: tuple[int, int], candidates: int) -> FloatArray | None:
             cells = [np.insert(grid, 2, stride, 1) for grid, stride in zip(grids, strides)]
             return np.concatenate(cells).astype(np.float32)
     return None
+
+
+def is_map(shape: Sequence[int], input_hw: tuple[int, int]) -> bool:
+    """Whether an output of this shape is a feature map (B, C, h, w) at a usual stride of the input."""
+    sizes = [tuple(-(-extent // stride) for extent in input_hw) for stride in (4, 8, 16, 32, 64, 128)]
+    return len(shape) == 4 and tuple(shape[2:]) in sizes and min(shape[2:]) > 1
 
 
 def from_offsets(boxes: FloatArray, input_hw: tuple[int, int]) -> FloatArray:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.grids import grid_cells
+from edgekd.runtimes.grids import grid_cells, is_map
 from edgekd.runtimes.outputs import Activation, BoxFormat, OutputFormat, OutputKind, item_of, table_of
 from edgekd.runtimes.probe import Probe, Recognised, box_format_of, names_or_error
 from edgekd.types import FloatArray
@@ -177,7 +177,7 @@ def levels(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -
     Raises:
         UserError: a head in levels that cannot be read.
     """
-    maps = {name: array for name, array in probe.arrays.items() if array.ndim == 4 and min(array.shape[2:]) > 1}
+    maps = {name: array for name, array in probe.arrays.items() if is_map(array.shape, probe.input_hw)}
     anchored = [array for array in probe.arrays.values() if array.ndim == 5]
     tables = {name: table_of([array], 0, True) for name, array in maps.items()}
     if not maps:

@@ -12,6 +12,7 @@ from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.boxes_scores import box_and_score, boxes_scores
 from edgekd.runtimes.finished import finished
+from edgekd.runtimes.grids import is_map
 from edgekd.runtimes.heads import levels, yolo
 from edgekd.runtimes.outputs import item_of
 from edgekd.runtimes.probe import Arrays, Probe, Recognised
@@ -33,7 +34,11 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
     """
     names = _declared_names(declared) or (tuple(found_names) if found_names else None)
     objects, objects_declared = _without_background(names, declared)
-    arrays = {name: array for name, array in probe.arrays.items() if array.ndim < 2 or item_of(array, 0, 2).ndim <= 2}
+    arrays = {
+        name: array
+        for name, array in probe.arrays.items()
+        if (array.ndim < 2 or item_of(array, 0, 2).ndim <= 2) and not is_map(array.shape, probe.input_hw)
+    }
     kind = declared.output
     if kind in ("auto", "detections"):
         found = finished(probe, arrays, objects_declared, objects, certain=kind == "detections")

@@ -1,0 +1,98 @@
+"""How pictures are usually prepared for a foreign detector: by the exporter that its inputs and outputs give away.
+
+A file seldom says it. What is taken here is said in a note, what is declared wins, and `teacher_check` tries it on labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgekd.runtimes.first_nodes import PixelRange
+from edgekd.runtimes.grids import grid_cells
+from edgekd.runtimes.outputs import OutputFormat
+from edgekd.types import Channels, PreprocessSpec, ResizeMode
+
+Triple = tuple[float, float, float]
+ZERO: Triple = (0.0, 0.0, 0.0)
+ONE: Triple = (1.0, 1.0, 1.0)
+BYTES: Triple = (1 / 255, 1 / 255, 1 / 255)
+IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NANODET: tuple[Triple, Triple] = (
+    (103.53 / 255, 116.28 / 255, 123.675 / 255),
+    (57.375 / 255, 57.12 / 255, 58.395 / 255),
+)
+HALVES: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Custom:
+    """What an exporter's users do with pictures.
+
+    Attributes:
+        whose: for the note.
+        scaling: (mean, std) of pixels from 0 to 1, in the order of `channels`.
+    """
+
+    whose: str
+    resize: ResizeMode = "stretch"
+    scaling: tuple[Triple, Triple] = (ZERO, ONE)
+    channels: Channels = "rgb"
+
+    def preprocess(self, input_hw: tuple[int, int], inside: PixelRange | None, takes_bytes: bool) -> PreprocessSpec:
+        """The preprocessing, where the graph itself normalises pixels of the range `inside` or takes bytes."""
+        mean, std = self.scaling
+        if takes_bytes or inside == "0 to 255":
+            mean, std = ZERO, BYTES
+        elif inside == "0 to 1":
+            mean, std = ZERO, ONE
+        return PreprocessSpec(input_hw, self.resize, mean, std, channels=self.channels)
+
+
+def custom_of(
+    form: OutputFormat, inputs: Sequence[str], rows: int, input_hw: tuple[int, int], metadata: Mapping[str, str]
+) -> Custom:
+    """What is usual for a detector with these outputs.
+
+    Args:
+        form: as it was recognised, with the outputs' names.
+        inputs: the names of the graph's inputs. rows: how many candidates it gives.
+        input_hw: the input's (height, width). metadata: the file's own.
+    """
+    outputs = {name.partition(":")[0] for name in form.names}
+    normalised = form.box_format.endswith("normalised")
+    if "stride" in metadata:  # Ultralytics, whose RT-DETR alone stretches
+        ends = form.kind == "yolo" and normalised
+        return Custom("RT-DETR of Ultralytics") if ends else Custom("Ultralytics", "letterbox")
+    if {"scale_factor", "im_shape"} & set(inputs):
+        return Custom("PaddleDetection")
+    if "orig_target_sizes" in inputs:
+        return Custom("RT-DETR")
+    if form.box_format == "grid-offsets":  # its authors feed it what OpenCV reads
+        return Custom("YOLOX", "letterbox-corner", (ZERO, BYTES), "bgr")
+    if form.box_format == "grid-distances-corner" or any("pred_stride" in name for name in outputs):
+        return Custom("NanoDet", "stretch", NANODET, "bgr")
+    if outputs == {"dets", "labels"}:
+        if form.kind == "boxes-scores":
+            return Custom("RF-DETR", "stretch", IMAGENET)
+        return Custom("MMDetection", "letterbox-corner", IMAGENET)
+    if form.box_format.startswith("yxyx") and len(form.names) == 1:
+        return Custom("EfficientDet", "letterbox-corner")
+    if outputs == {"bboxes", "labels", "scores"}:
+        return Custom("the ONNX model zoo's SSD", "stretch", IMAGENET)
+    if "pixel_mask" in inputs or (form.activation == "softmax" and form.background == "last"):
+        return Custom("DETR", "stretch", IMAGENET)
+    if form.kind == "boxes-scores" and normalised and form.background == "first" and form.activation == "none":
+        return Custom("SSD in PyTorch", "stretch", HALVES)
+    if _like_yolo(form, outputs, inputs) or (form.kind == "boxes-scores" and grid_cells(input_hw, rows) is not None):
+        return Custom("YOLO", "letterbox")
+    return Custom("such outputs")
+
+
+def _like_yolo(form: OutputFormat, outputs: set[str], inputs: Sequence[str]) -> bool:
+    """Raw heads, what YOLOv7, YOLO-NAS and TensorRT's NMS call finished ones, and Keras' YOLOv3."""
+    if form.kind.startswith("yolo"):
+        return True
+    if any("yolonms" in name for name in outputs) or {"det_boxes", "pred_boxes"} & outputs:
+        return form.kind == "detections" or "image_shape" in inputs
+    return form.kind == "detections" and len(form.names) == 1

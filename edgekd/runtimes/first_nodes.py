@@ -1,0 +1,69 @@
+"""Whether a graph scales or normalises pixels itself, read off the first operators behind its image input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+PixelRange = Literal["0 to 1", "0 to 255"]
+_PASSING = ("Cast", "Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Gather")
+_MOST_STEPS = 12
+
+
+def range_inside(model: Path, image: str) -> PixelRange | None:
+    """The range of pixels that the graph itself normalises; None if its first layer is another, or onnx is absent.
+
+    Args:
+        model: an ONNX file.
+        image: the name of its image input.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+
+        graph = onnx.load(str(model), load_external_data=False).graph
+    except Exception:  # without onnx, or with a file that onnx cannot read, there is nothing to be learned
+        return None
+    constants: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants |= {node.output[0]: entry.t for entry in node.attribute if entry.name == "value"}
+
+    def value_of(name: str) -> NDArray[Any] | None:
+        tensor = constants.get(name)
+        if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return None
+        array = np.asarray(numpy_helper.to_array(tensor), np.float64)
+        return array if 0 < array.size <= 3 else None
+
+    for _ in range(_MOST_STEPS):
+        following = [node for node in graph.node if image in node.input and node.op_type != "Shape"]
+        if len(following) != 1:
+            return None
+        node = following[0]
+        if node.op_type in _PASSING:
+            image = node.output[0]
+            continue
+        return _range_before(node.op_type, [value_of(name) for name in node.input if name != image])
+    return None
+
+
+def _range_before(operator: str, values: list[NDArray[Any] | None]) -> PixelRange | None:
+    """What range an operator with these constants makes sense of."""
+    if operator == "BatchNormalization" and len(values) == 4 and values[2] is not None:
+        return "0 to 255" if float(np.abs(values[2]).max()) > 2 else "0 to 1"
+    if not values or values[0] is None:
+        return None
+    largest = float(np.abs(values[0]).max())
+    ranges: Mapping[str, tuple[bool, bool]] = {  # (byte values, shares)
+        "Div": (largest > 2, 0 < largest <= 2),
+        "Mul": (0 < largest < 0.1, largest >= 1),
+        "Sub": (largest > 2, 0 < largest <= 2),
+        "Add": (largest > 2, 0 < largest <= 2),
+    }
+    as_bytes, as_shares = ranges.get(operator, (False, False))
+    return "0 to 255" if as_bytes else "0 to 1" if as_shares else None
