@@ -40,9 +40,9 @@ def yolo(
         UserError: it leaves more than one reading or none.
     """
     arrays = [probe.arrays[name] for name in outputs]
-    table = item_of(arrays[0], 0, 2)
     channels_first = True
-    if len(outputs) == 1 and arrays[0].ndim < 4 or table.ndim == 2:
+    if len(outputs) == 1 or arrays[0].ndim < 4:
+        table = item_of(arrays[0], 0, 2)
         if table.ndim != 2 or min(table.shape) < 5:
             raise probe.unclear(
                 "the output is neither a raw YOLO head (4 + K or 5 + K values a candidate) nor finished detections",
@@ -179,7 +179,7 @@ def levels(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -
     """
     maps = {name: array for name, array in probe.arrays.items() if is_map(array.shape, probe.input_hw)}
     anchored = [array for array in probe.arrays.values() if array.ndim == 5]
-    tables = {name: table_of([array], 0, True) for name, array in maps.items()}
+    tables = {name: array[0].reshape(array.shape[1], -1).T for name, array in maps.items()}
     if not maps:
         tables = {n: item_of(a, 0, 2) for n, a in probe.arrays.items() if a.ndim == 3 and min(a.shape[1:]) > 1}
     groups: dict[int, dict[str, int]] = {}

@@ -145,12 +145,11 @@ def table_of(arrays: Sequence[NDArray[Any]], item: int, channels_first: bool) ->
     """One image's candidates (P, C) of one output, or of one a level: (B, P, C), (B, C, P) or maps (B, C, h, w)."""
     tables = []
     for array in arrays:
+        if array.ndim == 4 and len(arrays) > 1:
+            tables.append(array[item].reshape(array.shape[1], -1).T)
+            continue
         part = item_of(array, item, 2)
-        if array.ndim == 4 and part.ndim != 2:
-            part = array[item].reshape(array.shape[1], -1).T
-        elif channels_first:
-            part = part.T
-        tables.append(part)
+        tables.append(part.T if channels_first else part)
     return tables[0] if len(tables) == 1 else np.concatenate(tables)
 
 
