@@ -17,6 +17,7 @@ from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.errors import ArtifactError, DistillationSetupError
 from edgekd.recipe import CacheConfig, CheckpointTeacher, OnnxTeacher, TeacherConfig, TrainedTeacher
+from edgekd.runtimes.model_files import sha256_model
 from edgekd.teacher_check import check_readings
 from edgekd.teachers import build_teacher
 from edgekd.teachers.answers import collect_answers
@@ -241,5 +242,5 @@ def teacher_identity(config: TeacherConfig) -> dict[str, Any]:
     elif isinstance(config, OnnxTeacher):
         if not Path(config.onnx).is_file():
             raise ArtifactError(f"{config.onnx}: no such file", expected=f"the ONNX file of teacher {config.name}")
-        identity["sha256"] = sha256_file(Path(config.onnx))
+        identity["sha256"] = sha256_model(Path(config.onnx))
     return identity

@@ -149,12 +149,20 @@ def head(boxes: np.ndarray, *middle: str, classes: int = 3, further: int = 0) ->
 
 def rows_of(boxes: np.ndarray, order: str, padding: int = 0, *, first: int = 0) -> np.ndarray:
     """Finished rows in an order of the letters b (box), s, l, i (image), y (box with y first); labels from `first`."""
-    parts = {"b": boxes, "y": boxes[:, [1, 0, 3, 2]], "s": SCORES[:, None], "l": LABELS[:, None] + first, "i": np.zeros((3, 1))}
+    parts = {
+        "b": boxes,
+        "y": boxes[:, [1, 0, 3, 2]],
+        "s": SCORES[:, None],
+        "l": LABELS[:, None] + first,
+        "i": np.zeros((3, 1)),
+    }
     rows = np.concatenate([parts[letter] for letter in order], 1).astype(np.float32)
     return np.concatenate([rows, np.zeros((padding, rows.shape[1]), np.float32)])
 
 
-def distribution(boxes: np.ndarray, bins: int, strides: tuple[int, ...], offset: float) -> tuple[np.ndarray, np.ndarray]:
+def distribution(
+    boxes: np.ndarray, bins: int, strides: tuple[int, ...], offset: float
+) -> tuple[np.ndarray, np.ndarray]:
     """((cells, 4 bins) logits, (cells, 3) scores): each box as distances from a cell that lies well inside it."""
     count = sum(-(-INPUT_HW[0] // stride) * -(-INPUT_HW[1] // stride) for stride in strides)
     cells = grid_cells(INPUT_HW, count)
@@ -258,7 +266,9 @@ TRACED = {"boxes": 0, "labels": 0, "scores": 0}
 
 EXPORTS: dict[str, Export] = {
     "Ultralytics v5": Export(
-        lambda b: {"output0": head(b, "objectness")}, metadata={k: ULTRALYTICS[k] for k in ("names", "stride")}, declared={}
+        lambda b: {"output0": head(b, "objectness")},
+        metadata={k: ULTRALYTICS[k] for k in ("names", "stride")},
+        declared={},
     ),
     "Ultralytics v8, 11": Export(lambda b: {"output0": head(b).transpose(0, 2, 1)}, metadata=ULTRALYTICS, declared={}),
     "Ultralytics v8, dynamic": Export(
@@ -452,7 +462,10 @@ EXPORTS: dict[str, Export] = {
     ),
     "mmyolo": Export(lambda b: efficient_nms(b, ("num_dets", "boxes", "scores", "labels")), "stretch"),
     "YOLOv4": Export(
-        lambda b: {"boxes": (candidates(b, rows=200)[0] / SHARES)[None, :, None], "confs": candidates(b, rows=200)[1][None]},
+        lambda b: {
+            "boxes": (candidates(b, rows=200)[0] / SHARES)[None, :, None],
+            "confs": candidates(b, rows=200)[1][None],
+        },
         "stretch",
         inputs=image("FLOAT", 1, 3, *INPUT_HW, name="input"),
     ),
@@ -483,7 +496,10 @@ EXPORTS: dict[str, Export] = {
     ),
     "boxes, best score and class, no NMS yet (Qualcomm)": Export(lambda b: _best_of(b), "stretch"),
     "one class without an axis": Export(
-        lambda b: {"boxes": candidates(b, 1, labels=ONE_CLASS)[0][None], "scores": candidates(b, 1, labels=ONE_CLASS)[1].T},
+        lambda b: {
+            "boxes": candidates(b, 1, labels=ONE_CLASS)[0][None],
+            "scores": candidates(b, 1, labels=ONE_CLASS)[1].T,
+        },
         declared={"class_names": PERSON},
         names=PERSON,
     ),

@@ -106,7 +106,9 @@ def _origin(outputs: tuple[str, ...], arrays: Arrays) -> _Origin:
         return "other"  # Detectron2 gives the image's size too
     if plain == {"boxes", "labels", "scores"}:
         return "torchvision"
-    return "other" if any(named(name, (*BOX_WORDS, *LABEL_WORDS, *SCORE_WORDS)) for name in outputs) else "unknown-start"
+    return (
+        "other" if any(named(name, (*BOX_WORDS, *LABEL_WORDS, *SCORE_WORDS)) for name in outputs) else "unknown-start"
+    )
 
 
 def _labels(
@@ -132,7 +134,12 @@ def _labels(
 
 
 def _boxes(
-    probe: Probe, origin: _Origin, outputs: tuple[str, ...], columns: tuple[int, ...], arrays: Arrays, declared: OnnxTeacher
+    probe: Probe,
+    origin: _Origin,
+    outputs: tuple[str, ...],
+    columns: tuple[int, ...],
+    arrays: Arrays,
+    declared: OnnxTeacher,
 ) -> tuple[BoxFormat, bool]:
     """(box format, whether its unit is still to be seen)."""
     if declared.box_format != "auto":
@@ -180,7 +187,9 @@ def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, cert
 
 def _column_roles(arrays: Arrays) -> Roles | None:
     """Boxes, scores and labels in arrays of their own, perhaps with a count; by type and name, since rows may be 0."""
-    boxes = [n for n, array in arrays.items() if array.ndim >= 2 and array.shape[-1] in (4, 5) and array.dtype.kind == "f"]
+    boxes = [
+        n for n, array in arrays.items() if array.ndim >= 2 and array.shape[-1] in (4, 5) and array.dtype.kind == "f"
+    ]
     if len(boxes) > 1:  # (1, N) columns with four or five rows look like boxes too
         boxes = [name for name in boxes if named(name, BOX_WORDS)] or boxes
         boxes = [name for name in boxes if arrays[name].ndim == max(arrays[other].ndim for other in boxes)]

@@ -31,7 +31,7 @@ def range_inside(model: Path, image: str) -> PixelRange | None:
     constants: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant":
-            constants |= {node.output[0]: entry.t for entry in node.attribute if entry.name == "value"}
+            constants[node.output[0]] = next((entry.t for entry in node.attribute if entry.name == "value"), None)
 
     def value_of(name: str) -> NDArray[Any] | None:
         tensor = constants.get(name)

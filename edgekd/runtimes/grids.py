@@ -20,8 +20,10 @@ def grid_cells(input_hw: tuple[int, int], candidates: int) -> FloatArray | None:
     for strides in GRID_STRIDES:
         sizes = [(-(-input_hw[0] // stride), -(-input_hw[1] // stride)) for stride in strides]
         if sum(height * width for height, width in sizes) == candidates:
-            grids = [np.indices(size)[::-1].reshape(2, -1).T for size in sizes]
-            cells = [np.insert(grid, 2, stride, 1) for grid, stride in zip(grids, strides)]
+            cells = [
+                np.insert(np.indices(size)[::-1].reshape(2, -1).T, 2, strides[level], 1)
+                for level, size in enumerate(sizes)
+            ]
             return np.concatenate(cells).astype(np.float32)
     return None
 
@@ -57,7 +59,9 @@ def from_distances(values: FloatArray, input_hw: tuple[int, int], *, centred: bo
     bins = values.reshape(len(values), 4, -1)
     if bins.shape[2] > 1:
         powers = np.exp(bins - bins.max(2, keepdims=True))
-        bins = (powers * np.arange(bins.shape[2], dtype=np.float32)).sum(2, keepdims=True) / powers.sum(2, keepdims=True)
+        bins = (powers * np.arange(bins.shape[2], dtype=np.float32)).sum(2, keepdims=True) / powers.sum(
+            2, keepdims=True
+        )
     distances = bins[:, :, 0]
     centres = cells[:, :2] + (0.5 if centred else 0.0)
     corners = np.concatenate([centres - distances[:, :2], centres + distances[:, 2:]], 1)

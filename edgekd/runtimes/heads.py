@@ -31,9 +31,7 @@ class _Layout:
     extra: int = 0
 
 
-def yolo(
-    probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tuple[str, ...] | None
-) -> Recognised:
+def yolo(probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tuple[str, ...] | None) -> Recognised:
     """A head whose candidates have a box and all scores in one array, or in one array a level.
 
     Raises:
@@ -52,12 +50,19 @@ def yolo(
     values = np.asarray(table_of(arrays, 0, channels_first), np.float32)
     layout = _layout(probe, values, declared, names)
     class_names, notes = names_or_error(probe, names, layout.classes)
-    last = layout.box_values > 4 and _bounded(values[:, : layout.classes]) and not _bounded(values[:, -layout.classes :])
+    last = (
+        layout.box_values > 4 and _bounded(values[:, : layout.classes]) and not _bounded(values[:, -layout.classes :])
+    )
     boxes = values[:, layout.classes :] if last else values[:, : layout.box_values]
     box_format = _yolo_box_format(probe, boxes, declared, layout, last)
     scores = values[:, : layout.classes] if last else values[:, layout.box_values : values.shape[1] - layout.extra]
     activation = activation_of(scores, declared, "sigmoid")
-    if layout.kind == "yolo-objectness" and declared.output == "auto" and _bounded(scores[:, :-1]) and not _bounded(scores):
+    if (
+        layout.kind == "yolo-objectness"
+        and declared.output == "auto"
+        and _bounded(scores[:, :-1])
+        and not _bounded(scores)
+    ):
         raise probe.unclear(
             "only the last value of a candidate lies outside 0 to 1, as an angle of rotated boxes does",
             "declare `output: yolo-objectness` if it is a class score; else take a detection model without angles",
@@ -138,9 +143,7 @@ def _further_values(probe: Probe, spare: int) -> int:
     return next((count for count in prototypes if spare - count in (4, 5)), 0)
 
 
-def _yolo_box_format(
-    probe: Probe, boxes: FloatArray, declared: OnnxTeacher, layout: _Layout, last: bool
-) -> BoxFormat:
+def _yolo_box_format(probe: Probe, boxes: FloatArray, declared: OnnxTeacher, layout: _Layout, last: bool) -> BoxFormat:
     if declared.box_format != "auto":
         return declared.box_format
     if layout.box_values > 4:
@@ -172,7 +175,7 @@ def activation_of(scores: FloatArray, declared: OnnxTeacher, for_logits: Activat
 
 
 def levels(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -> Recognised | None:
-    """A head in levels, as the file has one map or one table a level or a pair of them; None if the outputs are none.
+    """A head in levels, as the file has one map or one table a level or a pair of them; None if there are none.
 
     Raises:
         UserError: a head in levels that cannot be read.
@@ -188,18 +191,23 @@ def levels(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -
     sizes = sorted(groups, reverse=True)
     whole = grid_cells(probe.input_hw, sum(sizes)) is not None
     alike = len({tuple(sorted(group.values())) for group in groups.values()}) == 1
-    if anchored or (maps and len(groups) < 2) or _has_anchors(groups, names):
+    if anchored or _has_anchors(groups, names):
         raise probe.unclear(
             "a raw head with anchors, which the file does not say",
             "export it with decoded boxes: YOLOv5's export.py does, YOLOv7's with --grid, YOLOv3's and v4's with the "
             "decoding or NMS in the graph",
         )
-    if not (whole and alike and len(groups) > 1):
-        return None
-    first = groups[sizes[0]]
-    if len(first) == 1:
-        return yolo(probe, [next(iter(groups[size])) for size in sizes], declared, names)
-    return _pairs(probe, groups, sizes, declared, names)
+    found = None
+    if whole and alike and len(groups) > 1:
+        single = len(groups[sizes[0]]) == 1
+        one_each = [next(iter(groups[size])) for size in sizes]
+        found = yolo(probe, one_each, declared, names) if single else _pairs(probe, groups, sizes, declared, names)
+    if found is None and maps:
+        raise probe.unclear(
+            "feature maps of a head whose coding of boxes the file does not say",
+            "export the detector with decoded boxes and class scores",
+        )
+    return found
 
 
 def _has_anchors(groups: dict[int, dict[str, int]], names: tuple[str, ...] | None) -> bool:

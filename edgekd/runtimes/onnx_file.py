@@ -169,7 +169,9 @@ def _preprocess_notes(
             (base.mean, base.std), f"normalised by mean {_listed(base.mean)} and std {_listed(base.std)}"
         )
         why = f"the graph itself normalises {inside}" if inside else f"as is usual for {custom.whose}"
-        notes.append(f"pixels {span}, {base.channels.upper()}, not declared: {why}; `mean`, `std`, `channels` declare it")
+        notes.append(
+            f"pixels {span}, {base.channels.upper()}, not declared: {why}; `mean`, `std`, `channels` declare it"
+        )
     return notes
 
 

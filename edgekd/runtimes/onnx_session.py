@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -22,6 +23,9 @@ _INPUT_TYPES: Mapping[str, Any] = {
     "tensor(double)": np.float64,
     "tensor(uint8)": np.uint8,
 }
+
+# "/onnxruntime_src/.../model.cc:256 onnxruntime::Model::Model(...) Unsupported model IR version"
+_SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=[A-Z])")
 
 Feed = Mapping[str, NDArray[np.generic]]
 
@@ -179,6 +183,6 @@ def source_name(model: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an engine's message, which may go on for pages."""
+    """The first line of an engine's message, which may go on for pages, without the C++ place that stands before it."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    return _SOURCE_PLACE.sub(" ", text.splitlines()[0])[:300]

@@ -23,6 +23,16 @@ PROVIDERS: Mapping[str, str] = {
 """Short names that are accepted beside ONNX Runtime's own."""
 
 
+_LOADING: Mapping[str, str] = {
+    "IR version": "pip install -U onnxruntime, or save the file with a lower `ir_version`",
+    "opset": "pip install -U onnxruntime, or export it with a lower opset",
+    "xternal data": "put the file of weights (often NAME.onnx.data) into the same folder, under the name it was saved with",
+    "_TRT": "export it without TensorRT's NMS plugin, which only TensorRT has: with decoded boxes and scores, or ONNX's NMS",
+    "not a registered function/op": "export it with standard operators, without plugins of another runtime",
+}
+"""What mends a file that does not load, by a word of ONNX Runtime's message."""
+
+
 class OrtRuntime(OnnxRuntime):
     """An ONNX detector in an ONNX Runtime session.
 
@@ -108,6 +118,7 @@ def _open_session(
             f"{source}: ONNX Runtime cannot load this file",
             got=first_line(error),
             expected="a complete ONNX model with operators that ONNX Runtime knows",
+            fix=next((fix for word, fix in _LOADING.items() if word in str(error)), None),
         ) from error
     session.disable_fallback()
     if provider not in session.get_providers()[:1]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edgekd.boxes import xyxy_from_cxcywh
 from edgekd.errors import ArtifactError, RuntimeFailure
 from edgekd.runtimes.grids import from_distances, from_offsets
-from edgekd.runtimes.rows import HIGHEST_SCORE, LAYOUTS, layout_of
+from edgekd.runtimes.rows import HIGHEST_SCORE, layout_of
 from edgekd.types import FloatArray, IntArray
 
 OutputKind = Literal["boxes-scores", "yolo", "yolo-objectness", "detections"]

@@ -45,7 +45,8 @@ def value_for(info: TensorInfo, batch: int, input_hw: tuple[int, int]) -> NDArra
     elif rank == 2 and info.shape[-1] in (2, None) and (_whole(info) or any(word in name for word in _WIDTH_FIRST)):
         values = np.array([input_hw[::-1]] * batch)
     elif rank == 3 and "mask" in name:
-        values = np.ones((batch, *(info.shape[1:] if None not in info.shape[1:] else input_hw)))
+        size = tuple(known or extent for known, extent in zip(info.shape[1:], input_hw, strict=True))
+        values = np.ones((batch, *size))
     elif rank <= 1 and (number := next((value for word, value in _NUMBERS if word in name), None)) is not None:
         values = np.full((1,) * rank, number)
     return None if values is None else values.astype(TYPES[info.type])
