@@ -223,6 +223,11 @@ class Predictor:
             "size_bytes": None if file is None else sum(part.stat().st_size for part in (file, *external_files(file))),
         }
 
+    def taken_for_granted(self) -> tuple[str, ...]:
+        """What was recognised or guessed of a foreign ONNX file, one sentence each; nothing of files that say it all."""
+        foreign = self.facts.get("model") is None and self.runtime.name in ("onnxruntime", "openvino")
+        return tuple(self.facts.get("notes", ())) if foreign else ()
+
     def close(self) -> None:
         """Free the model."""
         self.runtime.close()

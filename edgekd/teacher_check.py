@@ -34,7 +34,8 @@ POOR = 0.1
 """AP50 below which a teacher is hardly one."""
 RESIZE_MODES: tuple[ResizeMode, ...] = ("stretch", "letterbox", "letterbox-corner")
 _IMAGENET = (0.485, 0.456, 0.406)
-# (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; Caffe's and OpenCV's.
+# (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; Caffe's, OpenCV's,
+# and ImageNet's on what OpenCV reads (NanoDet, RTMDet).
 _COLOURS: tuple[tuple[Channels, tuple[float, float, float], tuple[float, float, float]], ...] = (
     ("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     ("rgb", _IMAGENET, (0.229, 0.224, 0.225)),
@@ -42,6 +43,7 @@ _COLOURS: tuple[tuple[Channels, tuple[float, float, float], tuple[float, float, 
     ("rgb", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
     ("bgr", _IMAGENET[::-1], (1 / 255, 1 / 255, 1 / 255)),
     ("bgr", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+    ("bgr", _IMAGENET[::-1], (0.225, 0.224, 0.229)),
 )
 _TRIES = len(_COLOURS) + len(RESIZE_MODES) - 2
 

@@ -143,6 +143,9 @@ def _check_readings(
     work: Workspace, teachers: Sequence[tuple[TeacherConfig, PredictorTeacher, Mapping[str, Any]]], answers: Path
 ) -> None:
     """Say how well foreign detectors agree with the training labels."""
+    for _, teacher, _ in teachers:
+        for taken in teacher.predictor.taken_for_granted():
+            work.terminal.note(f"teacher {teacher.name}: {taken}")
     with ranks.first_goes_first():
         notes, warnings = check_readings(work.train, teachers, answers, work.data_identity["train"])
     for note in notes:
