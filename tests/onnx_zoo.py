@@ -317,6 +317,22 @@ EXPORTS: dict[str, Export] = {
         declared={},
         names=PERSON,
     ),
+    "Ultralytics v8-pose with NMS": Export(
+        lambda b: {"output0": np.concatenate([rows_of(b, "bsl", 5), np.full((8, 51), 9, np.float32)], 1)[None]},
+        metadata=TASK["pose"] | {"kpt_shape": "[17, 3]"},
+        declared={},
+        hidden={"output0": 1},
+    ),
+    "Ultralytics v8-obb with NMS": Export(
+        lambda b: {
+            "output0": np.concatenate(
+                [cxcywh_from_xyxy(b)[:, [0, 1, 3, 2]], rows_of(b, "sl"), np.full((3, 1), np.pi / 2)], 1
+            ).astype(np.float32)[None]
+        },
+        metadata=TASK["obb"],
+        declared={},
+        hidden={"output0": 1},
+    ),
     "Ultralytics v8-obb": Export(
         lambda b: {"output0": rotated(b).transpose(0, 2, 1)}, metadata=TASK["obb"], declared={}
     ),
@@ -437,7 +453,6 @@ EXPORTS: dict[str, Export] = {
         "letterbox-corner",
         BYTES,
         inputs=image("UINT8", 1, *INPUT_HW, 3, name="image_arrays:0"),
-        declared={"class_names": NAMES, "background": "first"},
     ),
     "NanoDet-Plus": Export(
         lambda b: {"output": np.concatenate(distribution(b, 8, (8, 16, 32, 64), 0.0)[::-1], 1)[None]},
@@ -460,7 +475,7 @@ EXPORTS: dict[str, Export] = {
         inputs=image("FLOAT", 1, 3, *INPUT_HW, name="input"),
         hidden={"dets": 1, "labels": 1},
     ),
-    "mmyolo": Export(lambda b: efficient_nms(b, ("num_dets", "boxes", "scores", "labels")), "stretch"),
+    "mmyolo": Export(lambda b: efficient_nms(b, ("num_dets", "boxes", "scores", "labels"))),
     "YOLOv4": Export(
         lambda b: {
             "boxes": (candidates(b, rows=200)[0] / SHARES)[None, :, None],

@@ -144,6 +144,16 @@ def _flat_predictions(g: Graph) -> None:
     )
 
 
+def _half(g: Graph) -> None:
+    """Ultralytics' `half=True`: a float16 input and output, float16 weights."""
+    from edgekd.export.float16 import to_float16
+
+    _joined(g)
+    g.graph.output[0].CopyFrom(helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, [1, 8400, 84]))
+    g.model.CopyFrom(to_float16(g.model))
+    g.before_image("images16", "FLOAT16", [1, 3, 640, 640], lambda g, x: g.add("Cast", x, to=onnx.TensorProto.FLOAT))
+
+
 def _paddle(g: Graph) -> None:
     found = g.suppressed()
     g.output("multiclass_nms3_0.tmp_0", g.add("Concat", *(found[k] for k in ("label", "score", "boxes")), axis=1))
@@ -211,6 +221,7 @@ CASES: Mapping[str, tuple[Callable[[Graph], None], Mapping[str, Any], float]] = 
     ),
     "pixels as 0 to 255": (_bytes_inside, {}, 0.5),
     "bytes, channels last": (_channels_last, {}, 0.5),
+    "half precision": (_half, {}, 3.0),
     "normalised inside": (_imagenet_inside, {}, 0.5),
 }
 

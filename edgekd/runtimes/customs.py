@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgekd.runtimes.first_nodes import PixelRange
-from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.outputs import OutputFormat
 from edgekd.types import Channels, PreprocessSpec, ResizeMode
 
@@ -18,10 +17,7 @@ ZERO: Triple = (0.0, 0.0, 0.0)
 ONE: Triple = (1.0, 1.0, 1.0)
 BYTES: Triple = (1 / 255, 1 / 255, 1 / 255)
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-NANODET: tuple[Triple, Triple] = (
-    (103.53 / 255, 116.28 / 255, 123.675 / 255),
-    (57.375 / 255, 57.12 / 255, 58.395 / 255),
-)
+BGR_IMAGENET: tuple[Triple, Triple] = ((0.406, 0.456, 0.485), (0.225, 0.224, 0.229))
 HALVES: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -50,14 +46,20 @@ class Custom:
 
 
 def custom_of(
-    form: OutputFormat, inputs: Sequence[str], rows: int, input_hw: tuple[int, int], metadata: Mapping[str, str]
+    form: OutputFormat,
+    inputs: Sequence[str],
+    metadata: Mapping[str, str],
+    *,
+    a_row_a_cell: bool = False,
+    sliced: bool = False,
 ) -> Custom:
     """What is usual for a detector with these outputs.
 
     Args:
         form: as it was recognised, with the outputs' names.
-        inputs: the names of the graph's inputs. rows: how many candidates it gives.
-        input_hw: the input's (height, width). metadata: the file's own.
+        inputs: the names of the graph's inputs. metadata: the file's own.
+        a_row_a_cell: it gives as many candidates as the usual grids have cells.
+        sliced: the graph begins by taking the picture apart into every second pixel.
     """
     outputs = {name.partition(":")[0] for name in form.names}
     normalised = form.box_format.endswith("normalised")
@@ -68,10 +70,11 @@ def custom_of(
         return Custom("PaddleDetection")
     if "orig_target_sizes" in inputs:
         return Custom("RT-DETR")
-    if form.box_format == "grid-offsets":  # its authors feed it what OpenCV reads
+    decoded = form.kind == "yolo-objectness" and a_row_a_cell and sliced
+    if form.box_format == "grid-offsets" or decoded:  # its authors feed it what OpenCV reads
         return Custom("YOLOX", "letterbox-corner", (ZERO, BYTES), "bgr")
     if form.box_format == "grid-distances-corner" or any("pred_stride" in name for name in outputs):
-        return Custom("NanoDet", "stretch", NANODET, "bgr")
+        return Custom("NanoDet", "stretch", BGR_IMAGENET, "bgr")
     if outputs == {"dets", "labels"}:
         if form.kind == "boxes-scores":
             return Custom("RF-DETR", "stretch", IMAGENET)
@@ -84,7 +87,7 @@ def custom_of(
         return Custom("DETR", "stretch", IMAGENET)
     if form.kind == "boxes-scores" and normalised and form.background == "first" and form.activation == "none":
         return Custom("SSD in PyTorch", "stretch", HALVES)
-    if _like_yolo(form, outputs, inputs) or (form.kind == "boxes-scores" and grid_cells(input_hw, rows) is not None):
+    if _like_yolo(form, outputs, inputs) or (form.kind == "boxes-scores" and a_row_a_cell):
         return Custom("YOLO", "letterbox")
     return Custom("such outputs")
 
@@ -95,4 +98,6 @@ def _like_yolo(form: OutputFormat, outputs: set[str], inputs: Sequence[str]) -> 
         return True
     if any("yolonms" in name for name in outputs) or {"det_boxes", "pred_boxes"} & outputs:
         return form.kind == "detections" or "image_shape" in inputs
+    if {"boxes", "scores", "labels"} <= outputs and len(outputs) == 4:  # MMYOLO, with a count
+        return True
     return form.kind == "detections" and len(form.names) == 1

@@ -28,7 +28,7 @@ MOST_FINISHED = 1000
 _TENSORFLOW = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
 """What TensorFlow's Object Detection API calls its outputs."""
 _COCO, _COCO_BY_ID = NAMED_LABEL_SETS["coco"], NAMED_LABEL_SETS["coco91"]
-_Origin = Literal["tensorflow", "torchvision", "zoo-ssd", "unknown-start", "other"]
+_Origin = Literal["tensorflow", "torchvision", "SSD", "unknown-start", "other"]
 Roles = tuple[tuple[str, ...], tuple[int, ...]]
 
 
@@ -60,7 +60,7 @@ def finished(
             "declare `class_names`: a list in label order, coco, coco91 (COCO's own ids) or voc",
         )
     outputs, columns = roles
-    origin = _origin(outputs, arrays)
+    origin = _origin(probe, outputs, arrays)
     names, background, counted = _labels(probe, origin, names, declared)
     box_format, unit_unseen = _boxes(probe, origin, outputs, columns, arrays, declared)
     activation: Activation = "none" if declared.score_activation == "auto" else declared.score_activation
@@ -91,15 +91,19 @@ def _row_count(array: NDArray[Any]) -> int:
     return int(np.prod(array.shape[:-1]))
 
 
-def _origin(outputs: tuple[str, ...], arrays: Arrays) -> _Origin:
+def _origin(probe: Probe, outputs: tuple[str, ...], arrays: Arrays) -> _Origin:
     """Who exported them, as far as that says where labels start: from their names, and whether they have a batch axis."""
     plain = {name.partition(":")[0] for name in outputs}
+    if len(outputs) == 1 and arrays[outputs[0]].shape[-1] == 7:
+        if arrays[outputs[0]].ndim == 4:
+            return "SSD"  # DetectionOutput
+        return "tensorflow" if probe.channels_last else "other"  # EfficientDet
     if len(outputs) < 3:
         return "other"
     if plain == set(_TENSORFLOW):
         return "tensorflow"
     if plain == {"bboxes", "labels", "scores"}:
-        return "zoo-ssd"
+        return "SSD"
     if arrays[outputs[0]].ndim > 2 or arrays[outputs[2]].ndim != 1:
         return "other"
     if any(array.shape == (2,) and array.dtype.kind == "i" for n, array in arrays.items() if n not in outputs):
@@ -144,7 +148,7 @@ def _boxes(
     """(box format, whether its unit is still to be seen)."""
     if declared.box_format != "auto":
         return declared.box_format, False
-    if origin == "tensorflow":
+    if origin == "tensorflow" and len(outputs) > 1:
         return "yxyx-normalised", False
     if probe.metadata.get("task") == "obb":
         return "cxcywh-rotated", False
@@ -168,14 +172,17 @@ def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, cert
     task = probe.metadata.get("task")
     if array.ndim not in (2, 3, 4) or array.shape[-1] < 6 or (array.ndim == 2 and array.shape[-1] > 7):
         return None
-    rows, width = np.asarray(rows_of(array, 0), np.float32), array.shape[-1]
+    width = array.shape[-1]
+    if task == "obb" and width == 7 and array.ndim == 3:  # centre, extent, score, label, angle
+        return (name,), LAYOUTS[6][0]
+    rows = np.asarray(rows_of(array, 0), np.float32)
     classes = None if names is None else len(names)
-    further = width > 7 or task == "obb"  # mask coefficients, keypoints or an angle behind the six
+    further = width > 7  # mask coefficients or keypoints behind the six
     found = fitting(rows[:, :6] if further else rows, classes)
     if further:
         found = [columns for columns in found if columns == LAYOUTS[6][0]]
     nothing = not ((rows != 0) & (rows != -1)).any()
-    if nothing and (not further or task in ("segment", "pose", "obb")):
+    if nothing and (not further or task in ("segment", "pose")):
         if "scale_factor" in probe.inputs and width == 6:
             return (name,), LAYOUTS[6][1]
         return (name,), LAYOUTS[6][0] if further else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,20 +15,34 @@ _PASSING = ("Cast", "Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", 
 _MOST_STEPS = 12
 
 
-def range_inside(model: Path, image: str) -> PixelRange | None:
-    """The range of pixels that the graph itself normalises; None if its first layer is another, or onnx is absent.
+@dataclass(frozen=True)
+class Beginning:
+    """How a graph begins.
 
-    Args:
-        model: an ONNX file.
-        image: the name of its image input.
+    Attributes:
+        pixels: the range of pixels that it normalises itself; None if its first layer is another.
+        sliced: it takes the picture apart into every second pixel, as the Focus layer of YOLOX does.
     """
+
+    pixels: PixelRange | None = None
+    sliced: bool = False
+
+
+def beginning_of(model: Path, image: str) -> Beginning:
+    """How the graph in an ONNX file treats its image input; nothing is known if onnx is absent or cannot read it."""
     try:
         import onnx
-        from onnx import numpy_helper
 
         graph = onnx.load(str(model), load_external_data=False).graph
-    except Exception:  # without onnx, or with a file that onnx cannot read, there is nothing to be learned
-        return None
+    except Exception:  # whoever runs the file says what is wrong with it
+        return Beginning()
+    first = [node.op_type for node in graph.node if image in node.input]
+    return Beginning(_range_inside(graph, image), len(first) > 1 and set(first) == {"Slice"})
+
+
+def _range_inside(graph: Any, image: str) -> PixelRange | None:
+    from onnx import TensorProto, numpy_helper
+
     constants: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type == "Constant":
@@ -35,7 +50,7 @@ def range_inside(model: Path, image: str) -> PixelRange | None:
 
     def value_of(name: str) -> NDArray[Any] | None:
         tensor = constants.get(name)
-        if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
             return None
         array = np.asarray(numpy_helper.to_array(tensor), np.float64)
         return array if 0 < array.size <= 3 else None

@@ -17,11 +17,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.errors import ArtifactError, UserError
+from edgekd.errors import ArtifactError, RuntimeFailure, UserError
 from edgekd.preprocess import normalise
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.customs import BYTES, ONE, ZERO, Custom, custom_of
-from edgekd.runtimes.first_nodes import PixelRange, range_inside
+from edgekd.runtimes.first_nodes import Beginning, PixelRange, beginning_of
+from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.onnx_session import OnnxRuntime
 from edgekd.runtimes.ort import OrtRuntime, with_extra_outputs
 from edgekd.runtimes.outputs import OutputFormat, decode
@@ -137,24 +138,49 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
             f"{path}: it takes pixels as bytes, 0 to 255, which no mean or std can change",
             fix="leave `mean` and `std` out",
         )
-    inside = None if runtime.takes_bytes else range_inside(path, runtime.image_name)
-    std = BYTES if runtime.takes_bytes or inside == "0 to 255" else ONE
+    beginning = Beginning() if runtime.takes_bytes else beginning_of(path, runtime.image_name)
+    std = BYTES if runtime.takes_bytes or beginning.pixels == "0 to 255" else ONE
     picture = normalise(probe_picture(input_hw), PreprocessSpec(input_hw, "stretch", ZERO, std))
-    arrays = {name: np.array(value) for name, value in runtime.run(picture).items()}
-    own = {name: array for name, array in arrays.items() if name not in declared.taps.values()}
+    raw = runtime.run(picture)
+    arrays = {name: np.array(value) for name, value in raw.items() if isinstance(value, np.ndarray)}
+    own = {n: _first_image(a, runtime.input_shape[0]) for n, a in arrays.items() if n not in declared.taps.values()}
     inputs = tuple(info.name for info in runtime.inputs)
     probe = Probe(str(path), own, input_hw, metadata, inputs, runtime.channels_last)
     found = recognise(probe, declared, names_in_metadata(metadata))
     if lacks_batch_axis(found.form, own):
         runtime.one_at_a_time()
-    rows = 0 if found.form.kind == "detections" else len(decode(own, found.form, input_hw)[0])
-    custom = custom_of(found.form, inputs, rows, input_hw, metadata)
-    base = custom.preprocess(input_hw, inside, runtime.takes_bytes)
+    a_row_a_cell = grid_cells(input_hw, _candidates(path, own, found.form, input_hw)) is not None
+    custom = custom_of(found.form, inputs, metadata, a_row_a_cell=a_row_a_cell, sliced=beginning.sliced)
+    base = custom.preprocess(input_hw, beginning.pixels, runtime.takes_bytes)
     preprocess = _declared_preprocess(base, input_hw, declared)
-    notes = (*found.notes, *_preprocess_notes(custom, preprocess, inside, runtime, declared))
+    notes = (*found.notes, *_preprocess_notes(custom, preprocess, beginning.pixels, runtime, declared))
     facts = {"path": str(path), "precision": _precision(runtime), "notes": notes}
     grids = _tap_grids(path, arrays, declared.taps)
     return OnnxDetector(runtime, found.class_names, preprocess, found.form, facts, grids)
+
+
+def _first_image(array: NDArray[Any], batch: int) -> NDArray[Any]:
+    """One image's part of an output of a graph with a fixed batch; rows that name their image stay as they are."""
+    whole = batch == 1 or array.ndim < 1 or array.shape[0] != batch or (array.ndim == 2 and array.shape[1] == 7)
+    return array if whole else array[:1]
+
+
+def _candidates(path: Path, arrays: Mapping[str, NDArray[Any]], form: OutputFormat, input_hw: tuple[int, int]) -> int:
+    """How many candidates a raw head gives; 0 of finished detections, which are not read before there are any.
+
+    Raises:
+        UserError: the outputs are not what was recognised or declared.
+    """
+    if form.kind == "detections":
+        return 0
+    try:
+        return len(decode(arrays, form, input_hw)[0])
+    except RuntimeFailure as error:
+        raise UserError(
+            f"{path}: its outputs cannot be read as {form.kind} with boxes as {form.box_format}",
+            got=str(error).replace("\n", " "),
+            fix="declare another `output` or `box_format`, or leave them out; values that are not finite need another export",
+        ) from error
 
 
 def _preprocess_notes(

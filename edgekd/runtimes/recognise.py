@@ -56,6 +56,11 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
         return yolo(probe, [head], declared, names)
     if kind in ("yolo", "yolo-objectness"):
         raise probe.unclear(f"output: {kind} needs one array of candidates", "declare another `output`")
+    if len(heads) > 1 and len({arrays[name].shape for name in heads}) == 1:
+        raise probe.unclear(
+            f"several outputs may be the head: {', '.join(heads)}",
+            "export it with the one that counts, without auxiliary heads",
+        )
     raise probe.unclear(
         "no pair of boxes (N, 4) and scores (N, classes) among the outputs",
         "export the detector with decoded boxes and class scores, or declare `output`",
