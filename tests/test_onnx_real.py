@@ -145,13 +145,18 @@ def _flat_predictions(g: Graph) -> None:
 
 
 def _half(g: Graph) -> None:
-    """Ultralytics' `half=True`: a float16 input and output, float16 weights."""
-    from edgekd.export.float16 import to_float16
-
+    """Ultralytics' `half=True`: input, weights and output in float16."""
     _joined(g)
-    g.graph.output[0].CopyFrom(helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, [1, 8400, 84]))
-    g.model.CopyFrom(to_float16(g.model))
-    g.before_image("images16", "FLOAT16", [1, 3, 640, 640], lambda g, x: g.add("Cast", x, to=onnx.TensorProto.FLOAT))
+    scales = {name for node in g.graph.node if node.op_type == "Resize" for name in node.input[1:]}
+    tensors = {tensor.name: tensor for tensor in g.graph.initializer}
+    tensors |= {n.output[0]: e.t for n in g.graph.node if n.op_type == "Constant" for e in n.attribute}
+    for name, tensor in tensors.items():
+        if tensor.data_type == onnx.TensorProto.FLOAT and name not in scales:
+            halved = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
+            tensor.CopyFrom(halved)
+    for info in (g.graph.input[0], g.graph.output[0]):
+        info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    del g.graph.value_info[:]
 
 
 def _paddle(g: Graph) -> None:
