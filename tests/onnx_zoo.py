@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from edgekd.boxes import cxcywh_from_xyxy
 from edgekd.labels import COCO_BY_ID, COCO_CLASSES
 from edgekd.preprocess import geometry_for
+from edgekd.runtimes.anchored import ANCHOR_SETS
 from edgekd.runtimes.grids import grid_cells
 from edgekd.types import Channels, PreprocessSpec, ResizeMode
 
@@ -254,6 +256,89 @@ def rotated(boxes: np.ndarray) -> np.ndarray:
     corners, scores = candidates(boxes)
     centred = cxcywh_from_xyxy(corners)[:, [0, 1, 3, 2]]
     return np.concatenate([centred, scores, np.full((CELLS, 1), np.pi / 2)], 1).astype(np.float32)[None]
+
+
+def anchored(boxes: np.ndarray, which: str, form: str = "maps", *, squashed: bool = False) -> Arrays:
+    """A raw head of a published set of anchors: each box coded from the cell of its centre at a level that can say it."""
+    anchors = ANCHOR_SETS[which]
+    sizes = np.array(anchors.sizes).reshape(3, 3, 2)
+    scales = anchors.centre_scales or (2.0 if anchors.squared else 1.0,) * 3
+    rng = np.random.default_rng(0)
+    grids = [rng.normal(0, 0.3, (64 // s, 96 // s, 3, 8)) for s in (8, 16, 32)]
+    for grid in grids:
+        grid[..., 4:] = -9.0
+    for box, label, score in zip(cxcywh_from_xyxy(boxes), LABELS, SCORES, strict=True):
+        level = 1
+        stride, anchor = 16, 1
+        ratio = box[2:] / sizes[level, anchor]
+        cell = np.floor(box[:2] / stride).astype(int)
+        part = (box[:2] / stride - cell + (scales[level] - 1) / 2) / scales[level]
+        extent = logits(np.sqrt(ratio) / 2) if anchors.squared else np.log(ratio)
+        values = [*logits(part), *extent, logits(np.array(0.95)), *[-9.0] * 3]
+        values[5 + label] = logits(np.array(score / 0.95))
+        grids[level][cell[1], cell[0], anchor] = values
+    if squashed:
+        grids = [1 / (1 + np.exp(-grid)) for grid in grids]
+    turned = {
+        "maps": lambda g: g.transpose(2, 3, 0, 1).reshape(1, 24, *g.shape[:2]),
+        "anchors apart": lambda g: g.transpose(2, 0, 1, 3)[None],
+        "channels last": lambda g: g[None],
+        "maps, channels last": lambda g: g.reshape(1, *g.shape[:2], 24),
+    }[form]
+    return {name: turned(grid).astype(np.float32) for name, grid in zip("abc", grids, strict=True)}
+
+
+def _one_class(boxes: np.ndarray, further: int = 0) -> np.ndarray:
+    corners, scores = candidates(boxes, 1, labels=ONE_CLASS)
+    rest = np.random.default_rng(1).normal(20, 30, (CELLS, further))
+    return np.concatenate([cxcywh_from_xyxy(corners), scores, rest], 1).astype(np.float32)[None]
+
+
+def _ones_in(table: np.ndarray) -> np.ndarray:
+    """YOLOv6 has kept a column for objectness, which is always 1."""
+    table[..., 5:] *= table[..., 4:5]
+    table[..., 4] = 1
+    return table
+
+
+def _scores_across(boxes: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return boxes, scores.T
+
+
+def _dfl(boxes: np.ndarray, *, raw: bool) -> np.ndarray:
+    coded, scores = distribution(boxes, 16, (8, 16, 32), 0.5)
+    return np.concatenate([coded, logits(scores) if raw else scores], 1).astype(np.float32)
+
+
+def _rknn(boxes: np.ndarray) -> Arrays:
+    table = _dfl(boxes, raw=False)
+    arrays: Arrays = {}
+    for level, found in enumerate(maps_of(table)):
+        arrays |= {f"box{level}": found[:, :64], f"cls{level}": found[:, 64:]}
+        arrays[f"sum{level}"] = found[:, 64:].sum(1, keepdims=True)
+    return arrays
+
+
+def _nanodet_levels(boxes: np.ndarray) -> Arrays:
+    coded, scores = distribution(boxes, 8, (8, 16, 32), 0.5)
+    arrays: Arrays = {}
+    start = 0
+    for stride, count in ((8, 96), (16, 24), (32, 6)):
+        arrays[f"cls_pred_stride_{stride}"] = scores[None, start : start + count]
+        arrays[f"dis_pred_stride_{stride}"] = coded[None, start : start + count]
+        start += count
+    return arrays
+
+
+def _best_of(boxes: np.ndarray) -> Arrays:
+    corners, scores = candidates(boxes)
+    twice = corners.copy()
+    twice[6], scores[6] = corners[5] + 0.3, scores[5] * 0.9  # the first box again, which NMS must take out
+    return {
+        "boxes": twice[None],
+        "scores": scores.max(1)[None],
+        "class_idx": scores.argmax(1)[None].astype(np.uint8),
+    }
 
 
 PERSON = ("person",)
@@ -518,6 +603,22 @@ EXPORTS: dict[str, Export] = {
         declared={"class_names": PERSON},
         names=PERSON,
     ),
+    **{
+        f"raw {which} in {form}": Export(
+            partial(anchored, which=which, form=form), declared={"class_names": NAMES, "anchors": which}
+        )
+        for which, form in (
+            ("yolov5", "maps"),
+            ("yolov5", "anchors apart"),
+            ("yolov7", "anchors apart"),
+            ("yolov3", "maps"),
+            ("yolov4", "channels last"),
+            ("yolov4", "maps, channels last"),
+        )
+    },
+    "raw yolov5 for RKNN": Export(
+        partial(anchored, which="yolov5", squashed=True), declared={"class_names": NAMES, "anchors": "yolov5"}
+    ),
     "beside outputs of no use": Export(
         lambda b: {
             "embedding": np.zeros((1, 512), np.float32),
@@ -528,56 +629,3 @@ EXPORTS: dict[str, Export] = {
         declared={},
     ),
 }
-
-
-def _one_class(boxes: np.ndarray, further: int = 0) -> np.ndarray:
-    corners, scores = candidates(boxes, 1, labels=ONE_CLASS)
-    rest = np.random.default_rng(1).normal(20, 30, (CELLS, further))
-    return np.concatenate([cxcywh_from_xyxy(corners), scores, rest], 1).astype(np.float32)[None]
-
-
-def _ones_in(table: np.ndarray) -> np.ndarray:
-    """YOLOv6 has kept a column for objectness, which is always 1."""
-    table[..., 5:] *= table[..., 4:5]
-    table[..., 4] = 1
-    return table
-
-
-def _scores_across(boxes: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return boxes, scores.T
-
-
-def _dfl(boxes: np.ndarray, *, raw: bool) -> np.ndarray:
-    coded, scores = distribution(boxes, 16, (8, 16, 32), 0.5)
-    return np.concatenate([coded, logits(scores) if raw else scores], 1).astype(np.float32)
-
-
-def _rknn(boxes: np.ndarray) -> Arrays:
-    table = _dfl(boxes, raw=False)
-    arrays: Arrays = {}
-    for level, found in enumerate(maps_of(table)):
-        arrays |= {f"box{level}": found[:, :64], f"cls{level}": found[:, 64:]}
-        arrays[f"sum{level}"] = found[:, 64:].sum(1, keepdims=True)
-    return arrays
-
-
-def _nanodet_levels(boxes: np.ndarray) -> Arrays:
-    coded, scores = distribution(boxes, 8, (8, 16, 32), 0.5)
-    arrays: Arrays = {}
-    start = 0
-    for stride, count in ((8, 96), (16, 24), (32, 6)):
-        arrays[f"cls_pred_stride_{stride}"] = scores[None, start : start + count]
-        arrays[f"dis_pred_stride_{stride}"] = coded[None, start : start + count]
-        start += count
-    return arrays
-
-
-def _best_of(boxes: np.ndarray) -> Arrays:
-    corners, scores = candidates(boxes)
-    twice = corners.copy()
-    twice[6], scores[6] = corners[5] + 0.3, scores[5] * 0.9  # the first box again, which NMS must take out
-    return {
-        "boxes": twice[None],
-        "scores": scores.max(1)[None],
-        "class_idx": scores.argmax(1)[None].astype(np.uint8),
-    }

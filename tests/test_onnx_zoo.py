@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from edgekd.bench.complexity import describe_artifact
+from edgekd.cli import app
 from edgekd.errors import ArtifactError, UserError
 from edgekd.predictor import Predictor, load_predictor
 from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.anchored import ANCHOR_SETS
+from edgekd.runtimes.outputs import OutputFormat
 from edgekd.runtimes.side_inputs import value_for
 from edgekd.runtimes.tensor_info import TensorInfo
 from edgekd.teachers import build_teacher
@@ -241,3 +247,30 @@ def test_labels_that_start_at_0_after_all_are_an_error(tmp_path: Path) -> None:
         pytest.raises(ArtifactError, match="background: none"),
     ):
         predictor.detect(PICTURE)
+
+
+def test_anchors_of_ones_own(tmp_path: Path) -> None:
+    export = EXPORTS["raw yolov5 in maps"]
+    path = write(export, tmp_path / "m.onnx")
+    sizes = ANCHOR_SETS["yolov5"].sizes
+    own = tuple(zip(sizes[::2], sizes[1::2], strict=True))
+    with opened(export, path, anchors=own) as predictor:
+        check(export, predictor)
+        assert OutputFormat.from_dict(json.loads(json.dumps(predictor.form.to_dict()))) == predictor.form
+    with pytest.raises(UserError, match="8 anchors for maps of 9"):
+        opened(export, path, anchors=own[:-1])
+
+
+def test_the_command_line_says_what_it_took_and_takes_what_is_declared(tmp_path: Path) -> None:
+    path = write(EXPORTS["raw yolov5 in maps"], tmp_path / "m.onnx")
+    cv2.imwrite(str(tmp_path / "p.png"), PICTURE)
+    given = ["predict", str(path), str(tmp_path / "p.png"), "--out", str(tmp_path / "out"), "--classes", "cat,dog,cow"]
+    refused = CliRunner().invoke(app, given)
+    assert refused.exit_code == 2
+    assert "anchors: yolov3" in refused.output
+    result = CliRunner().invoke(app, [*given, "--declare", "anchors=yolov5"])
+    assert result.exit_code == 0, result.output
+    assert "9 anchors over 3 levels" in result.output
+    (found,) = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))["images"]
+    boxes = [detection["box_xyxy"] for detection in found["detections"]]
+    np.testing.assert_allclose(boxes, BOXES, atol=0.1)

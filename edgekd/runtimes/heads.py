@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.anchored import ANCHOR_SETS, AnchorSet, candidates_of, grid_of
 from edgekd.runtimes.grids import grid_cells, is_map
 from edgekd.runtimes.outputs import Activation, BoxFormat, OutputFormat, OutputKind, item_of, table_of
 from edgekd.runtimes.probe import Probe, Recognised, box_format_of, names_or_error
@@ -181,7 +182,8 @@ def levels(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -
         UserError: a head in levels that cannot be read.
     """
     maps = {name: array for name, array in probe.arrays.items() if is_map(array.shape, probe.input_hw)}
-    anchored = [array for array in probe.arrays.values() if array.ndim == 5]
+    if (found := _anchored(probe, declared, names)) is not None:
+        return found
     tables = {name: array[0].reshape(array.shape[1], -1).T for name, array in maps.items()}
     if not maps:
         tables = {n: item_of(a, 0, 2) for n, a in probe.arrays.items() if a.ndim == 3 and min(a.shape[1:]) > 1}
@@ -191,13 +193,6 @@ def levels(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -
     sizes = sorted(groups, reverse=True)
     whole = grid_cells(probe.input_hw, sum(sizes)) is not None
     alike = len({tuple(sorted(group.values())) for group in groups.values()}) == 1
-    if anchored or _has_anchors(groups, names):
-        raise probe.unclear(
-            "a raw head with anchors, which the file does not say",
-            "export it with decoded boxes: YOLOv5's export.py does, YOLOv7's with --grid, YOLOv3's and v4's with the "
-            "decoding or NMS in the graph",
-        )
-    found = None
     if whole and alike and len(groups) > 1:
         single = len(groups[sizes[0]]) == 1
         one_each = [next(iter(groups[size])) for size in sizes]
@@ -210,11 +205,49 @@ def levels(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -
     return found
 
 
-def _has_anchors(groups: dict[int, dict[str, int]], names: tuple[str, ...] | None) -> bool:
-    """Whether every map has, for each of some anchors, four values, an objectness and the scores."""
+def _anchored(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -> Recognised | None:
+    """A raw head whose maps have four values, an objectness and the scores for each of some anchors; None without any.
+
+    Raises:
+        UserError: its anchors are not declared.
+    """
     classes = 80 if names is None else len(names)
-    widths = [width for group in groups.values() for width in group.values()]
-    return bool(widths) and all(width in [count * (5 + classes) for count in (2, 3, 5)] for width in widths)
+    grids = {name: grid_of(array.shape, 5 + classes, probe.input_hw) for name, array in probe.arrays.items()}
+    levels_found = sorted(((grid, name) for name, grid in grids.items() if grid is not None), key=lambda g: -g[0][1])
+    counts = {grid[0] for grid, _ in levels_found}
+    sizes = [array.shape[2:] for array in probe.arrays.values() if is_map(array.shape, probe.input_hw)]
+    apart = len(set(sizes)) < len(sizes)  # boxes and scores, a pair a level
+    coded = any(probe.arrays[name].shape[1] - classes in [4 * bins for bins in BINS] for _, name in levels_found)
+    if len(counts) != 1 or counts == {1} or apart or coded:
+        return None
+    total = len(levels_found) * counts.pop()
+    if declared.anchors is None:
+        raise probe.unclear(
+            f"a raw head with {total} anchors, which the file does not say",
+            f"declare `anchors: {', '.join(ANCHOR_SETS)}` or a list of (width, height), or export it with decoded boxes: "
+            "YOLOv5's export.py does, YOLOv7's with --grid",
+        )
+    own = ANCHOR_SETS[declared.anchors] if isinstance(declared.anchors, str) else None
+    anchors = own or AnchorSet(
+        tuple(v for pair in declared.anchors for v in cast(tuple[float, float], pair)), squared=True
+    )
+    outputs = tuple(name for _, name in levels_found)
+    raw, _ = candidates_of([probe.arrays[name] for name in outputs], 0, 5 + classes, probe.input_hw)
+    class_names, notes = names_or_error(probe, names, classes)
+    activation = activation_of(raw if anchors.squared else raw[:, 4:], declared, "sigmoid")
+    form = OutputFormat(
+        "yolo-objectness",
+        outputs,
+        classes,
+        "grid-anchors",
+        activation,
+        anchors=anchors.sizes,
+        anchors_squared=anchors.squared,
+        centre_scales=anchors.centre_scales,
+    )
+    coding = "squared sigmoids (YOLOv5)" if anchors.squared else "exponentials (YOLOv2 to v4)"
+    found = f"outputs recognised as a raw head of {total} anchors over {len(outputs)} levels, extents as {coding}"
+    return Recognised(form, class_names, (found, *notes))
 
 
 def _pairs(

@@ -33,7 +33,18 @@ SCHEMA = "edgekd.onnx/1"
 OnnxEngine = Literal["onnxruntime", "openvino"]
 _NAME_KEYS = ("names", "class_names", "classes", "labels", "id2label", "categories")
 _FOREIGN_KEYS = (
-    *("resize", "channels", "mean", "std", "class_names", "output", "box_format", "score_activation", "background"),
+    *(
+        "resize",
+        "channels",
+        "mean",
+        "std",
+        "class_names",
+        "output",
+        "box_format",
+        "score_activation",
+        "background",
+        "anchors",
+    ),
 )
 
 

@@ -1,86 +1,39 @@
-"""What a black box's output arrays mean, and how they become boxes in input pixels with class scores in [0, 1]."""
+"""How a black box's output arrays become boxes in input pixels with class scores in [0, 1]."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.boxes import xyxy_from_cxcywh
 from edgekd.errors import ArtifactError, RuntimeFailure
+from edgekd.runtimes.anchored import AnchorSet, candidates_of, decoded
 from edgekd.runtimes.grids import from_distances, from_offsets
+from edgekd.runtimes.output_format import (
+    NORMALISED_BELOW,
+    Activation,
+    Background,
+    BoxFormat,
+    OutputFormat,
+    OutputKind,
+)
 from edgekd.runtimes.rows import HIGHEST_SCORE, layout_of
 from edgekd.types import FloatArray, IntArray
 
-OutputKind = Literal["boxes-scores", "yolo", "yolo-objectness", "detections"]
-BoxFormat = Literal[
-    "xyxy",
-    "cxcywh",
-    "yxyx",
-    "xyxy-normalised",
-    "cxcywh-normalised",
-    "yxyx-normalised",
-    "cxcywh-rotated",
-    "grid-offsets",
-    "grid-distances",
-    "grid-distances-corner",
+__all__ = [
+    "NORMALISED_BELOW",
+    "Activation",
+    "Arrays",
+    "Background",
+    "BoxFormat",
+    "OutputFormat",
+    "OutputKind",
+    "decode",
 ]
-Activation = Literal["none", "sigmoid", "softmax"]
-Background = Literal["none", "first", "last"]
+
 Arrays = Mapping[str, NDArray[Any]]
-NORMALISED_BELOW = 2.0
-"""Boxes that all end within it are shares of the input: in pixels they would lie in one corner of it."""
-
-
-@dataclass(frozen=True)
-class OutputFormat:
-    """How to read a detector's outputs.
-
-    Attributes:
-        kind: "boxes-scores": a box and a score a class in every row; "yolo": one array of 4 + K values a candidate;
-            "yolo-objectness": 5 + K values; "detections": finished, one label a row, after the detector's own NMS.
-        names: the arrays by role. boxes-scores: (boxes, scores), or for a head in levels all boxes, then all scores.
-            detections: (boxes, scores, labels) or (boxes, scores, labels, count), or (boxes with scores, labels), or one
-            array of rows. yolo: one array, or one a level.
-        num_classes: K, without background.
-        box_format: coding of the boxes; "normalised" means shares of the input's width and height; "rotated" ones have
-            an angle in the last column and count as the upright box around them; "grid-..." is undecoded, see
-            `runtimes.grids`: "offsets" YOLOX's, "distances" YOLOv8's, "distances-corner" NanoDet-Plus's.
-        activation: what turns the scores into probabilities.
-        background: where a score column for "no object" stands; in "detections", "first" means labels start at 1.
-        channels_first: values run along the second to last axis, candidates along the last.
-        columns: "detections" in one array: the columns of (x1, y1, x2, y2, score, label); empty where no row was seen
-            yet, so that each image's rows tell.
-        unit_unseen: `box_format` is "xyxy" because nothing was found on the probe picture: an image whose boxes all end
-            within `NORMALISED_BELOW` has them as shares.
-        extra: "yolo": values after the scores that are neither (mask coefficients, keypoints, an angle).
-        boxes_last: "yolo": the scores stand before the boxes.
-        overlapping: "detections" to which no NMS has been applied yet.
-    """
-
-    kind: OutputKind
-    names: tuple[str, ...]
-    num_classes: int
-    box_format: BoxFormat = "xyxy"
-    activation: Activation = "none"
-    background: Background = "none"
-    channels_first: bool = False
-    columns: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    unit_unseen: bool = False
-    extra: int = 0
-    boxes_last: bool = False
-    overlapping: bool = False
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the detector has done its own NMS, so that none may follow."""
-        return self.kind == "detections" and not self.overlapping
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, for reports."""
-        return {**asdict(self), "names": list(self.names), "columns": list(self.columns)}
 
 
 def decode(
@@ -101,8 +54,11 @@ def decode(
         ArtifactError: finished detections with labels outside the class names, or scores above 1.
     """
     try:
-        boxes, scores = _READERS[form.kind](outputs, form, item)
-        boxes = _to_pixels(np.asarray(boxes, np.float32), _box_format(boxes, form), input_hw)
+        if form.box_format == "grid-anchors":
+            boxes, scores = _read_anchored(outputs, form, item, input_hw)
+        else:
+            boxes, scores = _READERS[form.kind](outputs, form, item)
+            boxes = _to_pixels(np.asarray(boxes, np.float32), _box_format(boxes, form), input_hw)
     except (KeyError, IndexError, ValueError) as error:
         raise RuntimeFailure(
             "a detector's outputs are not what its output format says",
@@ -190,6 +146,19 @@ def _read_yolo(outputs: Arrays, form: OutputFormat, item: int) -> tuple[NDArray[
     if form.box_format == "cxcywh-rotated":
         boxes = np.concatenate([boxes, table[:, -1:]], 1)
     return boxes, scores
+
+
+def _read_anchored(
+    outputs: Arrays, form: OutputFormat, item: int, input_hw: tuple[int, int]
+) -> tuple[FloatArray, FloatArray]:
+    """Maps with anchors, one a level: box, objectness and scores of each, as logits unless the graph has a sigmoid."""
+    maps = [outputs[name] for name in form.names]
+    raw, places = candidates_of(maps, item, 5 + form.num_classes, input_hw)
+    anchors = AnchorSet(form.anchors, form.anchors_squared, form.centre_scales)
+    squashed = form.activation == "none"
+    boxes = decoded(raw[:, :4], places, anchors, len(maps), squashed=squashed)
+    objectness = activate(raw[:, 4], "none" if squashed else "sigmoid")
+    return boxes, activate(raw[:, 5:], form.activation) * objectness[:, None]
 
 
 def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[NDArray[Any], FloatArray]:
