@@ -189,6 +189,12 @@ class Predictor:
         other.preprocess = preprocess
         return other
 
+    def with_form(self, form: OutputFormat) -> Predictor:
+        """The same detector with its outputs read in another way, sharing the runtime."""
+        other = self._copy()
+        other.form = form
+        return other
+
     def _copy(self) -> Predictor:
         other = Predictor(
             self.name,
