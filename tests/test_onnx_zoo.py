@@ -98,7 +98,10 @@ def test_rows_that_name_no_image_are_asked_for_one_image_at_a_time(case: str, tm
         np.testing.assert_allclose(boxes.numpy(), export.input_boxes(), atol=1e-3)
 
 
-@pytest.mark.parametrize("first", ["Div by 255", "Mul by 1/127.5", "Sub mean of bytes", "Sub mean of shares", "Conv"])
+@pytest.mark.parametrize(
+    "first",
+    ["Div by 255", "Mul by 1/127.5", "Sub mean of bytes", "Sub mean of shares", "Sub mean of shares, BGR", "Conv"],
+)
 def test_pixels_that_the_graph_normalises_come_as_it_wants_them(first: str, tmp_path: Path) -> None:
     export = EXPORTS["Ultralytics v8, 11"]
     path = write(export, tmp_path / "m.onnx")
@@ -107,6 +110,7 @@ def test_pixels_that_the_graph_normalises_come_as_it_wants_them(first: str, tmp_
         "Div by 255": ("Div", 255.0),
         "Mul by 1/127.5": ("Mul", 1 / 127.5),
         "Sub mean of bytes": ("Sub", [[[123.0]], [[116.0]], [[103.0]]]),
+        "Sub mean of shares, BGR": ("Sub", [[[0.406]], [[0.456]], [[0.485]]]),
         "Sub mean of shares": ("Sub", [[[0.485]], [[0.456]], [[0.406]]]),
         "Conv": ("Relu", None),
     }[first]
@@ -123,6 +127,7 @@ def test_pixels_that_the_graph_normalises_come_as_it_wants_them(first: str, tmp_
             (1 / 255,) * 3 if "25" in first or "bytes" in first or "127" in first else (1, 1, 1)
         )
         assert predictor.preprocess.mean == (0, 0, 0)
+        assert predictor.preprocess.channels == ("bgr" if "BGR" in first else "rgb")
         said = [note for note in predictor.facts["notes"] if "the graph itself normalises" in note]
         assert len(said) == (first != "Conv")
 

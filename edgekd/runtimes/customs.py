@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgekd.runtimes.first_nodes import PixelRange
+from edgekd.runtimes.first_nodes import Beginning
 from edgekd.runtimes.outputs import OutputFormat
 from edgekd.types import Channels, PreprocessSpec, ResizeMode
 
@@ -35,14 +35,14 @@ class Custom:
     scaling: tuple[Triple, Triple] = (ZERO, ONE)
     channels: Channels = "rgb"
 
-    def preprocess(self, input_hw: tuple[int, int], inside: PixelRange | None, takes_bytes: bool) -> PreprocessSpec:
-        """The preprocessing, where the graph itself normalises pixels of the range `inside` or takes bytes."""
+    def preprocess(self, input_hw: tuple[int, int], beginning: Beginning, takes_bytes: bool) -> PreprocessSpec:
+        """The preprocessing, where the graph itself may normalise pixels or take bytes."""
         mean, std = self.scaling
-        if takes_bytes or inside == "0 to 255":
+        if takes_bytes or beginning.pixels == "0 to 255":
             mean, std = ZERO, BYTES
-        elif inside == "0 to 1":
+        elif beginning.pixels == "0 to 1":
             mean, std = ZERO, ONE
-        return PreprocessSpec(input_hw, self.resize, mean, std, channels=self.channels)
+        return PreprocessSpec(input_hw, self.resize, mean, std, channels=beginning.channels or self.channels)
 
 
 def custom_of(

@@ -162,7 +162,7 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
         runtime.one_at_a_time()
     a_row_a_cell = grid_cells(input_hw, _candidates(path, own, found.form, input_hw)) is not None
     custom = custom_of(found.form, inputs, metadata, a_row_a_cell=a_row_a_cell, sliced=beginning.sliced)
-    base = custom.preprocess(input_hw, beginning.pixels, runtime.takes_bytes)
+    base = custom.preprocess(input_hw, beginning, runtime.takes_bytes)
     preprocess = _declared_preprocess(base, input_hw, declared)
     notes = (*found.notes, *_preprocess_notes(custom, preprocess, beginning.pixels, runtime, declared))
     facts = {"path": str(path), "precision": _precision(runtime), "notes": notes}
