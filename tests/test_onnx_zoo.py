@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from edgekd.bench.complexity import describe_artifact
 from edgekd.cli import app
 from edgekd.errors import ArtifactError, UserError
+from edgekd.export.engine_job import can_be_cut
 from edgekd.predictor import Predictor, load_predictor
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.anchored import ANCHOR_SETS
@@ -279,3 +280,20 @@ def test_the_command_line_says_what_it_took_and_takes_what_is_declared(tmp_path:
     (found,) = json.loads((tmp_path / "out" / "predictions.json").read_text(encoding="utf-8"))["images"]
     boxes = [detection["box_xyxy"] for detection in found["detections"]]
     np.testing.assert_allclose(boxes, BOXES, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("case", "cut"),
+    [
+        ("YOLO-NAS raw", True),
+        ("PP-YOLOE without NMS", False),
+        ("YOLOv8 for RKNN", False),
+        ("one class without an axis", False),
+        ("Hugging Face RT-DETR", False),
+    ],
+)
+def test_an_engine_cuts_only_candidates_that_stand_in_rows(case: str, cut: bool, tmp_path: Path) -> None:
+    export = EXPORTS[case]
+    path = write(export, tmp_path / "m.onnx")
+    with opened(export, path) as predictor:
+        assert can_be_cut(predictor.form, onnx.load(str(path))) is cut
