@@ -519,6 +519,14 @@ EXPORTS: dict[str, Export] = {
         input_hw=(96, 96),
         names=COCO_BY_ID,
     ),
+    "TensorFlow's detection API on floats": Export(
+        lambda b: tensorflow(b, BY_ID),
+        "stretch",
+        BYTES,
+        inputs=image("FLOAT", 1, *INPUT_HW, 3, name="image_tensor:0"),
+        declared={"class_names": "coco"},
+        names=COCO_BY_ID,
+    ),
     "the zoo's SSD": Export(
         lambda b: apart(b / SHARES, ("bboxes", "scores", "labels"), first=1) | {"labels": IN_COCO[None] + 1},
         "stretch",

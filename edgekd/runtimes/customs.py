@@ -81,6 +81,8 @@ def custom_of(
         return Custom("MMDetection", "letterbox-corner", IMAGENET)
     if form.box_format.startswith("yxyx") and len(form.names) == 1:
         return Custom("EfficientDet", "letterbox-corner")
+    if "detection_boxes" in outputs:
+        return Custom("TensorFlow's detection API", "stretch", (ZERO, BYTES))
     if outputs == {"bboxes", "labels", "scores"}:
         return Custom("the ONNX model zoo's SSD", "stretch", IMAGENET)
     if "pixel_mask" in inputs or (form.activation == "softmax" and form.background == "last"):
