@@ -23,6 +23,7 @@ from edgekd.errors import EdgeKDError
 from edgekd.export import ExportData, Thresholds, export_run
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher, Recipe, TeacherConfig
 from edgekd.recipe_file import dump_recipe
+from edgekd.runtimes.model_files import sha256_model
 from edgekd.side_by_side import train_independent
 from edgekd.stages import RECIPE_FILE, distill_student
 from edgekd.summary import summary_text
@@ -156,7 +157,7 @@ class _Chain:
         artifacts = self._artifacts(teachers, files)
         ensemble = self._ensemble(teachers, artifacts)
         inputs = {
-            "rows": [[a.name, a.role, sha256_file(a.path), _options(a)] for a in artifacts],
+            "rows": [[a.name, a.role, sha256_model(a.path), _options(a)] for a in artifacts],
             "ensemble": None
             if ensemble is None
             else [ensemble.members, ensemble.weights, ensemble.config.model_dump(mode="json")],

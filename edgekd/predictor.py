@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from edgekd import preprocess as _preprocess
-from edgekd.artifact import sha256_file
 from edgekd.errors import ArtifactError, UserError
 from edgekd.labels import ClassMap, map_classes
 from edgekd.postprocess import select, select_soft
 from edgekd.preprocess import Geometry
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.base import Runtime
+from edgekd.runtimes.model_files import external_files, sha256_model
 from edgekd.runtimes.onnx_file import OnnxEngine, open_onnx
 from edgekd.runtimes.outputs import Arrays, OutputFormat, decode
 from edgekd.types import Detections, FloatArray, ImageArray, PreprocessSpec, SoftDetections
@@ -189,6 +189,12 @@ class Predictor:
         other.preprocess = preprocess
         return other
 
+    def with_form(self, form: OutputFormat) -> Predictor:
+        """The same detector with its outputs read in another way, sharing the runtime."""
+        other = self._copy()
+        other.form = form
+        return other
+
     def _copy(self) -> Predictor:
         other = Predictor(
             self.name,
@@ -219,9 +225,14 @@ class Predictor:
             "output": self.form.to_dict(),
             "notes": list(self.facts.get("notes", ())),
             "path": None if file is None else str(file),
-            "sha256": None if file is None else sha256_file(file),
-            "size_bytes": None if file is None else file.stat().st_size,
+            "sha256": None if file is None else sha256_model(file),
+            "size_bytes": None if file is None else sum(part.stat().st_size for part in (file, *external_files(file))),
         }
+
+    def taken_for_granted(self) -> tuple[str, ...]:
+        """What was recognised or guessed of a foreign ONNX file, one sentence each; nothing of files that say it all."""
+        foreign = self.facts.get("model") is None and self.runtime.name in ("onnxruntime", "openvino")
+        return tuple(self.facts.get("notes", ())) if foreign else ()
 
     def close(self) -> None:
         """Free the model."""

@@ -186,8 +186,18 @@ class OnnxTeacher(_Section):
         "xyxy-normalised",
         "cxcywh-normalised",
         "yxyx-normalised",
+        "cxcywh-rotated",
         "grid-offsets",
+        "grid-distances",
+        "grid-distances-corner",
     ] = "auto"
+    anchors: Literal["yolov3", "yolov4", "yolov5", "yolov7", "yolov7-tiny"] | tuple[tuple[float, float], ...] | None = (
+        Field(
+            None,
+            description="Of a raw head in levels: a published set, or (width, height) in input pixels, fine to coarse, which "
+            "are decoded as YOLOv5 does.",
+        )
+    )
     taps: dict[str, str] = Field(default_factory=dict, description="Tap name to the name of a tensor in the graph.")
     weight: float = Field(1.0, gt=0)
 

@@ -7,17 +7,20 @@ be tested: on a few of its images each usual preprocessing is tried, for a decla
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from edgekd.artifact import is_current, write_json, write_manifest
 from edgekd.data.images import load_image
+from edgekd.errors import ArtifactError
 from edgekd.predictor import Predictor
 from edgekd.recipe import OnnxTeacher, TeacherConfig
+from edgekd.runtimes.outputs import Background, BoxFormat, OutputFormat
 from edgekd.teachers.predicted import PredictorTeacher
 from edgekd.types import BoolArray, Channels, Dataset, Detections, ImageRecord, PreprocessSpec, ResizeMode
 
@@ -34,7 +37,8 @@ POOR = 0.1
 """AP50 below which a teacher is hardly one."""
 RESIZE_MODES: tuple[ResizeMode, ...] = ("stretch", "letterbox", "letterbox-corner")
 _IMAGENET = (0.485, 0.456, 0.406)
-# (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; Caffe's and OpenCV's.
+# (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; Caffe's, OpenCV's,
+# and ImageNet's on what OpenCV reads (NanoDet, RTMDet).
 _COLOURS: tuple[tuple[Channels, tuple[float, float, float], tuple[float, float, float]], ...] = (
     ("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     ("rgb", _IMAGENET, (0.229, 0.224, 0.225)),
@@ -42,6 +46,7 @@ _COLOURS: tuple[tuple[Channels, tuple[float, float, float], tuple[float, float, 
     ("rgb", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
     ("bgr", _IMAGENET[::-1], (1 / 255, 1 / 255, 1 / 255)),
     ("bgr", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+    ("bgr", _IMAGENET[::-1], (0.225, 0.224, 0.229)),
 )
 _TRIES = len(_COLOURS) + len(RESIZE_MODES) - 2
 
@@ -90,6 +95,19 @@ def other_sizes(now: PreprocessSpec) -> list[PreprocessSpec]:
     return [replace(now, resize=mode) for mode in RESIZE_MODES if mode != now.resize]
 
 
+def other_forms(now: OutputFormat) -> dict[str, OutputFormat]:
+    """Readings of the same outputs that nothing but labels can tell from the present one, by what declares them."""
+    found = {}
+    if now.kind == "detections":
+        start: Background = "none" if now.background == "first" else "first"
+        found[f"background: {start}"] = replace(now, background=start)
+    swapped = {"xyxy": "yxyx", "yxyx": "xyxy"}.get(now.box_format[:4])
+    if swapped is not None:
+        box_format = cast(BoxFormat, swapped + now.box_format[4:])
+        found[f"box_format: {box_format}"] = replace(now, box_format=box_format, unit_unseen=False)
+    return found
+
+
 def to_declare(spec: PreprocessSpec, now: PreprocessSpec) -> str:
     """What a recipe says for `spec` where the teacher is read as `now`."""
     changes = []
@@ -129,8 +147,8 @@ def examine(
     count = min(len(records), max(FEWEST_IMAGES, int(SECONDS / per_image / (1 + _TRIES * searched))))
     records, pictures = records[:count], pictures[:count]
 
-    def measure(spec: PreprocessSpec) -> float:
-        prepared = predictor.with_preprocess(spec)
+    def measure(spec: PreprocessSpec, form: OutputFormat = predictor.form) -> float:
+        prepared = predictor.with_preprocess(spec).with_form(form)
         return agreement(records, [prepared.detect(picture) for picture in pictures], dataset.class_names, known)
 
     spec = predictor.preprocess
@@ -149,6 +167,8 @@ def examine(
             f"{who} may be read wrongly: {where}, but {100 * tried[best]:.1f} with "
             f"`{to_declare(best, spec)}`; declare that for it if it was trained so"
         )
+    elif now < POOR and searched and (other := _other_reading(predictor.form, lambda form: measure(spec, form))):
+        says = f"{who} may be read wrongly: {where}, but {100 * other[1]:.1f} with `{other[0]}`; declare that for it"
     elif now < POOR:
         says = (
             f"{who} agrees with hardly any label: {where}; its class names and map, box format or the labels "
@@ -158,6 +178,16 @@ def examine(
         besides = f"; {len(tried)} other ways to prepare its pictures do no better" if tried else ""
         doubtful, says = False, f"{who}: {where}{besides}"
     return {"doubtful": doubtful, "says": says, "ap50": now, "images": count}
+
+
+def _other_reading(now: OutputFormat, measure: Callable[[OutputFormat], float]) -> tuple[str, float] | None:
+    """(What declares it, AP50) of the reading of the outputs that agrees with the labels; None if none does."""
+    agreed = {}
+    for declares, form in other_forms(now).items():
+        with contextlib.suppress(ArtifactError):  # labels that have no name when they are read so
+            agreed[declares] = measure(form)
+    best = max(agreed, key=lambda declares: agreed[declares], default=None)
+    return None if best is None or agreed[best] < POOR + BETTER else (best, agreed[best])
 
 
 def agreement(

@@ -17,6 +17,7 @@ from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.errors import ArtifactError, DistillationSetupError
 from edgekd.recipe import CacheConfig, CheckpointTeacher, OnnxTeacher, TeacherConfig, TrainedTeacher
+from edgekd.runtimes.model_files import sha256_model
 from edgekd.teacher_check import check_readings
 from edgekd.teachers import build_teacher
 from edgekd.teachers.answers import collect_answers
@@ -142,6 +143,9 @@ def _check_readings(
     work: Workspace, teachers: Sequence[tuple[TeacherConfig, PredictorTeacher, Mapping[str, Any]]], answers: Path
 ) -> None:
     """Say how well foreign detectors agree with the training labels."""
+    for _, teacher, _ in teachers:
+        for taken in teacher.predictor.taken_for_granted():
+            work.terminal.note(f"teacher {teacher.name}: {taken}")
     with ranks.first_goes_first():
         notes, warnings = check_readings(work.train, teachers, answers, work.data_identity["train"])
     for note in notes:
@@ -241,5 +245,5 @@ def teacher_identity(config: TeacherConfig) -> dict[str, Any]:
     elif isinstance(config, OnnxTeacher):
         if not Path(config.onnx).is_file():
             raise ArtifactError(f"{config.onnx}: no such file", expected=f"the ONNX file of teacher {config.name}")
-        identity["sha256"] = sha256_file(Path(config.onnx))
+        identity["sha256"] = sha256_model(Path(config.onnx))
     return identity

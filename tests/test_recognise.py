@@ -94,7 +94,7 @@ ROWS = np.concatenate([FINISHED_BOXES, FINISHED_SCORES[:, None], LABELS[:, None]
 PADDED = np.concatenate([ROWS, np.zeros((4, 6), np.float32)])
 BATCHED = np.concatenate([np.zeros((3, 1)), FINISHED_BOXES, LABELS[:, None], FINISHED_SCORES[:, None]], 1)
 FINISHED: dict[str, dict[str, np.ndarray]] = {
-    "torchvision": {"boxes": FINISHED_BOXES, "labels": LABELS, "scores": FINISHED_SCORES},
+    "torchvision": {"boxes": FINISHED_BOXES, "labels": LABELS + 1, "scores": FINISHED_SCORES},
     "any order, other types": {
         "c": LABELS.astype(np.int32)[None],
         "b": FINISHED_BOXES[None],
@@ -110,7 +110,7 @@ FINISHED: dict[str, dict[str, np.ndarray]] = {
     "mmdetection": {"dets": ROWS[None, :, :5], "labels": LABELS[None]},
     "yolov10": {"output0": PADDED[None]},
     "yolov7 end to end": {"output": BATCHED.astype(np.float32)},
-    "normalised": {"boxes": FINISHED_BOXES / SHARES, "labels": LABELS, "scores": FINISHED_SCORES},
+    "normalised": {"boxes": FINISHED_BOXES / SHARES, "labels": LABELS + 1, "scores": FINISHED_SCORES},
     "single axes": {
         "boxes": FINISHED_BOXES[None],
         "labels": LABELS[None, :, None],
@@ -217,7 +217,7 @@ UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
     ),
     "a classifier": ({"logits": np.zeros((1, 1000), np.float32)}, None, {}, "output"),
     "nothing like boxes": (
-        {"a": np.zeros((1, 50, 7), np.float32), "b": np.zeros((1, 50, 9), np.float32)},
+        {"a": np.zeros((1, 50, 10), np.float32), "b": np.zeros((1, 50, 9), np.float32)},
         NAMES,
         {},
         "output",
@@ -296,7 +296,7 @@ def test_a_declared_unit_of_boxes_is_never_guessed_again() -> None:
     np.testing.assert_allclose(decode({"o": tiny}, found.form, HW)[0], tiny[:, :4])
 
 
-@pytest.mark.parametrize("row", [[1, 2, 30, 40, 90.0, 1], [2, 0.9, 1, 2, 30, 1]], ids=["percent", "label first"])
+@pytest.mark.parametrize("row", [[1, 2, 30, 40, 90.0, 1], [2, 0.9, 1, 2, 30, 1]], ids=["percent", "upside down"])
 def test_scores_above_one_are_refused(row: list[float]) -> None:
     found = recognise(
         Probe("t.onnx", {"o": np.zeros((0, 6), np.float32)}, HW), OnnxTeacher(name="t", onnx="t.onnx"), NAMES

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,7 @@ from edgekd.teacher_check import check_readings, other_colours, other_sizes, to_
 from edgekd.teachers import build_teacher
 from edgekd.types import Dataset, ImageRecord, PreprocessSpec
 from tests.data_layouts import make_voc
+from tests.toy_onnx import write_constant_detector
 
 BOX = (8.0, 8.0, 40.0, 40.0)
 
@@ -104,7 +106,7 @@ def test_a_teacher_read_rightly_is_left_in_peace(tmp_path: Path) -> None:
     notes, warnings = check(labelled(tmp_path), config, tmp_path / "answers")
     assert not warnings
     assert notes == [
-        "teacher t: AP50 100.0 on 10 of the images of train; 7 other ways to prepare its pictures do no better"
+        "teacher t: AP50 100.0 on 10 of the images of train; 8 other ways to prepare its pictures do no better"
     ]
 
 
@@ -138,7 +140,7 @@ def test_what_was_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_other_reading_differs_from_the_present_one() -> None:
     now = PreprocessSpec((64, 64), "letterbox", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     others = [*other_colours(now), *other_sizes(now)]
-    assert len({now, *others}) == 8
+    assert len({now, *others}) == 9
     assert {spec.channels for spec in others} == {"rgb", "bgr"}
     declared = [to_declare(spec, now) for spec in others]
     assert "channels: bgr, mean: [0.406, 0.456, 0.485], std: [0.003922, 0.003922, 0.003922]" in declared
@@ -178,3 +180,29 @@ def test_bench_says_so_unless_it_is_to_be_quick(tmp_path: Path, quick: bool) -> 
     result = CliRunner().invoke(app, [str(argument) for argument in given])
     assert result.exit_code == 0, result.output
     assert ("wrong may be read wrongly" in result.output) is not quick
+
+
+@pytest.mark.parametrize(
+    ("box", "first", "declared", "word"),
+    [
+        ((4.0, 8.0, 44.0, 20.0), 1, {"background": "none"}, "background: first"),
+        ((8.0, 4.0, 20.0, 44.0), 0, {"background": "none"}, "box_format: yxyx"),
+    ],
+    ids=["labels from 1", "y before x"],
+)
+def test_outputs_read_wrongly_are_found_out(
+    box: tuple[float, ...], first: int, declared: dict[str, str], word: str, tmp_path: Path
+) -> None:
+    """Pictures with a wide square each; the detector says its box, in labels or axes that nobody told edgekd."""
+    dataset = labelled(tmp_path)
+    wide = np.array([[4.0, 8.0, 44.0, 20.0]], np.float32)
+    dataset = replace(dataset, records=tuple(replace(record, boxes_xyxy=wide) for record in dataset.records))
+    arrays = {
+        "boxes": np.array([box], np.float32),
+        "scores": np.array([0.9], np.float32),
+        "labels": np.array([first], np.int64),
+    }
+    path = write_constant_detector(tmp_path / "t.onnx", arrays, (1, 3, 64, 64))
+    config = OnnxTeacher(name="t", onnx=str(path), class_names=("square", "ring"), resize="stretch", **declared)
+    _, warnings = check(dataset, config, tmp_path / "answers")
+    assert f"AP50 0.0 on 10 of the images of train, but 100.0 with `{word}`" in warnings[0]

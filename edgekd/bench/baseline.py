@@ -21,6 +21,7 @@ from edgekd.bench.saved import Saved, read_saved
 from edgekd.errors import ArtifactError, UserError
 from edgekd.predictor import RuntimeChoice
 from edgekd.recipe import BenchConfig
+from edgekd.runtimes.model_files import sha256_model
 from edgekd.types import Dataset
 
 _NATURAL = {
@@ -113,7 +114,7 @@ def pair_up(
         if old is None:
             continue
         file = _find(old, baseline.path.parent, folders)
-        same = sha256_file(deployed_file(artifact.path)) == old["sha256"] and _runtime_now(artifact) == old["runtime"]
+        same = sha256_model(deployed_file(artifact.path)) == old["sha256"] and _runtime_now(artifact) == old["runtime"]
         name = f"{artifact.name} (baseline)"
         if file is not None and not same:
             again.append(_earlier(artifact, name, file, old))
@@ -156,7 +157,7 @@ def _find(old: Mapping[str, Any], beside: Path, folders: Sequence[Path]) -> Path
     candidates += [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in _NATURAL]
     for candidate in candidates:
         try:
-            if sha256_file(deployed_file(candidate)) == old["sha256"]:
+            if sha256_model(deployed_file(candidate)) == old["sha256"]:
                 return candidate
         except (ArtifactError, OSError):
             continue

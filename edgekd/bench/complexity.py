@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.artifact import sha256_file
 from edgekd.bench.layers import graph_layers, inferred, stored_shapes
 from edgekd.errors import ArtifactError, EdgeKDError
+from edgekd.runtimes.model_files import external_files, sha256_model
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 CountedFrom = Literal["detector", "graph"]
@@ -50,7 +50,7 @@ def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> Ar
         ArtifactError: it is missing or cannot be read.
     """
     file = deployed_file(path)
-    sha256 = sha256_file(file)
+    sha256 = sha256_model(file)
     if file.suffix in ENGINE_SUFFIXES:
         return _engine_facts(file)
     if file.suffix != ".onnx":
@@ -64,7 +64,7 @@ def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> Ar
     if not model.graph.node:
         raise ArtifactError(f"{file}: not a readable ONNX file", got="a file without a graph")
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    size = file.stat().st_size + sum(part.stat().st_size for part in _external_files(file, model))
+    size = file.stat().st_size + sum(part.stat().st_size for part in external_files(file, model))
     counts = _spec_counts(metadata) or _graph_counts(model, input_hw)
     precision = metadata.get("edgekd.precision") or _graph_precision(model)
     return ArtifactFacts(file, sha256, size, precision, *counts)
@@ -149,11 +149,3 @@ def _graph_precision(model: Any) -> str:
         if tensor.data_type == onnx.TensorProto.FLOAT or tensor.data_type in names:
             volumes[names.get(tensor.data_type, "fp32")] += prod(tensor.dims)
     return max(volumes, key=lambda name: volumes[name])
-
-
-def _external_files(file: Path, model: Any) -> list[Path]:
-    """Files beside an ONNX file that hold its large tensors."""
-    places = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    return [part for part in (file.parent / place for place in sorted(places)) if part.is_file()]

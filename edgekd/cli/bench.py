@@ -208,7 +208,7 @@ def bench(
         )
         dataset = read_dataset(data, split, format=format, limit=wanted.limit)
         if not quick:
-            for doubt in doubts(entries, dataset):
+            for doubt in doubts(entries, dataset, Terminal(session.quiet).note):
                 Terminal(session.quiet).warn(doubt)
         gate = None
         if baseline is not None and limits is not None:

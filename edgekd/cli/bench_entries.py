@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.cli.deploy import foreign_options, provider_of
@@ -22,8 +23,13 @@ def declared(
     return artifact if options is None or artifact.path.suffix != ".onnx" else replace(artifact, options=options)
 
 
-def doubts(entries: list[BenchArtifact], dataset: Dataset) -> list[str]:
-    """Which foreign files seem to be fed pictures otherwise than they were trained; files that say it themselves never do."""
+def doubts(entries: list[BenchArtifact], dataset: Dataset, note: Callable[[str], None] = lambda _: None) -> list[str]:
+    """Which foreign files seem to be fed pictures otherwise than they were trained; files that say it themselves never do.
+
+    Args:
+        entries: what is to be measured. dataset: labelled.
+        note: is told what was recognised or guessed of each.
+    """
     from edgekd.predictor import load_predictor
     from edgekd.teacher_check import examine
 
@@ -32,6 +38,8 @@ def doubts(entries: list[BenchArtifact], dataset: Dataset) -> list[str]:
         with load_predictor(entry.path, options=entry.options) as predictor:
             if predictor.facts.get("model") is not None:
                 continue
+            for taken in predictor.taken_for_granted():
+                note(f"{entry.name}: {taken}")
             mapped = predictor.with_classes(dataset.class_names, entry.class_map)
             knows = [True] * len(dataset.class_names) if mapped.class_map is None else mapped.class_map.known.tolist()
             outcome = examine(dataset, entry.name, mapped, knows)

@@ -72,6 +72,7 @@ def predict(
     what was recorded is kept.
     """
     session = session_of(context)
+    from edgekd.console import Terminal
     from edgekd.predictor import load_predictor
     from edgekd.video import is_video
 
@@ -90,6 +91,8 @@ def predict(
         options=foreign_options(artifact, classes, output, input_size, declare),
     )
     with predictor:
+        for note in predictor.taken_for_granted():
+            Terminal(session.quiet).note(note)
         if videos:
             options = {"suffix": f".{video_format}", "realtime": realtime, "max_frames": max_frames}
             _predict_videos(session, predictor, videos, out, options)

@@ -29,8 +29,7 @@ def normalise(image_u8: Any, preprocess: Mapping[str, Any]) -> Any:
 
 def output_format(model: Mapping[str, Any]) -> OutputFormat:
     """How a bundled model's outputs are read."""
-    form = dict(model["output_format"])
-    return OutputFormat(**{**form, "names": tuple(form["names"]), "columns": tuple(form["columns"])})
+    return OutputFormat.from_dict(model["output_format"])
 
 
 def check(model: Mapping[str, Any], expected: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

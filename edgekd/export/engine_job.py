@@ -178,9 +178,20 @@ def _read(file: Path, precision: Precision) -> _Model:
         )
     if precision == "int8":
         _check_int8(file, model)
-    if form.kind == "boxes-scores" and form.activation == "none" and form.background == "none":
+    if can_be_cut(form, model):
         model = with_top_candidates(model, (form.names[0], form.names[1]), CANDIDATES)
     return _Model(model, class_names, preprocess, form)
+
+
+def can_be_cut(form: OutputFormat, model: ModelProto) -> bool:
+    """Whether TopK may choose among candidates: rows of finished boxes and probabilities, one below the other."""
+    plain = form.kind == "boxes-scores" and form.activation == "none" and form.background == "none"
+    if not plain or len(form.names) != 2 or form.channels_first or form.box_format.startswith("grid-"):
+        return False
+    rank = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
+    boxes, scores = (rank[name] for name in form.names)
+    across = len(boxes) == len(scores) == 3 and boxes[1].dim_value != scores[1].dim_value
+    return len(scores) == 3 and not across
 
 
 def _check_int8(file: Path, model: ModelProto) -> None:

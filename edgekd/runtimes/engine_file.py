@@ -72,8 +72,7 @@ class EngineManifest:
     @property
     def output_format(self) -> OutputFormat:
         """How the outputs are read."""
-        form = dict(self.form)
-        return OutputFormat(**{**form, "names": tuple(form["names"]), "columns": tuple(form["columns"])})
+        return OutputFormat.from_dict(self.form)
 
     @property
     def preprocess_spec(self) -> PreprocessSpec:

@@ -17,21 +17,35 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.errors import ArtifactError, UserError
+from edgekd.errors import ArtifactError, RuntimeFailure, UserError
 from edgekd.preprocess import normalise
 from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.customs import BYTES, ONE, ZERO, Custom, custom_of
+from edgekd.runtimes.first_nodes import Beginning, PixelRange, beginning_of
+from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.onnx_session import OnnxRuntime
 from edgekd.runtimes.ort import OrtRuntime, with_extra_outputs
-from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.outputs import OutputFormat, decode
 from edgekd.runtimes.recognise import Probe, recognise
 from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
 
 SCHEMA = "edgekd.onnx/1"
 OnnxEngine = Literal["onnxruntime", "openvino"]
+_NAME_KEYS = ("names", "class_names", "classes", "labels", "id2label", "categories")
 _FOREIGN_KEYS = (
-    *("resize", "channels", "mean", "std", "class_names", "output", "box_format", "score_activation", "background"),
+    *(
+        "resize",
+        "channels",
+        "mean",
+        "std",
+        "class_names",
+        "output",
+        "box_format",
+        "score_activation",
+        "background",
+        "anchors",
+    ),
 )
-_ZERO, _ONE, _BYTES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1 / 255, 1 / 255, 1 / 255)
 
 
 @dataclass(frozen=True)
@@ -130,32 +144,82 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
 
 def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
     input_hw = _foreign_input_hw(path, runtime, metadata, declared)
-    std = _BYTES if runtime.takes_bytes else _ONE
     if runtime.takes_bytes and (declared.mean is not None or declared.std is not None):
         raise UserError(
             f"{path}: it takes pixels as bytes, 0 to 255, which no mean or std can change",
             fix="leave `mean` and `std` out",
         )
-    picture = normalise(probe_picture(input_hw), PreprocessSpec(input_hw, "stretch", _ZERO, std))
-    arrays = {name: np.array(value) for name, value in runtime.run(picture).items()}
-    own = {name: array for name, array in arrays.items() if name not in declared.taps.values()}
-    found = recognise(Probe(str(path), own, input_hw), declared, names_in_metadata(metadata))
-    yolo = found.form.kind.startswith("yolo") or "stride" in metadata
-    base = PreprocessSpec(input_hw, "letterbox" if yolo else "stretch", _ZERO, std)
-    if found.form.box_format == "grid-offsets":  # YOLOX, whose authors feed it what OpenCV reads
-        base = PreprocessSpec(input_hw, "letterbox-corner", _ZERO, _BYTES, channels="bgr")
+    beginning = Beginning() if runtime.takes_bytes else beginning_of(path, runtime.image_name)
+    std = BYTES if runtime.takes_bytes or beginning.pixels == "0 to 255" else ONE
+    picture = normalise(probe_picture(input_hw), PreprocessSpec(input_hw, "stretch", ZERO, std))
+    raw = runtime.run(picture)
+    arrays = {name: np.array(value) for name, value in raw.items() if isinstance(value, np.ndarray)}
+    own = {n: _first_image(a, runtime.input_shape[0]) for n, a in arrays.items() if n not in declared.taps.values()}
+    inputs = tuple(info.name for info in runtime.inputs)
+    probe = Probe(str(path), own, input_hw, metadata, inputs, runtime.channels_last)
+    found = recognise(probe, declared, names_in_metadata(metadata))
+    if lacks_batch_axis(found.form, own):
+        runtime.one_at_a_time()
+    a_row_a_cell = grid_cells(input_hw, _candidates(path, own, found.form, input_hw)) is not None
+    custom = custom_of(found.form, inputs, metadata, a_row_a_cell=a_row_a_cell, sliced=beginning.sliced)
+    base = custom.preprocess(input_hw, beginning, runtime.takes_bytes)
     preprocess = _declared_preprocess(base, input_hw, declared)
-    notes = [*found.notes]
-    if declared.resize == "auto":
-        notes.append(f"images resized by {preprocess.resize}, as is usual for such outputs; `resize` declares it")
-    if declared.mean is None and declared.std is None and not runtime.takes_bytes:
-        span = "[0, 1]" if base.std == _ONE else "[0, 255]"
-        notes.append(
-            f"pixels scaled to {span}, {base.channels.upper()}, not declared; `mean`, `std`, `channels` declare it"
-        )
-    facts = {"path": str(path), "precision": _precision(runtime), "notes": tuple(notes)}
+    notes = (*found.notes, *_preprocess_notes(custom, preprocess, beginning.pixels, runtime, declared))
+    facts = {"path": str(path), "precision": _precision(runtime), "notes": notes}
     grids = _tap_grids(path, arrays, declared.taps)
     return OnnxDetector(runtime, found.class_names, preprocess, found.form, facts, grids)
+
+
+def _first_image(array: NDArray[Any], batch: int) -> NDArray[Any]:
+    """One image's part of an output of a graph with a fixed batch; rows that name their image stay as they are."""
+    whole = batch == 1 or array.ndim < 1 or array.shape[0] != batch or (array.ndim == 2 and array.shape[1] == 7)
+    return array if whole else array[:1]
+
+
+def _candidates(path: Path, arrays: Mapping[str, NDArray[Any]], form: OutputFormat, input_hw: tuple[int, int]) -> int:
+    """How many candidates a raw head gives; 0 of finished detections, which are not read before there are any.
+
+    Raises:
+        UserError: the outputs are not what was recognised or declared.
+    """
+    if form.kind == "detections":
+        return 0
+    try:
+        return len(decode(arrays, form, input_hw)[0])
+    except RuntimeFailure as error:
+        raise UserError(
+            f"{path}: its outputs cannot be read as {form.kind} with boxes as {form.box_format}",
+            got=str(error).replace("\n", " "),
+            fix="declare another `output` or `box_format`, or leave them out; values that are not finite need another export",
+        ) from error
+
+
+def _preprocess_notes(
+    custom: Custom, base: PreprocessSpec, inside: PixelRange | None, runtime: OnnxRuntime, declared: OnnxTeacher
+) -> list[str]:
+    """What was taken for granted about pictures, one sentence each."""
+    notes = []
+    if declared.resize == "auto":
+        notes.append(f"images resized by {base.resize}, as is usual for {custom.whose}; `resize` declares it")
+    if declared.mean is None and declared.std is None and not runtime.takes_bytes:
+        span = {(ZERO, ONE): "scaled to [0, 1]", (ZERO, BYTES): "scaled to [0, 255]"}.get(
+            (base.mean, base.std), f"normalised by mean {_listed(base.mean)} and std {_listed(base.std)}"
+        )
+        why = f"the graph itself normalises {inside}" if inside else f"as is usual for {custom.whose}"
+        notes.append(
+            f"pixels {span}, {base.channels.upper()}, not declared: {why}; `mean`, `std`, `channels` declare it"
+        )
+    return notes
+
+
+def _listed(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.4g}" for value in values) + "]"
+
+
+def lacks_batch_axis(form: OutputFormat, arrays: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether finished detections do not say of which image they are, so that images must come one at a time."""
+    first = arrays[form.names[0]]
+    return form.kind == "detections" and first.ndim == 2 and not (len(form.names) == 1 and first.shape[1] == 7)
 
 
 def _foreign_input_hw(
@@ -175,6 +239,7 @@ def _foreign_input_hw(
     if declared.input_size is not None:
         return height or declared.input_size, width or declared.input_size
     size = _literal(metadata.get("imgsz"))
+    size = (size, size) if isinstance(size, int) else size
     if isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(v, int) and v > 0 for v in size):
         return height or size[0], width or size[1]
     raise UserError(
@@ -200,12 +265,14 @@ def _precision(runtime: OnnxRuntime) -> str:
 
 
 def names_in_metadata(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    """Class names from Ultralytics' `names` entry, a dictionary or list written as text; None if there are none."""
-    names = _literal(metadata.get("names"))
-    if isinstance(names, dict) and names and all(isinstance(key, int) for key in names):
-        if sorted(names) != list(range(len(names))):
+    """Class names from the file: Ultralytics' `names` entry or another's, a dictionary or list as text; None without any."""
+    entry = next((key for key in _NAME_KEYS if key in metadata), None)
+    names = _literal(metadata.get(entry or ""))
+    if isinstance(names, dict) and names and all(str(key).isdigit() for key in names):
+        by_label = {int(key): name for key, name in names.items()}
+        if sorted(by_label) != list(range(len(names))):
             return None
-        names = [names[index] for index in range(len(names))]
+        names = [by_label[index] for index in range(len(names))]
     if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
         return tuple(names)
     return None
@@ -218,7 +285,10 @@ def _literal(text: str | None) -> object:
     try:
         value: object = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
     return value
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,33 +13,21 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from edgekd.errors import ArtifactError, RuntimeFailure
+from edgekd.runtimes.side_inputs import can_feed, value_for
+from edgekd.runtimes.tensor_info import TensorInfo
 from edgekd.types import FloatArray
 
 _INPUT_TYPES: Mapping[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
     "tensor(uint8)": np.uint8,
 }
 
+# "/onnxruntime_src/.../model.cc:256 onnxruntime::Model::Model(...) Unsupported model IR version"
+_SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=[A-Z])")
+
 Feed = Mapping[str, NDArray[np.generic]]
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a graph declares of one input or output.
-
-    Attributes:
-        name: the tensor's name.
-        shape: one entry a dimension; None where it is dynamic.
-        type: ONNX Runtime's word, such as "tensor(float)".
-    """
-
-    name: str
-    shape: tuple[int | None, ...]
-    type: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.type} {tuple('?' if d is None else d for d in self.shape)}"
 
 
 class OnnxRuntime(ABC):
@@ -92,6 +80,15 @@ class OnnxRuntime(ABC):
         self._dtype = _INPUT_TYPES[self._image.type]
         self._closed = False
 
+    @property
+    def image_name(self) -> str:
+        """What the graph calls its image input."""
+        return self._image.name
+
+    def one_at_a_time(self) -> None:
+        """Take no batches, though the graph would: its outputs do not say which rows are of which image."""
+        self.dynamic_batch = False
+
     @abstractmethod
     def _compute(self, feed: Feed) -> Sequence[NDArray[np.generic]]:
         """Every output, in the model's order; may raise anything."""
@@ -114,8 +111,10 @@ class OnnxRuntime(ABC):
         if missing > 0:
             images = np.concatenate([images, np.repeat(images[-1:], missing, 0)])
         feed: dict[str, NDArray[np.generic]] = {self._image.name: self._as_declared(images)}
-        for info in self._extra:  # original sizes, so that boxes come back in input pixels
-            feed[info.name] = np.array([[images.shape[-1], images.shape[-2]]] * len(images), np.int64)
+        for info in self._extra:
+            value = value_for(info, len(images), (images.shape[-2], images.shape[-1]))
+            if value is not None:
+                feed[info.name] = value
         try:
             values = self._compute(feed)
         except Exception as error:  # the engines' errors share no base class
@@ -150,19 +149,21 @@ class OnnxRuntime(ABC):
 
 
 def _image_input(inputs: Sequence[TensorInfo], source: str) -> TensorInfo:
-    """The one input that is an image; others may only ask for the original size, as RT-DETR's do."""
-    listed = "; ".join(str(info) for info in inputs)
+    """The one input that is an image; others may only be what `side_inputs` knows, as RT-DETR's original size."""
     images = [
         info
         for info in inputs
-        if len(info.shape) in (3, 4) and (info.shape[-3] in (3, None) or _is_channels_last(info.shape))
+        if info.type in _INPUT_TYPES
+        and len(info.shape) in (3, 4)
+        and (info.shape[-3] in (3, None) or _is_channels_last(info.shape))
     ]
-    others = [info for info in inputs if info not in images]
-    sizes = all(info.type == "tensor(int64)" and info.shape[-1:] == (2,) for info in others)
-    if len(images) != 1 or not sizes or images[0].type not in _INPUT_TYPES:
+    if len(images) > 1:  # a mask of padding may look like a picture without batch axis
+        images = [info for info in images if len(info.shape) == 4]
+    unknown = [info for info in inputs if info not in images and not can_feed(info)]
+    if len(images) != 1 or unknown:
         raise ArtifactError(
             f"{source}: this is not a detector that edgekd can feed",
-            got=f"inputs {listed}",
+            got="inputs " + "; ".join(str(info) for info in inputs),
             expected="one image input (B, 3, H, W) or (B, H, W, 3) of float32, float16 or bytes",
             fix="export it with such an input"
             if len(inputs) == 1
@@ -182,6 +183,6 @@ def source_name(model: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an engine's message, which may go on for pages."""
+    """The first line of an engine's message, which may go on for pages, without the C++ place that stands before it."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    return _SOURCE_PLACE.sub(" ", text.splitlines()[0])[:300]

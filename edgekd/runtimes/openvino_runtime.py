@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure
-from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, TensorInfo, first_line, source_name
+from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, first_line, source_name
+from edgekd.runtimes.tensor_info import TensorInfo
 
 _TYPES = {"f32": "tensor(float)", "f16": "tensor(float16)", "i64": "tensor(int64)", "i32": "tensor(int32)"}
 

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, UserError
-from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, TensorInfo, first_line, source_name
+from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, first_line, source_name
+from edgekd.runtimes.tensor_info import TensorInfo
 
 PROVIDERS: Mapping[str, str] = {
     "cpu": "CPUExecutionProvider",
@@ -20,6 +21,16 @@ PROVIDERS: Mapping[str, str] = {
     "openvino": "OpenVINOExecutionProvider",
 }
 """Short names that are accepted beside ONNX Runtime's own."""
+
+
+_LOADING: Mapping[str, str] = {
+    "IR version": "pip install -U onnxruntime, or save the file with a lower `ir_version`",
+    "opset": "pip install -U onnxruntime, or export it with a lower opset",
+    "xternal data": "put the file of weights (often NAME.onnx.data) into the same folder, under the name it was saved with",
+    "_TRT": "export it without TensorRT's NMS plugin, which only TensorRT has: with decoded boxes and scores, or ONNX's NMS",
+    "not a registered function/op": "export it with standard operators, without plugins of another runtime",
+}
+"""What mends a file that does not load, by a word of ONNX Runtime's message."""
 
 
 class OrtRuntime(OnnxRuntime):
@@ -107,6 +118,7 @@ def _open_session(
             f"{source}: ONNX Runtime cannot load this file",
             got=first_line(error),
             expected="a complete ONNX model with operators that ONNX Runtime knows",
+            fix=next((fix for word, fix in _LOADING.items() if word in str(error)), None),
         ) from error
     session.disable_fallback()
     if provider not in session.get_providers()[:1]:

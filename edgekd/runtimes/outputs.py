@@ -1,67 +1,38 @@
-"""What a black box's output arrays mean, and how they become boxes in input pixels with class scores in [0, 1]."""
+"""How a black box's output arrays become boxes in input pixels with class scores in [0, 1]."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any, Literal, Mapping
+from typing import Mapping, Sequence
 
 import numpy as np
 
 from edgekd.boxes import xyxy_from_cxcywh
 from edgekd.errors import ArtifactError, RuntimeFailure
+from edgekd.runtimes.anchored import AnchorSet, candidates_of, decoded
+from edgekd.runtimes.grids import from_distances, from_offsets
+from edgekd.runtimes.output_format import (
+    NORMALISED_BELOW,
+    Activation,
+    Background,
+    BoxFormat,
+    OutputFormat,
+    OutputKind,
+)
+from edgekd.runtimes.rows import HIGHEST_SCORE, layout_of
 from edgekd.types import Array, FloatArray, IntArray
 
-OutputKind = Literal["boxes-scores", "yolo", "yolo-objectness", "detections"]
-BoxFormat = Literal["xyxy", "cxcywh", "yxyx", "xyxy-normalised", "cxcywh-normalised", "yxyx-normalised", "grid-offsets"]
-Activation = Literal["none", "sigmoid", "softmax"]
-Background = Literal["none", "first", "last"]
+__all__ = [
+    "NORMALISED_BELOW",
+    "Activation",
+    "Arrays",
+    "Background",
+    "BoxFormat",
+    "OutputFormat",
+    "OutputKind",
+    "decode",
+]
+
 Arrays = Mapping[str, Array]
-GRID_STRIDES = ((8, 16, 32), (8, 16, 32, 64))
-"""Of "grid-offsets", by the number of candidates."""
-NORMALISED_BELOW = 2.0
-"""Boxes that all end within it are shares of the input: in pixels they would lie in one corner of it."""
-_HIGHEST_SCORE = 1.01  # half precision rounds
-
-
-@dataclass(frozen=True)
-class OutputFormat:
-    """How to read a detector's outputs.
-
-    Attributes:
-        kind: "boxes-scores": a box and a score a class in every row; "yolo": one array of 4 + K values a candidate;
-            "yolo-objectness": 5 + K values; "detections": finished, one label a row, after the detector's own NMS.
-        names: the arrays by role. boxes-scores: (boxes, scores). detections: (boxes, scores, labels) or
-            (boxes, scores, labels, count), or (boxes with scores, labels), or one array of rows. yolo: one array.
-        num_classes: K, without background.
-        box_format: coding of the boxes; "normalised" means shares of the input's width and height; "grid-offsets" is
-            YOLOX's: centres from the cell in cells, and logarithms of the extent in cells, fine to coarse.
-        activation: what turns the scores into probabilities.
-        background: where a score column for "no object" stands; in "detections", "first" means labels start at 1.
-        channels_first: values run along the second to last axis, candidates along the last.
-        columns: "detections" in one array: the columns of (x1, y1, x2, y2, score, label).
-        unit_unseen: `box_format` is "xyxy" because nothing was found on the probe picture: an image whose boxes all end
-            within `NORMALISED_BELOW` has them as shares.
-    """
-
-    kind: OutputKind
-    names: tuple[str, ...]
-    num_classes: int
-    box_format: BoxFormat = "xyxy"
-    activation: Activation = "none"
-    background: Background = "none"
-    channels_first: bool = False
-    columns: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
-    unit_unseen: bool = False
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the detector has done its own NMS, so that none may follow."""
-        return self.kind == "detections"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, for reports."""
-        return {**asdict(self), "names": list(self.names), "columns": list(self.columns)}
 
 
 def decode(
@@ -82,8 +53,11 @@ def decode(
         ArtifactError: finished detections with labels outside the class names, or scores above 1.
     """
     try:
-        boxes, scores = _READERS[form.kind](outputs, form, item)
-        boxes = _to_pixels(np.asarray(boxes, np.float32), _box_format(boxes, form), input_hw)
+        if form.box_format == "grid-anchors":
+            boxes, scores = _read_anchored(outputs, form, item, input_hw)
+        else:
+            boxes, scores = _READERS[form.kind](outputs, form, item)
+            boxes = _to_pixels(np.asarray(boxes, np.float32), _box_format(boxes, form), input_hw)
     except (KeyError, IndexError, ValueError) as error:
         raise RuntimeFailure(
             "a detector's outputs are not what its output format says",
@@ -122,34 +96,77 @@ def activate(scores: Array, activation: Activation) -> FloatArray:
     return values
 
 
+def table_of(arrays: Sequence[Array], item: int, channels_first: bool) -> Array:
+    """One image's candidates (P, C) of one output, or of one a level: (B, P, C), (B, C, P) or maps (B, C, h, w)."""
+    tables = []
+    for array in arrays:
+        if array.ndim == 4 and len(arrays) > 1:
+            tables.append(array[item].reshape(array.shape[1], -1).T)
+            continue
+        part = item_of(array, item, 2)
+        tables.append(part.T if channels_first else part)
+    return tables[0] if len(tables) == 1 else np.concatenate(tables)
+
+
+def paired(boxes: Array, scores: Array) -> Array:
+    """Scores turned so that they have a row a box: PaddleDetection's lie across, and one class may come without axis."""
+    if len(scores) != len(boxes) and scores.shape[-1] == len(boxes):
+        scores = scores.T
+    return scores
+
+
 def _read_boxes_scores(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Array, FloatArray]:
-    boxes, scores = (item_of(outputs[name], item, 2) for name in form.names)
-    if form.channels_first:
-        boxes, scores = boxes.T, scores.T
+    half = len(form.names) // 2
+    box_arrays, score_arrays = ([outputs[n] for n in names] for names in (form.names[:half], form.names[half:]))
+    boxes = table_of(box_arrays, item, form.channels_first)
+    if form.num_classes == 1 and score_arrays[0].ndim == box_arrays[0].ndim - 1:
+        score_arrays = [array[..., None] for array in score_arrays]
+    scores = paired(boxes, table_of(score_arrays, item, form.channels_first))
     probs = activate(scores, form.activation)
     if form.background == "first":
         probs = probs[:, 1:]
     elif form.background == "last":
         probs = probs[:, :-1]
-    return boxes.reshape(-1, 4), _checked_width(probs, form)
+    return boxes, _checked_width(probs, form)
 
 
 def _read_yolo(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Array, FloatArray]:
-    table = item_of(outputs[form.names[0]], item, 2)
-    if not form.channels_first:
-        table = table.T
-    objectness = form.kind == "yolo-objectness"
-    scores = activate(table[4 + objectness :].T, form.activation)
+    table = table_of([outputs[name] for name in form.names], item, form.channels_first)
+    objectness = int(form.kind == "yolo-objectness")
+    width = table.shape[1] - form.extra
+    coded = width - objectness - form.num_classes
+    if coded != 4 and not (form.box_format.startswith("grid-distances") and coded > 0):
+        raise ValueError(f"{width} values a candidate for {form.num_classes} classes")
+    first = 0 if form.boxes_last else coded + objectness
+    boxes = table[:, form.num_classes : width] if form.boxes_last else table[:, :coded]
+    scores = activate(table[:, first : first + form.num_classes], form.activation)
     if objectness:
-        scores = scores * activate(table[4], form.activation)[:, None]
-    return table[:4].T, _checked_width(scores, form)
+        scores = scores * activate(table[:, coded], form.activation)[:, None]
+    if form.box_format == "cxcywh-rotated":
+        boxes = np.concatenate([boxes, table[:, -1:]], 1)
+    return boxes, scores
+
+
+def _read_anchored(
+    outputs: Arrays, form: OutputFormat, item: int, input_hw: tuple[int, int]
+) -> tuple[FloatArray, FloatArray]:
+    """Maps with anchors, one a level: box, objectness and scores of each, as logits unless the graph has a sigmoid."""
+    maps = [outputs[name] for name in form.names]
+    raw, places = candidates_of(maps, item, 5 + form.num_classes, input_hw)
+    anchors = AnchorSet(form.anchors, form.anchors_squared, form.centre_scales)
+    squashed = form.activation == "none"
+    boxes = decoded(raw[:, :4], places, anchors, len(maps), squashed=squashed)
+    objectness = activate(raw[:, 4], "none" if squashed else "sigmoid")
+    return boxes, activate(raw[:, 5:], form.activation) * objectness[:, None]
 
 
 def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Array, FloatArray]:
     if len(form.names) == 1:
-        rows = _rows_of(outputs[form.names[0]], form, item)
-        table = rows[:, list(form.columns)]
+        rows = rows_of(outputs[form.names[0]], item)
+        table = rows[:, list(form.columns or layout_of(rows, form.num_classes))]
         boxes, scores, labels = table[:, :4], table[:, 4], table[:, 5]
+        if form.box_format == "cxcywh-rotated":
+            boxes = np.concatenate([boxes, rows[:, -1:]], 1)
     elif len(form.names) == 2:
         table = item_of(outputs[form.names[0]], item, 2).reshape(-1, 5)
         boxes, scores = table[:, :4], table[:, 4]
@@ -160,16 +177,38 @@ def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Ar
         if len(form.names) == 4:
             count = int(outputs[form.names[3]].reshape(-1)[item])
             boxes, scores, labels = boxes[:count], scores[:count], labels[:count]
+    return _labelled(boxes, activate(scores, form.activation), labels, form)
+
+
+def _labelled(boxes: Array, confidence: FloatArray, labels: Array, form: OutputFormat) -> tuple[Array, FloatArray]:
+    """Detections as rows of class scores; padding, which has no score or no label, is left out.
+
+    Raises:
+        ArtifactError: labels that are not whole, have no name or mean background, or scores above 1.
+    """
     classes: IntArray = np.rint(labels).astype(np.int64) - (form.background == "first")
-    confidence = activate(scores, form.activation)
-    real = (classes >= 0) & (confidence > 0)  # padding has no score or no label
-    if (highest := float(confidence[real].max(initial=0.0))) > _HIGHEST_SCORE:
+    real = (labels >= 0) & (confidence > 0)
+    if (broken := labels[real & (np.abs(labels - np.rint(labels)) > 1e-3)]).size:
+        raise ArtifactError(
+            "a detector gives labels that are not whole numbers",
+            got=f"{broken[0]:g}",
+            expected="detections in rows of x1, y1, x2, y2, score, label, or boxes, scores and labels apart",
+            fix="the outputs mean something else: declare `output`, or rename them boxes, scores, labels",
+        )
+    if (highest := float(confidence[real].max(initial=0.0))) > HIGHEST_SCORE:
         raise ArtifactError(
             "a detector gives scores above 1",
             got=f"{highest:g}",
             expected="probabilities, in rows of x1, y1, x2, y2, score, label",
             fix="declare `score_activation: sigmoid` where they are logits; rows in another order, or percent, must be "
             "exported anew",
+        )
+    if (real & (classes < 0)).any():
+        raise ArtifactError(
+            "a detector gives label 0 to an object, which was taken for background",
+            got="background: first",
+            expected="labels that start at 1",
+            fix="declare `background: none`: its labels start at 0",
         )
     if form.background == "last":
         real &= classes != form.num_classes
@@ -186,12 +225,15 @@ def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Ar
     return boxes[real], probs
 
 
-def _rows_of(array: Array, form: OutputFormat, item: int) -> Array:
-    """One image's detection rows; an array over the whole batch names the image in its first column."""
-    if array.ndim == 2 and min(form.columns) == 1:
-        rows: Array = array[np.rint(array[:, 0]) == item]
+def rows_of(array: Array, item: int) -> Array:
+    """One image's detection rows (N, C); an array over the whole batch names the image in the first of seven columns."""
+    if array.shape[-1] == 7 and (array.ndim == 2 or (array.ndim == 4 and array.shape[:2] == (1, 1))):
+        flat = array.reshape(-1, 7)
+        rows: Array = flat[np.rint(flat[:, 0]) == item]
         return rows
-    return item_of(array, item, 2)
+    if array.ndim == 4:
+        array = array.reshape(array.shape[0], -1, array.shape[-1])
+    return array[item] if array.ndim == 3 else array
 
 
 def _column(array: Array, item: int, rows: int) -> Array:
@@ -214,37 +256,30 @@ def _box_format(boxes: Array, form: OutputFormat) -> BoxFormat:
     return form.box_format
 
 
-@lru_cache(maxsize=4)
-def grid_cells(input_hw: tuple[int, int], candidates: int) -> FloatArray | None:
-    """(P, 3) x, y and stride of every cell of the grids that have so many cells in all; None if no grids do."""
-    for strides in GRID_STRIDES:
-        grids = {s: np.indices((input_hw[0] // s, input_hw[1] // s))[::-1].reshape(2, -1).T for s in strides}
-        cells = np.concatenate([np.insert(grid, 2, stride, 1) for stride, grid in grids.items()])
-        if len(cells) == candidates:
-            return cells.astype(np.float32)
-    return None
-
-
-def _from_grid(boxes: FloatArray, input_hw: tuple[int, int]) -> FloatArray:
-    cells = grid_cells(input_hw, len(boxes))
-    if cells is None:
-        raise ValueError(f"{len(boxes)} candidates are not the cells of strides 8, 16, 32 (and 64)")
-    stride = cells[:, 2:]
-    extent = np.exp(np.minimum(boxes[:, 2:], 20.0))  # what is larger is no box, and must not become infinite
-    return xyxy_from_cxcywh(np.concatenate([(boxes[:, :2] + cells[:, :2]) * stride, extent * stride], 1))
-
-
 def _to_pixels(boxes: FloatArray, box_format: BoxFormat, input_hw: tuple[int, int]) -> FloatArray:
+    if box_format == "grid-offsets":
+        return from_offsets(boxes, input_hw)
+    if box_format.startswith("grid-distances"):
+        return from_distances(boxes, input_hw, centred=box_format == "grid-distances")
+    if box_format == "cxcywh-rotated":
+        boxes = _around(boxes)
+    if boxes.shape[1:] != (4,):
+        raise ValueError(f"{boxes.shape[1:]} values a box")
     if box_format.startswith("cxcywh"):
         boxes = xyxy_from_cxcywh(boxes)
-    elif box_format == "grid-offsets":
-        boxes = _from_grid(boxes, input_hw)
     elif box_format.startswith("yxyx"):
         boxes = boxes[:, [1, 0, 3, 2]]
     if box_format.endswith("normalised"):
         height, width = input_hw
         boxes = boxes * np.array([width, height, width, height], np.float32)
     return boxes
+
+
+def _around(boxes: FloatArray) -> FloatArray:
+    """(P, 5) centre, extent and angle in radians to the (P, 4) centre and extent of the upright box around it."""
+    cosine, sine = np.abs(np.cos(boxes[:, 4:])), np.abs(np.sin(boxes[:, 4:]))
+    width, height = boxes[:, 2:3], boxes[:, 3:4]
+    return np.concatenate([boxes[:, :2], width * cosine + height * sine, width * sine + height * cosine], 1)
 
 
 _READERS = {

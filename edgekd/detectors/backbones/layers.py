@@ -53,7 +53,7 @@ class Backbone(nn.Module):
 
     def to_stride(self, stride: int) -> list[nn.Module]:
         """The layers, from the image on, whose maps have at most this stride."""
-        reached, layers = 1, []
+        reached, layers = 1, list[nn.Module]()
         for child in self.children():
             for layer in child if isinstance(child, nn.Sequential | nn.ModuleList) else (child,):
                 reached *= math.prod(_strides(layer))

@@ -1,0 +1,110 @@
+"""Raw heads with anchors: maps in levels whose boxes are coded relative to anchors, which no ONNX file says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekd.boxes import xyxy_from_cxcywh
+from edgekd.types import Array, FloatArray
+
+MOST_ANCHORS = 9
+
+
+@dataclass(frozen=True)
+class AnchorSet:
+    """What a published network's head is decoded with.
+
+    Attributes:
+        sizes: width and height of each anchor in input pixels, flat, fine to coarse.
+        squared: extents are (2 sigmoid)^2 anchors and centres reach half a cell beyond theirs, as in YOLOv5; otherwise
+            exponentials, as in YOLOv2 to v4.
+        centre_scales: YOLOv4's factor on the centre's sigmoid, a level; empty for 1.
+    """
+
+    sizes: tuple[float, ...]
+    squared: bool
+    centre_scales: tuple[float, ...] = ()
+
+
+_V3 = (10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326)
+_V4 = (12, 16, 19, 36, 40, 28, 36, 75, 76, 55, 72, 146, 142, 110, 192, 243, 459, 401)
+ANCHOR_SETS: dict[str, AnchorSet] = {
+    "yolov3": AnchorSet(_V3, squared=False),
+    "yolov4": AnchorSet(_V4, squared=False, centre_scales=(1.2, 1.1, 1.05)),
+    "yolov5": AnchorSet(_V3, squared=True),
+    "yolov7": AnchorSet(_V4, squared=True),
+    "yolov7-tiny": AnchorSet(_V3, squared=True),
+}
+"""Of the authors' own configurations for three levels."""
+
+
+def grid_of(shape: Sequence[int], values: int, input_hw: tuple[int, int]) -> tuple[int, int, int] | None:
+    """(anchors, height, width) of a map with `values` an anchor: (B, A V, h, w), (B, h, w, A V), (B, A, h, w, V) or
+    (B, h, w, A, V); None if the shape is none of these at a usual stride."""
+    item = tuple(shape[1:])
+    forms: list[tuple[int, int, int]] = []
+    if len(item) == 4 and item[3] == values:
+        forms = [(item[0], item[1], item[2]), (item[2], item[0], item[1])]
+    elif len(item) == 3:
+        turned = ((item[0], item[1], item[2]), (item[2], item[0], item[1]))
+        forms = [(channels // values, height, width) for channels, height, width in turned if channels % values == 0]
+    usual = [tuple(-(-extent // stride) for extent in input_hw) for stride in (4, 8, 16, 32, 64, 128)]
+    return next((form for form in forms if 0 < form[0] <= MOST_ANCHORS and form[1:] in usual), None)
+
+
+def candidates_of(
+    arrays: Sequence[Array], item: int, values: int, input_hw: tuple[int, int]
+) -> tuple[FloatArray, FloatArray]:
+    """((P, values) raw values, (P, 4) column, row, stride and place in `AnchorSet.sizes` of each), level by level.
+
+    Raises:
+        ValueError: an array is no map with anchors.
+    """
+    tables, places, before = [], [], 0
+    for array in arrays:
+        grid = grid_of(array.shape, values, input_hw)
+        if grid is None:
+            raise ValueError(f"{array.shape} is no map of {values} values an anchor")
+        anchors, height, width = grid
+        part = array[item]
+        if part.ndim == 3 and part.shape[1:] == (height, width):
+            part = part.reshape(anchors, values, height, width).transpose(2, 3, 0, 1)
+        elif part.ndim == 4 and part.shape[:3] == grid:
+            part = part.transpose(1, 2, 0, 3)
+        tables.append(np.asarray(part, np.float32).reshape(-1, values))
+        row, column, anchor = np.indices((height, width, anchors)).reshape(3, -1)
+        stride = np.full(len(row), -(-input_hw[0] // height))
+        places.append(np.stack([column, row, stride, anchor + before], 1))
+        before += anchors
+    return np.concatenate(tables), np.concatenate(places).astype(np.float32)
+
+
+def decoded(raw: FloatArray, places: FloatArray, anchors: AnchorSet, levels: int, *, squashed: bool) -> FloatArray:
+    """(P, 4) corners in input pixels out of raw values (P, 4).
+
+    Args:
+        squashed: the sigmoid has been applied in the graph.
+
+    Raises:
+        ValueError: there are not as many anchors as the maps have.
+    """
+    sizes = np.array(anchors.sizes, np.float32).reshape(-1, 2)
+    index = places[:, 3].astype(int)
+    if index.max(initial=-1) + 1 != len(sizes):
+        raise ValueError(f"{len(sizes)} anchors for maps of {index.max(initial=-1) + 1}")
+    scales = np.array(anchors.centre_scales or (2.0 if anchors.squared else 1.0,) * levels, np.float32)
+    scale = scales[index * levels // len(sizes)][:, None]
+    centre = raw[:, :2] if squashed else _sigmoid(raw[:, :2])
+    centre = (centre * scale - (scale - 1) / 2 + places[:, :2]) * places[:, 2:3]
+    if anchors.squared:
+        extent = (2 * (raw[:, 2:] if squashed else _sigmoid(raw[:, 2:]))) ** 2 * sizes[index]
+    else:
+        extent = np.exp(np.minimum(raw[:, 2:], 20.0)) * sizes[index]
+    return xyxy_from_cxcywh(np.concatenate([centre, extent], 1))
+
+
+def _sigmoid(values: FloatArray) -> FloatArray:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(values, -80.0, 80.0))), np.float32)

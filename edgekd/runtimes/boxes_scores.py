@@ -1,0 +1,126 @@
+"""Recognise boxes and class scores in two arrays, as SSD's, DETR's and decoded YOLOs have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgekd.labels import NAMED_LABEL_SETS
+from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.heads import activation_of, coco_by_id
+from edgekd.runtimes.outputs import Background, OutputFormat, activate, item_of, paired
+from edgekd.runtimes.probe import (
+    BOX_WORDS,
+    LABEL_WORDS,
+    SCORE_WORDS,
+    Arrays,
+    Probe,
+    Recognised,
+    box_format_of,
+    named,
+    names_or_error,
+)
+from edgekd.types import FloatArray
+
+_WINS = 0.5
+"""Of candidates: nearly every one of a detector is background, so its column wins nearly everywhere."""
+
+
+def boxes_scores(
+    probe: Probe, pair: tuple[str, str, bool], declared: OnnxTeacher, names: tuple[str, ...] | None
+) -> Recognised:
+    """How a pair of arrays, as `box_and_score` found it, is read.
+
+    Raises:
+        UserError: it leaves more than one reading or none.
+    """
+    box_name, score_name, channels_first = pair
+    boxes, scores = (np.asarray(item_of(probe.arrays[n], 0, 2), np.float32) for n in (box_name, score_name))
+    if channels_first:
+        boxes, scores = boxes.T, scores.T
+    scores = paired(boxes, scores)
+    columns = scores.shape[1]
+    class_names, notes = names_or_error(probe, names, columns)
+    has_background = _has_background(columns, class_names, declared)
+    activation = activation_of(scores, declared, "sigmoid")
+    if activation == "sigmoid" and declared.score_activation == "auto" and (has_background or coco_by_id(class_names)):
+        activation = "softmax" if _winner(activate(scores, "softmax")) is not None else "sigmoid"
+    background: Background = "none"
+    if has_background:
+        background = _background(probe, activate(scores, activation), class_names, declared)
+    class_names = _fit_coco(class_names, columns - has_background, background)
+    if len(class_names) != columns - has_background:
+        raise probe.unclear(
+            f"{len(class_names)} class names do not fit {columns} score columns",
+            f"declare {columns} class names, or {columns - 1} with `background: first` or `last`",
+        )
+    box_format = box_format_of(probe, boxes, declared, usual=None)
+    if declared.box_format == "auto" and any("yolonms" in name for name in probe.arrays):
+        box_format = "yxyx"  # Keras YOLOv3, of the ONNX model zoo
+    form = OutputFormat(
+        "boxes-scores", (box_name, score_name), len(class_names), box_format, activation, background, channels_first
+    )
+    found = f"outputs recognised as boxes ({box_format}) and scores (activation {activation}, background {background})"
+    return Recognised(form, class_names, (found, *notes))
+
+
+def box_and_score(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None) -> tuple[str, str, bool] | None:
+    """(boxes, scores, boxes have channels first): the two arrays with one row a candidate; None if there are none."""
+    tables = {name: item_of(array, 0, 2) for name, array in arrays.items() if array.ndim >= 2}
+    tables = {name: table for name, table in tables.items() if table.ndim == 2 and table.dtype.kind == "f"}
+    for channels_first in (False, True):
+        axis = 0 if channels_first else 1
+        boxes = [name for name, table in tables.items() if table.shape[axis] == 4]
+        if len(boxes) > 1:
+            boxes = [name for name in boxes if named(name, BOX_WORDS)]
+        if len(boxes) != 1:
+            continue
+        rows = tables[boxes[0]].shape[1 - axis]
+        others = {name: table for name, table in tables.items() if name != boxes[0]}
+        scores = [name for name, table in others.items() if table.shape[1 - axis] == rows]
+        scores = scores or [name for name, table in others.items() if table.shape[axis] == rows]
+        if len(scores) > 1 and names is not None:
+            widths = {name: tables[name].size // max(rows, 1) for name in scores}
+            scores = [name for name in scores if widths[name] - len(names) in (0, 1)] or scores
+        if len(scores) > 1:
+            scores = [name for name in scores if named(name, (*SCORE_WORDS, *LABEL_WORDS))]
+        if len(scores) == 1:
+            return boxes[0], scores[0], channels_first
+    return None
+
+
+def _has_background(columns: int, class_names: tuple[str, ...], declared: OnnxTeacher) -> bool:
+    if declared.background != "auto":
+        return declared.background != "none"
+    if coco_by_id(class_names):
+        return columns == 92
+    return columns == len(class_names) + 1
+
+
+def _winner(probs: FloatArray) -> Background | None:
+    """The end at which a column wins nearly everywhere, if one does."""
+    best = probs.argmax(1)
+    first, last = float((best == 0).mean()), float((best == probs.shape[1] - 1).mean())
+    if max(first, last) < _WINS:
+        return None
+    return "first" if first >= last else "last"
+
+
+def _background(probe: Probe, probs: FloatArray, class_names: Sequence[str], declared: OnnxTeacher) -> Background:
+    if declared.background != "auto":
+        return declared.background
+    found = _winner(probs)
+    if found is None:
+        raise probe.unclear(
+            f"{probs.shape[1]} score columns for {len(class_names)} classes, and neither end looks like background",
+            "declare `background: first`, `last` or `none`, and the class names that go with it",
+        )
+    return found
+
+
+def _fit_coco(class_names: tuple[str, ...], columns: int, background: Background) -> tuple[str, ...]:
+    """COCO's names by category id, cut to the columns that are left without background."""
+    if class_names != NAMED_LABEL_SETS["coco91"]:
+        return class_names
+    return class_names[1:] if columns == 90 else class_names

@@ -1,0 +1,227 @@
+"""Recognise finished detections: rows of one array, or boxes, scores and labels in arrays of their own."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.labels import NAMED_LABEL_SETS
+from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.grids import grid_cells
+from edgekd.runtimes.outputs import NORMALISED_BELOW, Activation, Background, BoxFormat, OutputFormat, rows_of
+from edgekd.runtimes.probe import (
+    BOX_WORDS,
+    COUNT_WORDS,
+    LABEL_WORDS,
+    SCORE_WORDS,
+    Arrays,
+    Probe,
+    Recognised,
+    named,
+)
+from edgekd.runtimes.rows import LAYOUTS, fitting, in_words
+
+MOST_FINISHED = 1000
+"""Rows beyond this are candidates that no NMS has thinned."""
+_TENSORFLOW = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
+"""What TensorFlow's Object Detection API calls its outputs."""
+_COCO, _COCO_BY_ID = NAMED_LABEL_SETS["coco"], NAMED_LABEL_SETS["coco91"]
+_Origin = Literal["tensorflow", "torchvision", "SSD", "unknown-start", "other"]
+Roles = tuple[tuple[str, ...], tuple[int, ...]]
+
+
+def finished(
+    probe: Probe, arrays: Arrays, declared: OnnxTeacher, names: tuple[str, ...] | None, *, certain: bool
+) -> Recognised | None:
+    """Finished detections in one array or several; None if the outputs are something else.
+
+    Args:
+        certain: they are declared to be finished.
+
+    Raises:
+        UserError: something about them must be declared.
+    """
+    own = {name: array for name, array in arrays.items() if name.partition(":")[0] in _TENSORFLOW}
+    if len(own) == len(_TENSORFLOW):
+        arrays = own  # beside them stand raw boxes, anchors and other scores
+    roles = _row_roles(probe, arrays, names, certain) or _column_roles(arrays)
+    if roles is None:
+        if certain:
+            raise probe.unclear(
+                "output: detections needs boxes, scores and labels, or one array of rows",
+                "declare another `output`, or rename the outputs boxes, scores, labels",
+            )
+        return None
+    if names is None:
+        raise probe.unclear(
+            "finished detections, and no class names in the file",
+            "declare `class_names`: a list in label order, coco, coco91 (COCO's own ids) or voc",
+        )
+    outputs, columns = roles
+    origin = _origin(probe, outputs, arrays)
+    names, background, counted = _labels(probe, origin, names, declared)
+    box_format, unit_unseen = _boxes(probe, origin, outputs, columns, arrays, declared)
+    activation: Activation = "none" if declared.score_activation == "auto" else declared.score_activation
+    rows = _row_count(arrays[outputs[0]])
+    overlapping = len(outputs) > 1 and (rows > MOST_FINISHED or grid_cells(probe.input_hw, rows) is not None)
+    form = OutputFormat(
+        "detections",
+        outputs,
+        len(names),
+        box_format,
+        activation,
+        background,
+        columns=columns,
+        unit_unseen=unit_unseen,
+        overlapping=overlapping,
+    )
+    unit = "pixels or shares as each image shows" if unit_unseen else box_format
+    notes = [f"outputs recognised as finished detections, boxes as {unit}", counted]
+    if len(outputs) == 1:
+        order = in_words(columns) if columns else "in the order that each image's rows show"
+        notes.append(f"detection rows read as {order}")
+    if overlapping:
+        notes.append(f"{rows} rows, which no NMS has thinned yet: edgekd does it")
+    return Recognised(form, names, tuple(notes))
+
+
+def _row_count(array: NDArray[Any]) -> int:
+    return int(np.prod(array.shape[:-1]))
+
+
+def _origin(probe: Probe, outputs: tuple[str, ...], arrays: Arrays) -> _Origin:
+    """Who exported them, as far as that says where labels start: from their names, and whether they have a batch axis."""
+    plain = {name.partition(":")[0] for name in outputs}
+    if len(outputs) == 1 and arrays[outputs[0]].shape[-1] == 7:
+        if arrays[outputs[0]].ndim == 4:
+            return "SSD"  # DetectionOutput
+        return "tensorflow" if probe.channels_last else "other"  # EfficientDet
+    if len(outputs) < 3:
+        return "other"
+    if plain == set(_TENSORFLOW):
+        return "tensorflow"
+    if plain == {"bboxes", "labels", "scores"}:
+        return "SSD"
+    if arrays[outputs[0]].ndim > 2 or arrays[outputs[2]].ndim != 1:
+        return "other"
+    if any(array.shape == (2,) and array.dtype.kind == "i" for n, array in arrays.items() if n not in outputs):
+        return "other"  # Detectron2 gives the image's size too
+    if plain == {"boxes", "labels", "scores"}:
+        return "torchvision"
+    return (
+        "other" if any(named(name, (*BOX_WORDS, *LABEL_WORDS, *SCORE_WORDS)) for name in outputs) else "unknown-start"
+    )
+
+
+def _labels(
+    probe: Probe, origin: _Origin, names: tuple[str, ...], declared: OnnxTeacher
+) -> tuple[tuple[str, ...], Background, str]:
+    """(names, where labels start, a note on it)."""
+    if names == _COCO and origin in ("tensorflow", "torchvision") and declared.background == "auto":
+        names = _COCO_BY_ID
+    if names == _COCO_BY_ID:
+        return names, "none", "labels read as COCO's category ids"
+    if declared.background != "auto":
+        start: Background = declared.background
+        return names, start, f"labels counted from {int(start == 'first')}, as declared"
+    if origin == "unknown-start":
+        raise probe.unclear(
+            "labels that may start at 0 or at 1",
+            "declare `background: first` where label 1 is the first class (torchvision and maskrcnn-benchmark export so), "
+            "`background: none` where label 0 is, or `class_names: coco91` for COCO's own ids",
+        )
+    start = "none" if origin == "other" else "first"
+    why = "" if origin == "other" else f", as {origin} does"
+    return names, start, f"labels counted from {int(start == 'first')}{why}; `background` declares it"
+
+
+def _boxes(
+    probe: Probe,
+    origin: _Origin,
+    outputs: tuple[str, ...],
+    columns: tuple[int, ...],
+    arrays: Arrays,
+    declared: OnnxTeacher,
+) -> tuple[BoxFormat, bool]:
+    """(box format, whether its unit is still to be seen)."""
+    if declared.box_format != "auto":
+        return declared.box_format, False
+    if origin == "tensorflow" and len(outputs) > 1:
+        return "yxyx-normalised", False
+    if probe.metadata.get("task") == "obb":
+        return "cxcywh-rotated", False
+    array = arrays[outputs[0]]
+    if len(outputs) == 1:
+        array = rows_of(array, 0)
+        columns = columns or LAYOUTS[min(array.shape[-1], 7)][0]
+    boxes = np.asarray(array, np.float32)[..., list(columns[:4] if len(outputs) == 1 else (0, 1, 2, 3))].reshape(-1, 4)
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]  # padding, of zeros or -1, says nothing of the unit
+    normalised = len(boxes) > 0 and float(np.abs(boxes).max()) <= NORMALISED_BELOW
+    axes = "yxyx" if probe.channels_last and array.shape[-1] == 7 else "xyxy"  # EfficientDet's rows
+    return cast(BoxFormat, axes + ("-normalised" if normalised else "")), not len(boxes) and axes == "xyxy"
+
+
+def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, certain: bool) -> Roles | None:
+    """One array of rows, perhaps with a count beside it, or with prototypes of masks, which are no tables."""
+    tables = {n: a for n, a in arrays.items() if not (a.dtype.kind in "iu" and a.size == 1)}
+    if len(tables) != 1:
+        return None
+    ((name, array),) = tables.items()
+    task = probe.metadata.get("task")
+    if array.ndim not in (2, 3, 4) or array.shape[-1] < 6 or (array.ndim == 2 and array.shape[-1] > 7):
+        return None
+    width = array.shape[-1]
+    if task == "obb" and width == 7 and array.ndim == 3:  # centre, extent, score, label, angle
+        return (name,), LAYOUTS[6][0]
+    rows = np.asarray(rows_of(array, 0), np.float32)
+    classes = None if names is None else len(names)
+    further = width > 7  # mask coefficients or keypoints behind the six
+    found = fitting(rows[:, :6] if further else rows, classes)
+    if further:
+        found = [columns for columns in found if columns == LAYOUTS[6][0]]
+    nothing = not ((rows != 0) & (rows != -1)).any()
+    if nothing and (not further or task in ("segment", "pose")):
+        if "scale_factor" in probe.inputs and width == 6:
+            return (name,), LAYOUTS[6][1]
+        return (name,), LAYOUTS[6][0] if further else ()
+    # With one or two classes a raw head has six columns too, but no whole numbers in one of them.
+    if found and (certain or len(rows) <= MOST_FINISHED or (not further and (classes is None or classes > 2))):
+        return (name,), found[0] if len(found) == 1 else ()
+    return None
+
+
+def _column_roles(arrays: Arrays) -> Roles | None:
+    """Boxes, scores and labels in arrays of their own, perhaps with a count; by type and name, since rows may be 0."""
+    boxes = [
+        n for n, array in arrays.items() if array.ndim >= 2 and array.shape[-1] in (4, 5) and array.dtype.kind == "f"
+    ]
+    if len(boxes) > 1:  # (1, N) columns with four or five rows look like boxes too
+        boxes = [name for name in boxes if named(name, BOX_WORDS)] or boxes
+        boxes = [name for name in boxes if arrays[name].ndim == max(arrays[other].ndim for other in boxes)]
+    if len(boxes) != 1:
+        return None
+    rows = _row_count(arrays[boxes[0]])
+    flat = {name: array for name, array in arrays.items() if name not in boxes and _is_column(array)}
+    counts = [n for n, a in flat.items() if a.size == 1 and named(n, COUNT_WORDS) and not named(n, LABEL_WORDS)]
+    flat = {name: array for name, array in flat.items() if array.size == rows and name not in counts}
+    labels = [name for name, array in flat.items() if array.dtype.kind in "iu"]
+    labels = labels or [name for name in flat if named(name, LABEL_WORDS) and not named(name, COUNT_WORDS)]
+    if len(labels) > 1:
+        labels = [name for name in labels if named(name, LABEL_WORDS)]
+    scores = [name for name, array in flat.items() if array.dtype.kind == "f" and name not in labels]
+    if len(scores) > 1:
+        scores = [name for name in scores if named(name, SCORE_WORDS)]
+    if len(labels) != 1:
+        return None
+    if arrays[boxes[0]].shape[-1] == 5:  # the score stands behind the box
+        return ((boxes[0], labels[0]), (0, 1, 2, 3, 4)) if not scores else None
+    if len(scores) != 1:
+        return None
+    return (boxes[0], scores[0], labels[0], *counts[:1]), (0, 1, 2, 3, 4, 5)
+
+
+def _is_column(array: NDArray[Any]) -> bool:
+    """Whether an output has one value a row: (N,), (1, N), (1, N, 1), (N, 1) or a count."""
+    return array.ndim <= 1 or sum(extent != 1 for extent in array.shape) <= 1

@@ -1,0 +1,41 @@
+"""The files that make up a model: an ONNX file may keep its weights in others beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from edgekd.artifact import sha256_file
+
+
+def external_files(file: Path, model: Any = None) -> list[Path]:
+    """Files beside an ONNX file that hold its large tensors; none for another kind of file, or without onnx.
+
+    Args:
+        model: the file's `ModelProto` if it has been read already.
+    """
+    if model is None:
+        if file.suffix != ".onnx":
+            return []
+        try:
+            import onnx
+
+            model = onnx.load(str(file), load_external_data=False)
+        except Exception:  # whoever runs the file says what is wrong with it
+            return []
+    places = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    return [part for part in (file.parent / place for place in sorted(places)) if part.is_file()]
+
+
+def sha256_model(file: Path) -> str:
+    """The SHA-256 of a model's file; of all its files together where the weights lie in others.
+
+    An ONNX file with external weights stays the same, byte for byte, when these are trained on.
+    """
+    parts = external_files(file)
+    if not parts:
+        return sha256_file(file)
+    return hashlib.sha256("".join(sha256_file(part) for part in (file, *parts)).encode()).hexdigest()
