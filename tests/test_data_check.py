@@ -90,7 +90,7 @@ def test_categories_that_contradict_are_told_once(tmp_path: Path) -> None:
     root = MAKERS["coco"](tmp_path)
     path = root / "annotations" / "instances_train.json"
     data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, "categories": data["categories"] * 2}))
+    path.write_text(json.dumps({**data, "categories": [{"id": 5, "name": "cat"}]}))
     assert [problem.kind for problem in check_dataset(root).problems].count("bad-layout") == 1
 
 
