@@ -3,7 +3,7 @@
 Kept: boxes (to 1e-9 px), classes and their order, difficult and crowd flags, image ids, file names, splits, COCO's
 category ids, and every image byte for byte. What VOC and YOLO have no place for goes into `edgekd.json`; what COCO has
 no place for into keys of its own that other readers pass over. Not kept: what edgekd does not read (masks, keypoints,
-poses), and boxes that reading refuses, which the report names.
+poses, marks such as truncated and occluded), and boxes that reading refuses, which the report names.
 """
 
 from __future__ import annotations

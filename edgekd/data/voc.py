@@ -223,7 +223,7 @@ class VocSource:
         """The one image whose name differs in case only, as Windows and macOS would find it."""
         folder = self._image_folder(split)
         if folder not in self._folded:
-            self._folded[folder] = folded = {}
+            folded = self._folded.setdefault(folder, {})
             for stem, paths in self._images[folder].items():
                 if not self._annotation_path(split, stem):
                     folded.setdefault(stem.casefold(), []).extend(paths)
