@@ -110,12 +110,13 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 
 
 def _beginning(path: Path) -> str | None:
-    """What a file starts with: enough to see an error page, or where Git LFS has left a pointer."""
+    """The text that a file starts with: enough to see an error page, or that Git LFS has left a pointer."""
     try:
         with open(path, "rb") as stream:
-            return f"it starts with {stream.read(40)!r}"
-    except OSError:
+            text = stream.read(40).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
         return None
+    return f"a text that starts with {text!r}" if text.isprintable() or "\n" in text else None
 
 
 def _too_large(path: Path, got: str) -> DataError:

@@ -27,6 +27,7 @@ from edgekd.data.layout import PARTS, Format, RawImage, Source, stem_of
 from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.reading import open_source
 from edgekd.data.voc import VocSource
+from edgekd.data.yolo_yaml import find_yaml
 from edgekd.errors import DataError, refusal
 
 
@@ -158,7 +159,10 @@ def _whole(source: Source) -> str:
         return splits[0]
     ways = {"voc": "move ImageSets away"}
     if len(splits) == 1:
-        ways |= {"coco": "rename its JSON file to instances_all.json", "yolo": "call it `all:` in data.yaml"}
+        listing = Path(f"{splits[0]}.txt")
+        yolo = f"move {listing} away" if (source.root / listing).is_file() else f"rename the folder {splits[0]}"
+        yolo = "call it `all:` in data.yaml" if find_yaml(source.root) else yolo
+        ways |= {"coco": "rename its JSON file to instances_all.json", "yolo": yolo}
     way = ways.get(source.format)
     raise DataError(
         f"{printable(source.root)} has splits already",
