@@ -157,3 +157,10 @@ def test_a_lone_split_under_any_name_is_told_how_to_be_divided(tmp_path: Path) -
     coco(tmp_path, "result.json", "images")
     with pytest.raises(DataError, match="edgekd data split"):
         read_dataset(tmp_path, "train")
+
+
+def test_a_misnamed_label_stops_a_part_of_the_split_too(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    (tmp_path / "labels/train/a.txt").rename(tmp_path / "labels/train/a.TXT")
+    with pytest.raises(DataError, match="misnamed-label"):
+        read_dataset(tmp_path, "train", limit=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,8 +106,9 @@ class YoloSource:
                 continue
             ids.add(raw.image_id)
             raws.append(raw)
+        lacking = self._report_misnamed(split, listed[:limit], problems)
         if limit is None:
-            self._report_orphans(split, listed, problems)
+            self._report_orphans(split, listed, lacking, problems)
         return raws
 
     def _is_above(self, folder: Path) -> bool:
@@ -203,8 +204,8 @@ class YoloSource:
                 )
                 problems.append(Problem("ambiguous-image", label, message, split=split))
 
-    def _report_orphans(self, split: str, listed: list[_Listed], problems: list[Problem]) -> None:
-        """Name label files that no image finds, where it can be told that one should."""
+    def _report_misnamed(self, split: str, listed: list[_Listed], problems: list[Problem]) -> set[Path]:
+        """Name label files that an image misses by a hair; returns the plain names of all labels that images lack."""
         wanted = {label_path(image.path) for image in listed}
         lacking = {_plain(label): label for label in wanted if not label.is_file()}
         near = {path for folder in {label.parent for label in lacking.values()} for path in _texts(folder)} - wanted
@@ -212,7 +213,14 @@ class YoloSource:
             if _plain(path) in lacking:
                 message = f"the image of this label wants it to be called {printable(lacking[_plain(path)].name)}"
                 problems.append(Problem("misnamed-label", path, message, split=split))
-        for entry in self._splits[split]:  # only folders of labels alone belong to one split
+        return set(lacking)
+
+    def _report_orphans(
+        self, split: str, listed: list[_Listed], lacking: Collection[Path], problems: list[Problem]
+    ) -> None:
+        """Name label files without an image; only where the split's folders have label folders of their own."""
+        wanted = {label_path(image.path) for image in listed}
+        for entry in self._splits[split]:
             if not os.path.isdir(entry) or "images" not in entry.parts or self._is_above(entry):
                 continue
             for path in files_under(label_path(entry / "x.jpg").parent):
