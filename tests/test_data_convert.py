@@ -264,6 +264,13 @@ def test_an_image_of_several_splits_is_stored_once(tmp_path: Path) -> None:
     assert (tmp_path / "linked" / "images" / "train" / "0001.jpg").samefile(source / "JPEGImages" / "0001.jpg")
 
 
+def test_a_folder_within_the_source_is_refused(tmp_path: Path) -> None:
+    source = make_voc(tmp_path / "source", {"train": {"a": [("dog", (1, 1, 9, 9))]}})
+    with pytest.raises(DataError, match="lies within the data set"):
+        convert_dataset(source, source / "JPEGImages" / "coco", "coco")
+    assert not (source / "JPEGImages" / "coco").exists()
+
+
 def test_what_is_there_stays_untouched(tmp_path: Path) -> None:
     source = make_voc(tmp_path / "0", {"train": {"a": []}, "val": {"b": [("dog", (1, 1, 9, 9))]}})
     (tmp_path / "full").mkdir()
