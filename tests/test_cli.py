@@ -119,7 +119,8 @@ def test_recipe_check_of_several_says_of_each(recipe: Path, tmp_path: Path) -> N
 
 
 def test_a_wrong_key_on_the_command_line_is_told_there(recipe: Path) -> None:
-    assert "--set nosuch.key=1: nosuch: unknown key" in edgekd("train", recipe, "--set", "nosuch.key=1").stderr
+    result = edgekd("train", recipe, "--out", "x", "--set", "nosuch.key=1")
+    assert "--set nosuch.key=1: nosuch: unknown key" in result.stderr
 
 
 def test_recipe_check(recipe: Path) -> None:
