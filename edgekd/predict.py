@@ -11,13 +11,11 @@ from typing import Any
 
 from edgekd.artifact import atomic_path, write_json
 from edgekd.data.images import load_image
+from edgekd.data.layout import IMAGE_SUFFIXES, is_image
 from edgekd.draw import draw_detections
 from edgekd.errors import EdgeKDError, UserError
 from edgekd.predictor import Predictor
 from edgekd.types import Detections, ImageArray
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"})
-"""What counts as an image inside a folder; a file that is named is tried whatever it is called."""
 
 JSON_NAME = "predictions.json"
 SCHEMA = "edgekd.predictions/1"
@@ -42,12 +40,12 @@ class Predictions:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, folders as all the images in them (and below), each once, in order."""
+    """Files as they are, whatever they are called; folders as all the images in them (and below); each once, in order."""
     found: dict[Path, Path] = {}
     for path in paths:
         inside = [path]
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.is_dir())
+            inside = sorted(file for file in path.rglob("*") if is_image(file) and not file.is_dir())
         for file in inside:
             found.setdefault(_real(file), file)
     return list(found.values())
@@ -94,7 +92,9 @@ def predict_images(
     images = find_images(paths)
     if not images:
         given = ", ".join(str(path) for path in paths)
-        raise UserError("there are no images to look at", got=given, expected=f"images: {' '.join(sorted(SUFFIXES))}")
+        raise UserError(
+            "there are no images to look at", got=given, expected=f"images: {' '.join(sorted(IMAGE_SUFFIXES))}"
+        )
     targets = [out / f"{name}.jpg" for name in output_names(images)]
     own = {_real(path) for path in images}
     for target in targets:

@@ -195,6 +195,8 @@ class Video:
                 time_s = now / 1e9 - start if self.live else frame.time_s
                 slot.put(Frame(frame.index, time_s, now, frame.bgr))
                 self.offered = frame.index + 1
+            if not self.live:  # the last frame lasts as long as any other
+                slot.stopped.wait(max(0.0, start + self.offered * period - time.perf_counter()))
         finally:
             slot.put(None)
 

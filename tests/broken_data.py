@@ -96,6 +96,10 @@ def labels(content: str | bytes) -> Spoil:
     return write("labels/train/a.txt", content)
 
 
+def rename_label(name: str) -> Spoil:
+    return lambda root: (root / "labels/train/a.txt").rename(root / "labels/train" / name)
+
+
 def data_yaml(content: str) -> Spoil:
     return write("data.yaml", content)
 
@@ -113,6 +117,7 @@ def obj(*lines: str) -> str:
     return "\n".join(["<annotation>", "<object>", *lines, "</object></annotation>"])
 
 
+NESTED = "<annotation><objects>\n<object><name>dog</name></object></objects></annotation>"
 LAUGHS = (
     '<!DOCTYPE a [<!ENTITY l "ha"><!ENTITY m "&l;&l;&l;">]><annotation><object><name>&m;</name></object></annotation>'
 )
@@ -134,6 +139,12 @@ VOC_CASES = {
     "of zero bytes": Case("voc", xml(b""), "bad-annotation", "a.xml"),
     "binary": Case("voc", xml(ALL_BYTES), "bad-annotation", "a.xml:1"),
     "not utf-8": Case("voc", xml(b"<annotation>\n\xff</annotation>"), "bad-annotation", "a.xml:2"),
+    "no encoding declared": Case(
+        "voc", xml("<annotation>é</annotation>".encode("latin-1")), "bad-annotation", "12 is no UTF-8"
+    ),
+    "declared encoding broken": Case(
+        "voc", xml(b"<?xml version='1.0' encoding='gbk'?><a>\xff\xff</a>"), "bad-annotation", "gbk"
+    ),
     "unknown encoding": Case("voc", xml(KLINGON), "bad-annotation", "a.xml:1"),
     "other root": Case("voc", xml("<html></html>"), "bad-annotation", "a.xml:1"),
     "entities": Case("voc", xml(LAUGHS), "bad-annotation", "a.xml:1"),
@@ -141,6 +152,13 @@ VOC_CASES = {
     "undeclared entity": Case("voc", xml("<annotation>&nope;</annotation>"), "bad-annotation", "a.xml:1"),
     "nested deeply": Case("voc", xml(DEEP), "bad-annotation", "a.xml:1"),
     "no box": Case("voc", xml(obj("<name>dog</name>")), "bad-annotation", "a.xml:2"),
+    "objects within others": Case("voc", xml(NESTED), "bad-annotation", "a.xml:2: <object> within <objects>"),
+    "objects in other letters": Case(
+        "voc", xml(obj().replace("object", "Object")), "bad-annotation", "a.xml:2: <Object> within <annotation>"
+    ),
+    "two boxes": Case(
+        "voc", xml(voc_xml(DOG).replace("</bndbox>", "</bndbox><bndbox/>")), "bad-annotation", "more than one <bndbox>"
+    ),
     "no name": Case("voc", xml(obj("<bndbox/>")), "bad-annotation", "a.xml:2"),
     "empty name": Case("voc", xml(obj("<name> </name>")), "bad-annotation", "a.xml:3"),
     "no corner": Case("voc", xml(obj("<name>dog</name>", "<bndbox/>")), "bad-annotation", "a.xml:4"),
@@ -172,6 +190,18 @@ VOC_CASES = {
     "two images": Case(
         "voc", image("voc", lambda path: shutil.copy(path, path.with_suffix(".jpg"))), "ambiguous-image", "a.xml"
     ),
+    "image of another annotation": Case(
+        "voc",
+        xml(voc_xml(DOG).replace("<size>", "<filename>b.png</filename><size>")),
+        "ambiguous-image",
+        "another image",
+    ),
+    "image of two annotations": Case(
+        "voc",
+        both(image("voc", Path.unlink), xml(voc_xml(DOG).replace("<size>", "<filename>b.png</filename><size>"))),
+        "shared-image",
+        "b.xml: b.png is the image of a.xml as well",
+    ),
     "image of no annotation": Case(
         "voc",
         both(folders_for_splits, lambda root: picture(root / "train" / "JPEGImages" / "new.png")),
@@ -198,8 +228,24 @@ COCO_CASES = {
     "no images": Case("coco", edit(lambda data: data.pop("images")), "bad-annotation", JSON),
     "null annotations": Case("coco", edit(lambda data: data.update(annotations=None)), "bad-annotation", JSON),
     "categories of words": Case("coco", edit(lambda data: data.update(categories=["dog"])), "bad-layout", JSON),
-    "category twice": Case(
-        "coco", edit(lambda data: data["categories"].append(data["categories"][0])), "bad-layout", JSON
+    "category id twice": Case(
+        "coco", edit(lambda data: data["categories"].append({"id": 5, "name": "cat"})), "bad-layout", JSON
+    ),
+    "category name twice": Case(
+        "coco",
+        edit(lambda data: data["categories"].insert(0, {"id": 0, "name": "dog"})),
+        "repeated-category",
+        "0 and 5",
+    ),
+    "corners for sizes": Case(
+        "coco",
+        edit(
+            lambda data: data["annotations"].extend(
+                {**data["annotations"][0], "bbox": [30, 9, 50, 30]} for _ in "12345"
+            )
+        ),
+        "boxes-beyond-images",
+        "5 of 7 boxes",
     ),
     "image id twice": Case("coco", image_entry(1, id=1), "duplicate-id", "images[1] (id 1)"),
     "image id twice, as text": Case("coco", image_entry(1, id="1"), "duplicate-id", "images[1] (id 1)"),
@@ -251,7 +297,7 @@ YOLO_CASES = {
     "six numbers": Case("yolo", labels("0 0.5 0.5 0.5 0.5 0.9\n"), "bad-annotation", "a.txt:1"),
     "commas": Case("yolo", labels("0,0.5,0.5,0.5,0.5\n"), "bad-annotation", "a.txt:1"),
     "binary": Case("yolo", labels(ALL_BYTES), "bad-annotation", "a.txt"),
-    "utf-16": Case("yolo", labels("0 0.5 0.5 0.5 0.5\n".encode("utf-16")), "bad-annotation", "a.txt:1"),
+    "corners for sizes": Case("yolo", labels("0 0.3 0.2 0.8 0.7\n" * 5), "boxes-beyond-images", "5 of 6 boxes"),
     "a folder": Case("yolo", folder_instead("labels/train/a.txt"), "bad-annotation", "a.txt"),
     "nan": Case("yolo", labels("0 nan 0.5 0.5 0.5\n0 0.5 0.5 0.5 0.5\n"), "non-finite-box", "a.txt:1"),
     "nan polygon": Case("yolo", labels("0 0.1 0.1 nan 0.1 0.5 0.5\n"), "non-finite-box", "a.txt:1"),
@@ -263,10 +309,12 @@ YOLO_CASES = {
     "twice": Case("yolo", labels("0 0.5 0.5 0.5 0.5\r\n0 0.5 0.5 0.5 0.5\r\n"), "duplicate-box", "a.txt:2"),
     "label without image": Case("yolo", image("yolo", Path.unlink), "orphan-label", "a.txt"),
     "label in upper case": Case(
-        "yolo",
-        lambda root: (root / "labels/train/a.txt").rename(root / "labels/train/a.TXT"),
-        "orphan-label",
-        "a.TXT: labels end in .txt",
+        "yolo", rename_label("a.TXT"), "misnamed-label", "a.TXT: the image of this label wants"
+    ),
+    "label of another case": Case("yolo", rename_label("A.txt"), "misnamed-label", "to be called a.txt"),
+    "label with the image's suffix": Case("yolo", rename_label("a.png.txt"), "misnamed-label", "a.png.txt"),
+    "label of two images": Case(
+        "yolo", image("yolo", lambda path: shutil.copy(path, path.with_suffix(".bmp"))), "ambiguous-image", "a.txt"
     ),
     "nothing to measure": Case(
         "yolo",
@@ -296,9 +344,6 @@ YOLO_CASES = {
     "name blank": Case("yolo", data_yaml('train: images/train\nnames: [" "]'), "bad-layout", "no text"),
     "split no text": Case("yolo", data_yaml('train: "\\ud800"\nnames: [dog]'), "bad-layout", "data.yaml"),
     "names gap": Case("yolo", data_yaml("train: images/train\nnames: {0: dog, 2: cat}"), "bad-layout", "data.yaml"),
-    "names that YAML takes for true": Case(
-        "yolo", data_yaml("train: images/train\nnames: [dog, yes]"), "bad-layout", "in quotes"
-    ),
     "names a word": Case("yolo", data_yaml("train: images/train\nnames: dog"), "bad-layout", "data.yaml"),
     "no names": Case("yolo", data_yaml("train: images/train"), "bad-layout", "does not name its classes"),
     "list": Case("yolo", list_file(b"\xef\xbb\xbfimages/train/a.png\r\n\r\nnope.png"), "missing-image", "t.txt:3"),
@@ -313,6 +358,7 @@ IMAGE_CASES: dict[str, tuple[Spoil, str, str]] = {
     "image of zero bytes": (lambda path: path.write_bytes(b""), "bad-image", "a.png"),
     "image of text": (lambda path: path.write_text("hi"), "bad-image", "a.png"),
     "image cut": (lambda path: path.write_bytes(path.read_bytes()[:900]), "broken-pixels", "a.png"),
+    "image of Git LFS": (lambda path: path.write_text("version https://git-lfs"), "bad-image", "git-lfs"),
     "image again": (lambda path: shutil.copy(path, path.with_name("b.png")), "duplicate-image", "b.png"),
 }
 

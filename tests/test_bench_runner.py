@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,27 @@ def test_broken_artefacts(tmp_path: Path, content: bytes | None) -> None:
             memory=False,
             out=tmp_path / "r.json",
         )
+
+
+def test_a_split_without_objects_is_told(tmp_path: Path) -> None:
+    path = write_detector(tmp_path / "a.onnx", GOOD_BOXES, GOOD_SCORES)
+    dataset = make_dataset(tmp_path / "data", images=1)
+    nothing = dataset.records[0].boxes_xyxy[:0]
+    empty = replace(
+        dataset.records[0],
+        boxes_xyxy=nothing,
+        labels=np.zeros(0, np.int64),
+        difficult=np.zeros(0, np.bool_),
+        crowd=np.zeros(0, np.bool_),
+    )
+    found = bench_artifacts(
+        [BenchArtifact(path, "a")],
+        replace(dataset, records=(empty,)),
+        config=CONFIG,
+        memory=False,
+        out=tmp_path / "r.json",
+    )
+    assert any("has no object: accuracy cannot be measured" in text for text in found["warnings"])
 
 
 def test_empty_split(tmp_path: Path) -> None:

@@ -104,6 +104,25 @@ def test_seed_may_stand_before_or_after(tmp_path: Path) -> None:
     assert pixels[0] == pixels[1] != pixels[2]
 
 
+def test_recipe_check_of_several_says_of_each(recipe: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(recipe.read_text() + "\nnosuch: 1\n")
+    both = edgekd("recipe", "check", recipe, wrong, "--no-files")
+    assert both.exit_code == 2
+    assert both.stdout == f"{recipe}: ok\n"
+    assert "nosuch: unknown key" in both.stderr
+    told = json.loads(edgekd("recipe", "check", wrong, recipe, "--no-files", "--json").stdout)
+    assert told["recipes"][str(wrong)] is None
+    assert told["recipes"][str(recipe)]["name"]
+    assert len(told["problems"]) == 1
+    assert edgekd("recipe", "check", recipe, recipe, "--no-files").exit_code == 0
+
+
+def test_a_wrong_key_on_the_command_line_is_told_there(recipe: Path) -> None:
+    result = edgekd("train", recipe, "--out", "x", "--set", "nosuch.key=1")
+    assert "--set nosuch.key=1: nosuch: unknown key" in result.stderr
+
+
 def test_recipe_check(recipe: Path) -> None:
     assert "epochs:" in edgekd("recipe", "check", recipe).output
     shown = json.loads(edgekd("recipe", "check", recipe, "--set", "train.epochs=3", "--no-files", "--json").stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def test_categories_that_contradict_are_told_once(tmp_path: Path) -> None:
     root = MAKERS["coco"](tmp_path)
     path = root / "annotations" / "instances_train.json"
     data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, "categories": data["categories"] * 2}))
+    path.write_text(json.dumps({**data, "categories": [{"id": 5, "name": "cat"}]}))
     assert [problem.kind for problem in check_dataset(root).problems].count("bad-layout") == 1
 
 
@@ -252,3 +253,10 @@ def test_a_contact_sheet_that_cannot_be_written_is_no_success(tmp_path: Path) ->
     result = CliRunner().invoke(app, ["data", "check", str(voc(tmp_path / "a")), "--sheet", str(tmp_path)])
     assert result.exit_code == 2
     assert "is a folder" in result.stderr
+
+
+def test_splits_are_found_by_their_other_names_and_a_set_without_any_is_told_how(tmp_path: Path) -> None:
+    assert [split.name for split in check_dataset(voc(tmp_path / "a"), splits=["valid"]).splits] == ["val"]
+    assert "edgekd data split" not in check_dataset(tmp_path / "a", splits=["train"]).text()
+    shutil.rmtree(tmp_path / "a" / "ImageSets")
+    assert f"edgekd data split {tmp_path / 'a'} --val 0.2" in check_dataset(tmp_path / "a").text()

@@ -165,6 +165,16 @@ def test_the_same_stems_in_two_splits_stay_two_images(tmp_path: Path) -> None:
         assert_same(source, tmp_path / str(step), names=False)
 
 
+@pytest.mark.parametrize("to", ["voc", "coco"])
+def test_a_folder_of_the_name_images_within_a_split_loses_no_label(tmp_path: Path, to: str) -> None:
+    source = make_yolo(tmp_path / "source", {"train": {"images/a": ["0 0.5 0.5 0.5 0.5"]}}, ["dog"])
+    (source / "labels/train/images").rename(source / "images/train/labels")  # where its readers look for it
+    assert read_dataset(source, "train").records[0].labels.tolist() == [0]
+    convert_dataset(source, tmp_path / "1", to)
+    convert_dataset(tmp_path / "1", tmp_path / "2", "yolo")
+    assert_same(source, tmp_path / "2")
+
+
 def test_the_same_stems_in_one_split_stay_two_images(tmp_path: Path) -> None:
     source = make_coco(tmp_path / "0", {"train": {"a/1": [], "b/1": [("dog", (1, 1, 9, 9))]}}, {"dog": 1})
     picture(source / "train" / "a" / "1.png"), picture(source / "train" / "b" / "1.png", seed=5)
@@ -252,6 +262,13 @@ def test_an_image_of_several_splits_is_stored_once(tmp_path: Path) -> None:
     assert not twins[0].samefile(source / "JPEGImages" / "0001.jpg")
     convert_dataset(source, tmp_path / "linked", "yolo", link=True)
     assert (tmp_path / "linked" / "images" / "train" / "0001.jpg").samefile(source / "JPEGImages" / "0001.jpg")
+
+
+def test_a_folder_within_the_source_is_refused(tmp_path: Path) -> None:
+    source = make_voc(tmp_path / "source", {"train": {"a": [("dog", (1, 1, 9, 9))]}})
+    with pytest.raises(DataError, match="lies within the data set"):
+        convert_dataset(source, source / "JPEGImages" / "coco", "coco")
+    assert not (source / "JPEGImages" / "coco").exists()
 
 
 def test_what_is_there_stays_untouched(tmp_path: Path) -> None:

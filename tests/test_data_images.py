@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -163,3 +164,11 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, read, side: i
     (tmp_path / "bomb.png").write_bytes(data)
     with pytest.raises(DataError, match="too large to load"):
         read(tmp_path / "bomb.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_is_no_image_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for read in (image_hw, load_image):
+        with pytest.raises(DataError, match="not a file"):
+            read(tmp_path / "a.png")

@@ -358,3 +358,15 @@ def test_images_without_annotations_are_told_apart_from_nothing(tmp_path: Path) 
     picture(tmp_path / "b.png")
     with pytest.raises(DataError, match=r"holds 2 images but no annotations[\s\S]*edgekd data label"):
         detect_format(tmp_path)
+
+
+@pytest.mark.parametrize(("spoil", "way"), [("list", "move train.txt away"), ("folder", "rename the folder train")])
+def test_how_to_divide_what_is_called_train(tmp_path: Path, spoil: str, way: str) -> None:
+    for name in "abc":
+        picture(tmp_path / "train" / f"{name}.png")
+        (tmp_path / "train" / f"{name}.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (tmp_path / "classes.txt").write_text("dog")
+    if spoil == "list":
+        (tmp_path / "train.txt").write_text("train/a.png\n")
+    with pytest.raises(DataError, match=way):
+        split_dataset(tmp_path, val=0.4)

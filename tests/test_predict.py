@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from edgekd.cli import app
 from edgekd.cli.deploy import foreign_options, provider_of
+from edgekd.data.layout import IMAGE_SUFFIXES
 from edgekd.draw import class_colour, draw_detections
 from edgekd.errors import EdgeKDError, RecipeError, UserError
 from edgekd.labels import NAMED_LABEL_SETS
@@ -110,6 +111,12 @@ def test_a_folder_without_images_is_an_error(checkpoint: Path, tmp_path: Path) -
 def test_each_image_once(tmp_path: Path) -> None:
     image = picture(tmp_path / "in" / "x.jpg")
     assert find_images([tmp_path / "in", image, image]) == [image]
+
+
+def test_a_folder_gives_all_that_data_sets_take_for_images(tmp_path: Path) -> None:
+    for suffix in IMAGE_SUFFIXES:
+        (tmp_path / f"x{suffix.upper()}").touch()
+    assert len(find_images([tmp_path])) == len(IMAGE_SUFFIXES)
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,10 @@ def test_in_real_time_a_slow_reader_gets_the_newest_frame_and_loses_the_rest(tmp
 
 def test_in_real_time_a_fast_reader_loses_nothing(tmp_path: Path) -> None:
     with Video(str(make_video(tmp_path / "v.avi", count=10, fps=10))) as video:
+        start = time.perf_counter()
         assert [one.index for one in video.frames(realtime=True)] == list(range(10))
         assert video.dropped == 0
+        assert time.perf_counter() - start >= 1, "the last frame lasts its tenth of a second too"
 
 
 def test_a_reader_that_leaves_early_leaves_no_thread(tmp_path: Path) -> None:

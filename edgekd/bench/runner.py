@@ -111,6 +111,10 @@ def bench_artifacts(
         "energy_seconds": energy_seconds,
     }
     warnings = warnings_of(rows, found.contention, found.conditions["throttled"])
+    if not accuracies[0].objects:
+        warnings.append(
+            f"split {dataset.split!r} has no object: accuracy cannot be measured on it (`edgekd data check`)"
+        )
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

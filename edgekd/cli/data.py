@@ -190,7 +190,10 @@ def convert(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a data set in another layout, without loss."""
+    """Write a data set in another layout, without loss of what edgekd reads.
+
+    That is images, boxes, classes, ids, difficult and crowd; not masks, keypoints, or marks such as truncated.
+    """
     session = session_of(context)
     from edgekd.data.convert import convert_dataset
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from edgekd.data.check_report import CheckReport, SplitSummary, summarise
 from edgekd.data.contact_sheet import write_contact_sheet
 from edgekd.data.images import load_image
-from edgekd.data.layout import Source, require_split
+from edgekd.data.layout import Source, find_split
 from edgekd.data.problems import Problem, printable
 from edgekd.data.reading import NO_CLASS, class_names_of, detect_format, open_source
 from edgekd.data.records import resolve
@@ -44,8 +44,7 @@ def check_dataset(
     source = _open(root, format)
     if isinstance(source, CheckReport):
         return source
-    for split in splits or ():
-        require_split(split, source.splits(), source.root)
+    splits = [find_split(split, source.splits(), source.root) for split in splits or ()]
     problems: list[Problem] = []
     names = _names(source, class_names, problems)
     records: dict[str, list[ImageRecord]] = {}

@@ -3,7 +3,7 @@
 Kept: boxes (to 1e-9 px), classes and their order, difficult and crowd flags, image ids, file names, splits, COCO's
 category ids, and every image byte for byte. What VOC and YOLO have no place for goes into `edgekd.json`; what COCO has
 no place for into keys of its own that other readers pass over. Not kept: what edgekd does not read (masks, keypoints,
-poses), and boxes that reading refuses, which the report names.
+poses, marks such as truncated and occluded), and boxes that reading refuses, which the report names.
 """
 
 from __future__ import annotations
@@ -65,13 +65,17 @@ def convert_dataset(
     `link` hard-links the images where the file system allows, instead of copying them.
 
     Raises:
-        DataError: the source cannot be read whole, `to` is no format, or `out` is there and not empty.
+        DataError: the source cannot be read whole, `to` is no format, or `out` is there and not empty,
+            or within the source.
     """
     source, out = Path(source), Path(out)
     if to not in _WRITERS:
         raise DataError(f"unknown data format {to!r}", expected=", ".join(get_args(Format)))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{printable(out)} is there already and not empty", fix="name a new folder, or remove this one")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        fix = "choose a folder beside it: one within would be read as a part of it"
+        raise DataError(f"{printable(out)} lies within the data set", fix=fix)
     opened = open_source(source, format)
     names = class_names_of(opened, class_names)
     problems: list[Problem] = []

@@ -62,6 +62,7 @@ def image_hw(path: Path | str) -> tuple[int, int]:
         DataError: the file is missing, empty, no image, or larger than `MAX_PIXELS`.
     """
     path = Path(path)
+    _require_file(path)
     try:
         with Image.open(path) as image:
             _check_size(path, image)
@@ -73,7 +74,14 @@ def image_hw(path: Path | str) -> tuple[int, int]:
         raise _unreadable(path, error) from error
 
 
+def _require_file(path: Path) -> None:
+    """Raise for a folder or a pipe, which nothing may ever come out of."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{printable(path)}: not a file", expected="an image file")
+
+
 def _read(path: Path) -> bytes:
+    _require_file(path)
     try:
         size = path.stat().st_size
         if size > _MAX_BYTES:
@@ -97,8 +105,18 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     except OSError:
         pass
     if isinstance(error, UnidentifiedImageError):
-        return DataError(f"{name}: not an image, or of a kind that Pillow does not know")
+        return DataError(f"{name}: not an image, or of a kind that Pillow does not know", got=_beginning(path))
     return DataError(f"{name}: the image cannot be read", got=f"{type(error).__name__}: {error}")
+
+
+def _beginning(path: Path) -> str | None:
+    """The text that a file starts with: enough to see an error page, or that Git LFS has left a pointer."""
+    try:
+        with open(path, "rb") as stream:
+            text = stream.read(40).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return f"a text that starts with {text!r}" if text.isprintable() or "\n" in text else None
 
 
 def _too_large(path: Path, got: str) -> DataError:

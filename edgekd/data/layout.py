@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
+import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 _VALIDATION = ("val", "valid", "validation")
+PARTS = frozenset({"train", *_VALIDATION, "test", "trainval"})
+"""Names of splits that are a part of a data set; a lone split of another name is the whole of it."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def require_split(split: str, splits: tuple[str, ...], root: Path) -> None:
         DataError: it is not; the message lists the ones that are.
     """
     if split not in splits:
-        unsplit = splits == ("all",)
+        unsplit = len(splits) == 1 and splits[0] not in PARTS
         raise DataError(
             f"{printable(root)} has no split {split!r}",
             expected=", ".join(splits) if splits else "at least one split, but none was found",
@@ -146,6 +151,26 @@ def files_under(folder: Path) -> Iterator[Path]:
                 yield Path(base, name)
 
 
+def is_regular(path: Path) -> bool:
+    """Whether it is a plain file or leads to one; opening a pipe would wait for ever. Takes any text for a name."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def tails(text: str) -> list[str]:
+    r"""A path as another machine has written it, then without its first folders, one after the other.
+
+    "/home/me/set/images/1.jpg" and "C:\\set\\images\\1.jpg" end in "1.jpg"; of a path that claims no place on a disk
+    ("data/images/1.jpg") the last folder stays, since names repeat between folders.
+    """
+    text = re.sub(r"^([a-z]:|[a-z]+://)", "/", text.replace("\\", "/"), flags=re.IGNORECASE)
+    parts = [part for part in text.split("/") if part not in ("", ".", "..")]
+    least = 1 if text.startswith(("/", "../")) else 2
+    return [text] + ["/".join(parts[start:]) for start in range(len(parts) - least + 1)]
+
+
 def index_by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, list[Path]]:
     """Files with one of the (lower-case) suffixes below a folder, by their relative name without suffix."""
     index: dict[str, list[Path]] = {}
@@ -163,14 +188,18 @@ def stem_of(name: str) -> str:
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """(1-based number, text) of the lines that hold something; any newline convention, with or without a BOM.
 
-    Bytes that are not UTF-8 survive as surrogates, so that they still name the file they name.
+    UTF-16 is told by its BOM. Bytes that are not UTF-8 survive as surrogates, so that they still name the file they name.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read", got=error.strerror) from error
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as PowerShell's > writes
+        text = data.decode("utf-16", "replace")
+    else:
+        text = data.decode("utf-8-sig", "surrogateescape")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -49,13 +49,17 @@ RULES: dict[str, Rule] = {
     "broken-pixels": Rule("error", False, "the header is sound, the pixels are not: found by check, stops in training"),
     "duplicate-id": Rule("error", True, "two images claim one id: reading stops"),
     "repeated-image": Rule("warning", False, "the split lists an image twice: read once"),
-    "shared-image": Rule("error", True, "two COCO images are one file, each with a part of its objects: reading stops"),
+    "repeated-category": Rule("warning", False, "two COCO categories have one name: read as one class"),
+    "shared-image": Rule(
+        "error", True, "two annotations are of one image file, each with a part of its objects: reading stops"
+    ),
     "repeated-annotation-id": Rule("warning", False, "two COCO annotations share an id: both are read"),
     "orphan-annotation": Rule("error", False, "the annotation belongs to no listed image: left out"),
     "orphan-label": Rule("warning", False, "a label file without its image: left out"),
+    "misnamed-label": Rule("error", True, "a label file that its image does not find by its name: reading stops"),
     "unannotated-image": Rule("warning", False, "an image without annotation, in a folder that needs one: ignored"),
     "ambiguous-image": Rule(
-        "warning", False, "several images have the annotation's name: the one it names, or the first"
+        "warning", False, "several images may be the annotated one: the one of its name, then the one that it names"
     ),
     "stale-sidecar": Rule("warning", False, "edgekd.json no longer fits the label file: its flags are ignored"),
     "size-mismatch": Rule("error", False, "the annotated size is not the image's: the image's own is used"),
@@ -68,6 +72,7 @@ RULES: dict[str, Rule] = {
     "boxes-as-shares": Rule(
         "error", True, "boxes of the split look like shares of the image, not pixels: reading stops"
     ),
+    "boxes-beyond-images": Rule("error", False, "most boxes of the split reach beyond their image: read as they stand"),
     "unnormalised-box": Rule("error", False, "YOLO coordinates that are no shares of the image: refused"),
     "empty-box": Rule("warning", False, "less than 0.1 px wide or high after clipping: refused"),
     "tiny-box": Rule("warning", False, "at most 1 px wide or high: kept"),

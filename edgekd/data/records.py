@@ -30,6 +30,9 @@ MIN_SIDE_PX = 0.1
 SILENT_OVERHANG_PX = 1.0
 _DIGITS = 9
 _SHARES_NEED_PX = 8
+_FRAME_NEEDS_BOXES = 5
+
+_BEYOND = ("clipped-box", "outside-box", "inverted-box", "unnormalised-box")
 
 Box = tuple[float, float, float, float]
 
@@ -55,6 +58,7 @@ def resolve(
     """Judge every image and box by the rules above; what is wrong goes to `problems`, images that cannot be read drop out."""
     index = {name: label for label, name in enumerate(class_names)}
     resolved = []
+    before = len(problems)
     for raw in raws:
         try:
             hw = image_hw(raw.path)
@@ -63,7 +67,18 @@ def resolve(
             continue
         resolved.append(_resolve_one(_Judge(raw, hw, index, split, problems)))
     _report_shares(raws, resolved, split, problems)
+    _report_frame(raws, split, problems[before:], problems)
     return resolved
+
+
+def _report_frame(raws: Sequence[RawImage], split: str, found: Sequence[Problem], problems: list[Problem]) -> None:
+    """Most boxes reach beyond their image: they are of another kind (corners for a centre and a size), or of images
+    that have been resized since."""
+    count = sum(len(raw.objects) for raw in raws)
+    beyond = sum(problem.kind in _BEYOND for problem in found)
+    if count >= _FRAME_NEEDS_BOXES and beyond > count / 2:
+        message = f"{beyond} of {count} boxes reach beyond their image: is this the layout's kind of box, and the same images?"
+        problems.append(Problem("boxes-beyond-images", raws[0].annotation, message, split=split))
 
 
 def _report_shares(raws: Sequence[RawImage], resolved: Sequence[Resolved], split: str, problems: list[Problem]) -> None:

@@ -22,13 +22,13 @@ import numpy as np
 from edgekd.artifact import write_text
 from edgekd.data.check import pixel_digests
 from edgekd.data.coco import EDGEKD_ID, CocoSource
-from edgekd.data.layout import Format, RawImage, Source, stem_of
+from edgekd.data.coco_json import id_key, load_coco
+from edgekd.data.layout import PARTS, Format, RawImage, Source, stem_of
 from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.reading import open_source
 from edgekd.data.voc import VocSource
+from edgekd.data.yolo_yaml import find_yaml
 from edgekd.errors import DataError, refusal
-
-_TAKEN = frozenset({"train", "val", "valid", "validation", "test", "trainval"})
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,14 @@ def _whole(source: Source) -> str:
         DataError: there are several, or it is called like a part.
     """
     splits = source.splits()
-    if len(splits) == 1 and splits[0] not in _TAKEN:
+    if len(splits) == 1 and splits[0] not in PARTS:
         return splits[0]
     ways = {"voc": "move ImageSets away"}
     if len(splits) == 1:
-        ways |= {"coco": "rename its JSON file to instances_all.json", "yolo": "call it `all:` in data.yaml"}
+        listing = Path(f"{splits[0]}.txt")
+        yolo = f"move {listing} away" if (source.root / listing).is_file() else f"rename the folder {splits[0]}"
+        yolo = "call it `all:` in data.yaml" if find_yaml(source.root) else yolo
+        ways |= {"coco": "rename its JSON file to instances_all.json", "yolo": yolo}
     way = ways.get(source.format)
     raise DataError(
         f"{printable(source.root)} has splits already",
@@ -189,7 +192,7 @@ def _split_files(source: Source, parts: Mapping[str, Sequence[RawImage]]) -> dic
         }
     if isinstance(source, CocoSource):
         path = source.file(_whole(source))
-        data = json.loads(path.read_bytes().decode("utf-8-sig"))
+        data = load_coco(path)
         return {path.parent / f"instances_{name}.json": _coco_part(data, raws) for name, raws in parts.items()}
     folder = source.root if source.root.is_dir() else source.root.parent
     return {
@@ -201,9 +204,9 @@ def _split_files(source: Source, parts: Mapping[str, Sequence[RawImage]]) -> dic
 def _coco_part(data: Mapping[str, Any], raws: Sequence[RawImage]) -> str:
     """A COCO file with some of its images and all that belongs to them; every other key stays."""
     wanted = {raw.image_id for raw in raws}
-    images = [entry for entry in data["images"] if str(entry.get(EDGEKD_ID, entry["id"])) in wanted]
-    ids = {str(entry["id"]) for entry in images}
-    annotations = [entry for entry in data["annotations"] if str(entry.get("image_id")) in ids]
+    images = [entry for entry in data["images"] if str(entry.get(EDGEKD_ID, id_key(entry["id"]))) in wanted]
+    ids = {id_key(entry["id"]) for entry in images}
+    annotations = [entry for entry in data["annotations"] if id_key(entry.get("image_id")) in ids]
     return json.dumps({**data, "images": images, "annotations": annotations}, ensure_ascii=False) + "\n"
 
 

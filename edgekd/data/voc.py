@@ -7,12 +7,14 @@ Only an object's own <bndbox> is read: boxes of its <part>s are not objects.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from edgekd.data.layout import (
     IMAGE_SUFFIXES,
+    PARTS,
     Format,
     RawImage,
     files_under,
@@ -20,6 +22,7 @@ from edgekd.data.layout import (
     numbered_lines,
     require_split,
     stem_of,
+    tails,
 )
 from edgekd.data.problems import Problem, printable
 from edgekd.data.sidecar import read_sidecar
@@ -74,6 +77,7 @@ class VocSource:
         self._folders = {} if self._lists else {folder.name: folder for folder in _split_folders(self.base)}
         self._annotations: dict[Path, dict[str, list[Path]]] = {}
         self._images: dict[Path, dict[str, list[Path]]] = {}
+        self._folded: dict[Path, dict[str, list[Path]]] = {}
 
     def splits(self) -> tuple[str, ...]:
         """File names of ImageSets/Main, or folder names, or ("all",)."""
@@ -103,6 +107,7 @@ class VocSource:
         listing = self._lists.get(split)
         found: dict[str, RawImage] = {}
         seen: dict[str, int | None] = {}
+        owners: dict[Path, Path] = {}
         for key, line in self._entries(split)[:limit]:
             if key in seen:
                 assert listing is not None  # a folder names nothing twice
@@ -116,6 +121,11 @@ class VocSource:
             if raw.image_id in found:
                 problems.append(Problem("duplicate-id", raw.annotation, f"id {raw.image_id!r} again", split=split))
                 continue
+            if raw.path in owners:
+                message = f"{printable(raw.path.name)} is the image of {printable(owners[raw.path].name)} as well"
+                problems.append(Problem("shared-image", raw.annotation, message, split=split))
+                continue
+            owners[raw.path] = raw.annotation
             found[raw.image_id] = raw
         if listing is None and limit is None:
             self._report_unannotated(split, {raw.path for raw in found.values()}, problems)
@@ -159,12 +169,14 @@ class VocSource:
         return [(key, None) for key in self._annotation_index(split)]
 
     def _key(self, split: str, text: str) -> str:
-        """An image key out of a line, which may carry a flag (as class_split.txt do) or a file suffix."""
+        """An image key out of a line, which may carry folders, a file suffix or a flag (as class_split.txt do)."""
         if self._annotation_path(split, text):
             return text
         key = text.rsplit(None, 1)[0] if re.search(r"\s-?[01]$", text) else text
-        trimmed = re.sub(r"\.(jpe?g|png|xml)$", "", key, flags=re.IGNORECASE)
-        return trimmed if self._annotation_path(split, trimmed) else key
+        stem, suffix = os.path.splitext(key)
+        trimmed = stem if suffix.lower() in IMAGE_SUFFIXES | {".xml"} else key
+        tries = [trimmed, *tails("/" + trimmed)[1:]]  # "JPEGImages/1.jpg" and "/home/me/voc/JPEGImages/1.jpg" name 1
+        return next((name for name in tries if self._annotation_path(split, name)), key)
 
     def _annotation_folder(self, split: str) -> Path:
         base = self._folders.get(split, self.base)
@@ -191,7 +203,13 @@ class VocSource:
         if folder not in self._images:
             self._images[folder] = index_by_stem(folder, IMAGE_SUFFIXES)
         by_stem = self._images[folder]
-        choices = by_stem.get(printable(key)) or by_stem.get(stem_of(file_name) if file_name else "") or []
+        other = by_stem.get(stem_of(file_name) if file_name else "") or []
+        choices = by_stem.get(printable(key)) or other or self._in_other_letters(split, key)
+        if other and choices[0] not in other:
+            message = (
+                f"<filename> names another image, {printable(other[0].name)}; {printable(choices[0].name)} is used"
+            )
+            problems.append(Problem("ambiguous-image", annotation, message, split=split))
         if len(choices) <= 1:
             return choices[0] if choices else None
         named = [path for path in choices if path.name == file_name]
@@ -200,6 +218,17 @@ class VocSource:
         message = f"images {names} share the name; {printable(chosen.name)} is used"
         problems.append(Problem("ambiguous-image", annotation, message, split=split))
         return chosen
+
+    def _in_other_letters(self, split: str, key: str) -> list[Path]:
+        """The one image whose name differs in case only, as Windows and macOS would find it."""
+        folder = self._image_folder(split)
+        if folder not in self._folded:
+            folded = self._folded.setdefault(folder, {})
+            for stem, paths in self._images[folder].items():
+                if not self._annotation_path(split, stem):
+                    folded.setdefault(stem.casefold(), []).extend(paths)
+        found = self._folded[folder].get(printable(key).casefold(), [])
+        return found if len(found) == 1 else []
 
 
 def _object_names(path: Path) -> set[str]:
@@ -232,7 +261,8 @@ def _split_lists(base: Path) -> dict[str, Path]:
 
 
 def _is_class_list(split: str, path: Path, files: Mapping[str, Path]) -> bool:
-    if "_" not in split or split.rsplit("_", 1)[1] not in files:
+    parts = PARTS | files.keys() if PARTS & files.keys() else files.keys()
+    if "_" not in split or split.rsplit("_", 1)[1] not in parts:
         return False
     lines = numbered_lines(path)
     return bool(lines) and re.search(r"\s-?[01]$", lines[0][1]) is not None

@@ -39,8 +39,18 @@ def _read_annotation(path: Path, mtime_ns: int, size: int) -> tuple[tuple[int, i
     if root.tag != "annotation":
         raise AnnotationError(f"the root element is <{root.tag}>, not <annotation>", root.line)
     objects = tuple(_object(element) for element in root.all("object"))
+    _refuse_unread(root)
     name = root.first("filename")
     return _declared_hw(root.first("size")), name.text if name else "", objects
+
+
+def _refuse_unread(root: Element) -> None:
+    """Objects at another place or in other letters would make a picture of background."""
+    for parent in root.walk():
+        for element in parent.children:
+            if element.tag.lower() == "object" and (parent is not root or element.tag != "object"):
+                message = f"<{element.tag}> within <{parent.tag}>: objects are <object> directly within <annotation>"
+                raise AnnotationError(message, element.line)
 
 
 def _declared_hw(size: Element | None) -> tuple[int, int]:
@@ -56,6 +66,8 @@ def _object(element: Element) -> RawObject:
     if not name.text:
         raise AnnotationError("an object has an empty <name>", name.line)
     box = _child(element, "bndbox")
+    if len(element.all("bndbox")) > 1:
+        raise AnnotationError("an <object> has more than one <bndbox>", element.all("bndbox")[1].line)
     xmin, ymin, xmax, ymax = (_number(_child(box, key)) for key in ("xmin", "ymin", "xmax", "ymax"))
     return RawObject(
         (xmin - 1, ymin - 1, xmax, ymax),

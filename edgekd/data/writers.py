@@ -16,6 +16,7 @@ from edgekd.artifact import write_json, write_text
 from edgekd.data.coco import EDGEKD_ID
 from edgekd.data.layout import stem_of
 from edgekd.data.sidecar import ImageNote, Sidecar, write_sidecar
+from edgekd.data.yolo_folders import label_path
 from edgekd.data.yolo_yaml import NOT_SPLITS
 from edgekd.errors import DataError
 from edgekd.types import ImageRecord
@@ -113,7 +114,8 @@ def write_yolo(folder: Path, content: Content) -> None:
             for (x1, y1, x2, y2), label in zip(row.boxes.tolist(), row.record.labels.tolist(), strict=True):
                 shares = ((x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h)
                 lines.append(f"{label} " + " ".join(f"{share!r}" for share in shares) + "\n")
-            _write(folder / "labels" / split / f"{stem_of(row.name)}.txt", "".join(lines))
+            image = folder / image_folder("yolo", split) / row.name  # whose own folder may be called images as well
+            _write(label_path(image), "".join(lines))
     data = {split: f"images/{split}" for split in content.splits}
     names = dict(enumerate(content.class_names))
     text = yaml.safe_dump({**data, "nc": len(names), "names": names}, sort_keys=False, allow_unicode=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
@@ -35,6 +38,12 @@ class Element:
         """The first direct child with this tag."""
         return next((child for child in self.children if child.tag == tag), None)
 
+    def walk(self) -> Iterator[Element]:
+        """The element and all below it."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
 
 def parse_xml(path: Path) -> Element:
     """Parse a file into its root element. Entity declarations are refused, unread.
@@ -48,7 +57,8 @@ def parse_xml(path: Path) -> Element:
         raise XmlError("the file is empty")
     if len(data) > _MAX_BYTES:
         raise XmlError(f"the file has {len(data):,} bytes; annotations over 32 MiB are refused")
-    parser = expat.ParserCreate()
+    data, encoding = _readable(data)
+    parser = expat.ParserCreate(encoding)
     parser.buffer_text = True
     builder = _Builder(parser)
     parser.StartElementHandler = builder.start
@@ -58,13 +68,49 @@ def parse_xml(path: Path) -> Element:
     try:
         parser.Parse(data, True)
     except expat.ExpatError as error:
-        raise XmlError(f"malformed XML: {expat.ErrorString(error.code)}", error.lineno) from error
+        raise XmlError(
+            f"malformed XML: {expat.ErrorString(error.code)}{_doubt(data, encoding)}", error.lineno
+        ) from error
     except (ValueError, LookupError) as error:
         if isinstance(error, XmlError):
             raise
         raise XmlError(f"its encoding is not understood: {error}", 1) from error
     assert builder.root is not None  # expat has refused documents without a root element
     return builder.root
+
+
+def _readable(data: bytes) -> tuple[bytes, str | None]:
+    """The bytes, and their encoding where expat is not to believe the declaration: it knows no multi-byte encodings
+    (GBK, Shift-JIS), and .NET declares UTF-16 in files of UTF-8."""
+    declared = re.match(
+        rb"""\s*<\?xml[^>]*\sencoding\s*=\s*["']([\w.-]+)""", data
+    )  # in UTF-16 proper, this finds nothing
+    if not declared:
+        return data, None
+    name = declared[1].decode()
+    try:
+        codec = codecs.lookup(name).name
+    except LookupError:
+        return data, None
+    if codec.startswith("utf-16"):
+        return data, "utf-8"
+    if codec.startswith(("utf", "iso8859", "ascii", "cp125", "koi8")):
+        return data, None
+    try:
+        return data.decode(codec).encode(), "utf-8"
+    except (UnicodeError, LookupError) as error:
+        raise XmlError(f"its encoding is not understood: declared {name}, but {error}", 1) from error
+
+
+def _doubt(data: bytes, encoding: str | None) -> str:
+    """A likely reason for what looks malformed."""
+    if encoding is None and not re.search(rb"<\?xml[^>]*encoding", data[:200]):
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            if not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return f"; byte {error.start} is no UTF-8, and no other encoding is declared"
+    return ""
 
 
 class _Builder:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from edgekd.data.layout import (
 )
 from edgekd.data.problems import Problem, printable
 from edgekd.data.sidecar import read_sidecar
-from edgekd.data.yolo_folders import NO_LABELS, label_path, names_beside, plain_splits
+from edgekd.data.yolo_folders import NO_LABELS, label_path, listed_image, names_beside, plain_splits
 from edgekd.data.yolo_yaml import USUAL_SPLITS, find_yaml, load_yaml, names_of, splits_of
 from edgekd.errors import DataError
 
@@ -94,6 +94,7 @@ class YoloSource:
         require_split(split, self.splits(), self.root)
         listed = self._listed(split, problems)
         stems = Counter(stem_of(image.name) for image in listed)
+        self._report_shared(split, listed, problems)
         raws: list[RawImage] = []
         ids: set[str] = set()
         for image in listed[:limit]:
@@ -105,8 +106,9 @@ class YoloSource:
                 continue
             ids.add(raw.image_id)
             raws.append(raw)
+        lacking = self._report_misnamed(split, listed[:limit], problems)
         if limit is None:
-            self._report_orphans(split, listed, problems)
+            self._report_orphans(split, listed, lacking, problems)
         return raws
 
     def _is_above(self, folder: Path) -> bool:
@@ -147,12 +149,11 @@ class YoloSource:
     def _read_list(self, listing: Path, split: str, problems: list[Problem]) -> list[_Listed]:
         found: list[tuple[Path, int]] = []
         for line, text in numbered_lines(listing):
-            tries = [base / text.replace("\\", "/") for base in (listing.parent, self._base)]
-            path = next((path for path in tries if os.path.isfile(path)), None)  # takes any text
+            path = listed_image(text, (listing.parent, self._base))
             if path is None:
                 problems.append(Problem("missing-image", listing, f"{text!r} is not there", line, split=split))
                 continue
-            found.append((Path(os.path.normpath(path)), line))
+            found.append((path, line))
         shared = os.path.commonpath([path.parent for path, _ in found]) if found else ""
         return [_Listed(path, path.relative_to(shared).as_posix(), listing, line) for path, line in found]
 
@@ -192,21 +193,52 @@ class YoloSource:
             objects.append(RawObject(box, self._names[index] if known and self._names else index, line=line))
         return objects
 
-    def _report_orphans(self, split: str, listed: list[_Listed], problems: list[Problem]) -> None:
+    def _report_shared(self, split: str, listed: list[_Listed], problems: list[Problem]) -> None:
+        """Name images that differ in their suffix only, and so have one label file."""
+        first: dict[Path, Path] = {}
+        for image in listed:
+            label = label_path(image.path)
+            if first.setdefault(label, image.path) != image.path and label.is_file():
+                message = (
+                    f"images {printable(first[label].name)} and {printable(image.path.name)} share it; both are read"
+                )
+                problems.append(Problem("ambiguous-image", label, message, split=split))
+
+    def _report_misnamed(self, split: str, listed: list[_Listed], problems: list[Problem]) -> set[Path]:
+        """Name label files that an image misses by a hair; returns the plain names of all labels that images lack."""
+        wanted = {label_path(image.path) for image in listed}
+        lacking = {_plain(label): label for label in wanted if not label.is_file()}
+        near = {path for folder in {label.parent for label in lacking.values()} for path in _texts(folder)} - wanted
+        for path in sorted(near):
+            if _plain(path) in lacking:
+                message = f"the image of this label wants it to be called {printable(lacking[_plain(path)].name)}"
+                problems.append(Problem("misnamed-label", path, message, split=split))
+        return set(lacking)
+
+    def _report_orphans(
+        self, split: str, listed: list[_Listed], lacking: Collection[Path], problems: list[Problem]
+    ) -> None:
         """Name label files without an image; only where the split's folders have label folders of their own."""
         wanted = {label_path(image.path) for image in listed}
         for entry in self._splits[split]:
             if not os.path.isdir(entry) or "images" not in entry.parts or self._is_above(entry):
                 continue
-            folder = label_path(entry / "x.jpg").parent
-            if not folder.is_dir():
-                continue
-            for path in files_under(folder):
-                if path.suffix.lower() != ".txt" or path in wanted or path.name in NO_LABELS:
-                    continue
-                lower = path.suffix == ".txt"
-                message = "no image in the split has this label" if lower else "labels end in .txt, in lower case"
-                problems.append(Problem("orphan-label", path, message, split=split))
+            for path in files_under(label_path(entry / "x.jpg").parent):
+                known = path in wanted or path.name in NO_LABELS or _plain(path) in lacking
+                if path.suffix.lower() == ".txt" and not known:
+                    problems.append(Problem("orphan-label", path, "no image in the split has this label", split=split))
+
+
+def _texts(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.suffix.lower() == ".txt" and path.name not in NO_LABELS]
+
+
+def _plain(label: Path) -> Path:
+    """A label's path such that names meet which differ in case, or by an image's suffix (1.jpg.txt)."""
+    stem = Path(label.stem)
+    return label.parent / (stem.stem if is_image(stem) else stem.name).casefold()
 
 
 def parse_line(text: str, keypoints: bool = False) -> tuple[int, tuple[float, float, float, float]]:

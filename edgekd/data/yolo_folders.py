@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from edgekd.data.layout import is_image, numbered_lines
+from edgekd.data.layout import is_image, numbered_lines, tails
 from edgekd.data.problems import printable
 from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names
 from edgekd.errors import DataError
@@ -13,7 +14,7 @@ from edgekd.errors import DataError
 NO_LABELS = frozenset({"classes.txt", *(f"{split}.txt" for split in USUAL_SPLITS)})
 """Text files that may lie among labels and are none."""
 
-_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt")
+_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels", "train/_darknet.labels")
 
 
 def names_beside(folder: Path) -> tuple[str, ...] | None:
@@ -76,5 +77,15 @@ def _lists_labelled_images(path: Path) -> bool:
         lines = numbered_lines(path)[:100]
     except DataError:
         return False
-    images = [path.parent / text for _, text in lines if is_image(Path(text))]
-    return any(os.path.isfile(image) and label_path(image).is_file() for image in images)
+    images = [listed_image(text, (path.parent,)) for _, text in lines if is_image(Path(text))]
+    return any(image and label_path(image).is_file() for image in images)
+
+
+def listed_image(text: str, folders: Sequence[Path]) -> Path | None:
+    """The image that a line of a list names, from one of the folders; None where there is none.
+
+    Lists also hold paths from the author's disk, or from where Darknet was started ("data/obj_train_data/1.jpg").
+    """
+    tries = (folder / tail for tail in tails(text) for folder in folders)
+    path = next((path for path in tries if os.path.isfile(path)), None)  # takes any text
+    return path and Path(os.path.normpath(path))

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from edgekd.data.layout import tails
 from edgekd.data.problems import printable
 from edgekd.errors import DataError
 
@@ -42,7 +43,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
         DataError: it is malformed (the message names the line) or no mapping.
     """
     try:
-        data = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+        text = path.read_bytes().decode("utf-8-sig")
+        data = yaml.safe_load(text)
+        if isinstance(data, dict) and data.get("names") is not None:  # as written: YAML makes false of no, 8 of 010
+            data["names"] = yaml.load(text, Loader=yaml.BaseLoader)["names"]  # texts alone
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{printable(path)}:{mark.line + 1}" if mark else printable(path)
@@ -82,9 +86,8 @@ def _resolve(text: str, base: Path, beside: Path) -> Path:
     tries = [base / text, beside / text]
     if text.startswith("../"):
         tries.append(beside / text[3:])
-    if Path(text).is_absolute():
-        parts = Path(text).parts[1:]
-        tries += [beside.joinpath(*parts[start:]) for start in range(1, len(parts))]
+    if text.startswith("/"):
+        tries += [beside / tail for tail in tails(text)[2:]]
     return next((path for path in tries if os.path.exists(path)), tries[0])
 
 
@@ -99,20 +102,19 @@ def names_of(path: Path, data: Mapping[str, Any]) -> tuple[str, ...] | None:
         return None
     if isinstance(names, dict):
         if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
-            raise DataError(f"{printable(path)}: names must be numbered 0..{len(names) - 1}", got=list(names)[:20])
+            message = f"{printable(path)}: names must be numbered 0..{len(names) - 1}"
+            got = ", ".join(map(str, list(names)[:20]))
+            raise DataError(message, got=got, fix="name every class id from 0 on, unused ones too")
         by_index = {int(key): value for key, value in names.items()}
         names = [by_index[index] for index in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(name, str | int | float) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(
             f"{printable(path)}: names must be a list, or a mapping from number to name", got=repr(names)[:200]
         )
-    spelt = next((name for name in names if isinstance(name, bool)), None)
-    if spelt is not None:
-        message = f"{printable(path)}: YAML reads a class name as {str(spelt).lower()}"
-        raise DataError(message, got=repr(names)[:200], fix='put names such as "yes", "no", "on", "off" in quotes')
-    texts = tuple(str(name) for name in names)
+    texts = tuple(names)
     if count is not None and str(count) != str(len(texts)):
-        raise DataError(f"{printable(path)}: nc and names disagree", got=f"nc {count}, {len(texts)} names")
+        fix = "mend the one that is wrong: the class ids in the label files tell"
+        raise DataError(f"{printable(path)}: nc and names disagree", got=f"nc {count}, {len(texts)} names", fix=fix)
     return distinct_names(path, texts)
 
 

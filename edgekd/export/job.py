@@ -145,7 +145,7 @@ def export_run(
     complete = detections_form(model, thresholds) if config.nms else None
     if complete is not None:
         gate.nms_inside(model, complete)
-    say(f"writing {out}")
+    say(f"writing {out.name}")
     _write(out, model, complete)
     notes = [*notes, *gate.notes, *_kept_note(int8)]
     written = None if complete is None else complete_path(out)

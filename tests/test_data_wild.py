@@ -1,0 +1,166 @@
+"""Data sets as tools and services leave them: each is read as its own tools read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgekd.data import list_splits, read_dataset
+from edgekd.data.check import check_dataset
+from edgekd.errors import DataError
+from tests.data_layouts import picture, voc_xml
+
+BOX = [6.0, 4.0, 30.0, 20.0]
+XML = voc_xml([("cat", (7, 5, 30, 20))])
+LINE = "0 0.3 0.3 0.4 0.4\n"
+YAML = "train: images/train\nval: images/val\nnames: "
+
+Make = Callable[[Path], object]
+
+
+def put(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def voc(root: Path, xml: str | bytes = XML, image: str = "a.png", listing: str | bytes = "a\n") -> None:
+    picture(root / "JPEGImages" / image)
+    put(root / "Annotations" / "a.xml", xml)
+    put(root / "ImageSets" / "Main" / "train.txt", listing)
+
+
+def declared(encoding: str, codec: str) -> bytes:
+    return f'<?xml version="1.0" encoding="{encoding}"?>{XML}'.replace("cat", "猫" if codec == "gbk" else "cat").encode(
+        codec
+    )
+
+
+def class_lists(root: Path) -> None:
+    voc(root)
+    put(root / "ImageSets" / "Main" / "cat_trainval.txt", "a  1\n")
+
+
+def coco(
+    root: Path,
+    place: str = "annotations/instances_train.json",
+    images: str = "train",
+    name: str = "a.png",
+    identity: object = 1,
+    owner: object = 1,
+    category: object = 3,
+    categories: object = ((3, "cat"),),
+    codec: str = "utf-8",
+    **annotation: object,
+) -> None:
+    picture(root / images / "a.png")
+    data = {
+        "images": [{"id": identity, "file_name": name, "width": 60, "height": 40}],
+        "annotations": [{"id": 1, "image_id": owner, "category_id": category, "bbox": [6, 4, 24, 16], **annotation}],
+        "categories": [{"id": number, "name": text} for number, text in categories],  # type: ignore[attr-defined]
+    }
+    put(root / place, json.dumps(data).encode(codec))
+
+
+def yolo(root: Path, yaml: str | None = YAML + "[cat]", name: str = "a", line: str | bytes = LINE) -> None:
+    for split in ("train", "val"):
+        picture(root / "images" / split / f"{name}.png", seed=len(split))
+        put(root / "labels" / split / f"{name}.txt", line)
+    if yaml is not None:
+        put(root / "data.yaml", yaml)
+
+
+def yolo_lists(root: Path, start: str) -> None:
+    yolo(root, "train: train.txt\nval: val.txt\nnames: [cat]")
+    for split in ("train", "val"):
+        put(root / f"{split}.txt", f"{start}images/{split}/a.png\r\n")
+
+
+def cvat_darknet(root: Path) -> None:
+    picture(root / "obj_train_data" / "a.png")
+    put(root / "obj_train_data" / "a.txt", LINE)
+    put(root / "obj.names", "cat\n")
+    put(root / "train.txt", "data/obj_train_data/a.png\n")
+
+
+def roboflow_darknet(root: Path) -> None:
+    picture(root / "train" / "a.png")
+    put(root / "train" / "a.txt", LINE)
+    put(root / "train" / "_darknet.labels", "cat\n")
+
+
+POLYGON = [[6, 4, 30, 4, 30, 20], [8, 8, 9, 8, 9, 9]]
+WILD: dict[str, Make] = {
+    "voc, image in other letters": lambda root: voc(root, image="A.PNG"),
+    "voc, GBK": lambda root: voc(root, declared("gbk", "gbk")),
+    "voc, UTF-8 that .NET calls UTF-16": lambda root: voc(root, declared("utf-16", "utf-8")),
+    "voc, UTF-16": lambda root: voc(root, declared("utf-16", "utf-16")),
+    "voc, list in UTF-16": lambda root: voc(root, listing="a\r\n".encode("utf-16")),
+    "voc, list with suffixes": lambda root: voc(root, image="a.bmp", listing="a.bmp \r\n"),
+    "voc, list with folders": lambda root: voc(root, listing="JPEGImages/a.png\n"),
+    "voc, list from another disk": lambda root: voc(root, listing="/home/me/VOC/JPEGImages/a.png\n"),
+    "voc, a list for each class and of all": class_lists,
+    "coco, ids as pandas writes them": lambda root: coco(root, owner=1.0, category=3.0),
+    "coco, ids as text": lambda root: coco(root, identity="1", category="3", categories=[("3", "cat")]),
+    "coco, Roboflow's category 0": lambda root: coco(root, categories=[(0, "cat"), (3, "cat")]),
+    "coco, polygons without boxes": lambda root: coco(root, bbox=[], segmentation=POLYGON),
+    "coco, UTF-16": lambda root: coco(root, codec="utf-16"),
+    "coco, absolute names": lambda root: coco(root, name="/home/me/pictures/a.png"),
+    "coco, Windows names": lambda root: coco(root, name="C:\\pictures\\a.png"),
+    "coco, Label Studio": lambda root: coco(root, "annotations/train.json", "images", "../../media/upload/1/a.png"),
+    "coco, FiftyOne": lambda root: coco(root, "train/labels.json", "train/data"),
+    "coco, keypoints alone": lambda root: coco(root, "annotations/person_keypoints_train.json"),
+    "yolo, lists from where training started": lambda root: yolo_lists(root, "data/mine/"),
+    "yolo, lists from another disk": lambda root: yolo_lists(root, "D:\\data\\mine\\"),
+    "yolo, CVAT for Darknet": cvat_darknet,
+    "yolo, Roboflow for Darknet": roboflow_darknet,
+    "yolo, labels in UTF-16": lambda root: yolo(root, line=LINE.encode("utf-16")),
+    "yolo, name with spaces": lambda root: yolo(root, name="my picture (1)"),
+}
+
+
+@pytest.mark.parametrize("name", WILD)
+def test_it_is_read(tmp_path: Path, name: str) -> None:
+    WILD[name](tmp_path)
+    assert "train" in list_splits(tmp_path)
+    assert not {"cat_trainval", "trainval"} & set(list_splits(tmp_path))
+    (record,) = read_dataset(tmp_path, "train").records
+    assert record.boxes_xyxy.round(4).tolist() == [BOX]
+    assert check_dataset(tmp_path).ok
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("[yes, no, null]", ("yes", "no", "null")),
+        ("{0: 010, 1: 1.50, 2: 12:30}", ("010", "1.50", "12:30")),
+        ("['yes', 2020-01-01, ~]", ("yes", "2020-01-01", "~")),
+    ],
+)
+def test_names_in_yaml_are_what_stands_there(tmp_path: Path, names: str, found: tuple[str, ...]) -> None:
+    yolo(tmp_path, YAML + names)
+    assert read_dataset(tmp_path, "train").class_names == found
+
+
+def test_one_name_of_two_ids_is_one_class_over_all_files(tmp_path: Path) -> None:
+    coco(tmp_path, categories=[(0, "cat"), (3, "cat"), (4, "dog")])
+    coco(tmp_path, "annotations/instances_val.json", "val", category=5, categories=[(4, "dog"), (5, "cat")])
+    for split in ("train", "val"):
+        dataset = read_dataset(tmp_path, split)
+        assert dataset.class_names == ("cat", "dog")
+        assert dataset.records[0].labels.tolist() == [0]
+
+
+def test_a_lone_split_under_any_name_is_told_how_to_be_divided(tmp_path: Path) -> None:
+    coco(tmp_path, "result.json", "images")
+    with pytest.raises(DataError, match="edgekd data split"):
+        read_dataset(tmp_path, "train")
+
+
+def test_a_misnamed_label_stops_a_part_of_the_split_too(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    (tmp_path / "labels/train/a.txt").rename(tmp_path / "labels/train/a.TXT")
+    with pytest.raises(DataError, match="misnamed-label"):
+        read_dataset(tmp_path, "train", limit=1)
