@@ -69,6 +69,14 @@ print(len(names))
     assert int(done.stdout) >= len(list((ROOT / "edgekd").rglob("[a-z]*.py"))) - 1
 
 
+def test_engines_are_built_and_measured_without_torch() -> None:
+    """Where TensorRT is there is not always a torch for its Python: ONNX in, engine and result.json out."""
+    modules = ("export.engine_job", "export.gate", "bench.runner", "teachers.ensemble", "cli.deploy")
+    code = "import importlib\nfor name in %r: importlib.import_module('edgekd.' + name)"
+    done = run_blocked(code % (modules,), ("torch", "lightning_fabric", "onnxscript"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_blocker_blocks() -> None:
     done = run_blocked("import onnx", OPTIONAL)
     assert done.returncode != 0

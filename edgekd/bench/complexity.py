@@ -117,7 +117,7 @@ def _spec_counts(metadata: Mapping[str, str]) -> _Counts | None:
     try:
         detector = build_detector(DetectorSpec.from_dict(json.loads(metadata["edgekd.spec"])))
         return count_parameters(detector), count_macs(detector), "detector"
-    except (EdgeKDError, ValueError):
+    except (EdgeKDError, ValueError, ImportError):  # ImportError: no torch, which a benchmark of engines does without
         return None  # a family that this version does not know; the graph can still be counted
 
 
