@@ -6,29 +6,37 @@ import argparse
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from record import Record
 
 from edgekd.checkpoint import save_detector
 from edgekd.console import Terminal
 from edgekd.data import list_splits, read_dataset
+from edgekd.data.images import load_image
 from edgekd.data.loader import Batch
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector
-from edgekd.distill import Distiller
+from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.recipe import CheckpointTeacher, ModelConfig, Recipe, TeacherConfig, TrainConfig, TrainedTeacher
 from edgekd.recipe_file import load_recipe
-from edgekd.teaching import gather_teachers, record_views, teacher_identity
+from edgekd.teachers import build_teacher
+from edgekd.teachers.ensemble import Ensemble
+from edgekd.teachers.predicted import PredictorTeacher
+from edgekd.teaching import record_views, teacher_identity
 from edgekd.train import TrainJob, _Trainer  # the very step of `edgekd train`, which no other function runs alone
 from edgekd.training_setup import uses_gpu
+from edgekd.types import ImageRecord, SoftDetections
 from edgekd.workspace import Workspace
 
 HELD_BATCHES = 8
 WARM_STEPS = 5
+ANSWERED = 16
 RECIPES = Path(__file__).resolve().parent.parent.parent / "recipes" / "methods"
 
 
@@ -76,7 +84,7 @@ def _recipe(options: argparse.Namespace, path: Path, folder: Path, known: dict[s
     distilled = timed(
         "distilled", recipe.student, recipe.train, make_distiller=_distiller_of(work, folder, asked), weighted=True
     )
-    answers_h = sum(asked) / len(dataset) * images / 3600
+    answers_h = sum(asked) * images / 3600
     hours = sum(row["hours"] for row in (alone, distilled, *teachers)) + answers_h
     return {
         "name": recipe.name,
@@ -132,28 +140,49 @@ def _job(
 
 
 def _distiller_of(work: Workspace, folder: Path, asked: list[float]) -> Callable[[Detector], Distiller]:
-    """As `edgekd distill` makes it, with untrained teachers; the seconds that they answer for go into `asked`."""
-    ready: list[TeacherConfig] = []
-    for one in work.recipe.teachers:
-        if not isinstance(one, TrainedTeacher):
-            ready.append(one)
-            continue
-        file = folder / one.name / "model.pt"
-        file.parent.mkdir(parents=True)
-        save_detector(file, build_detector(spec_for(one.train, work.train.class_names)).eval(), {})
-        ready.append(CheckpointTeacher(name=one.name, checkpoint=str(file), weight=one.weight))
+    """As `edgekd distill` makes it, but that teachers it would train are untrained, and answer whole images with the
+    ground truth, as good ones would; the seconds that each really takes for an image go into `asked`.
+    """
+    recipe, records = work.recipe, work.train.records
+    ready = [_untrained(work, one, folder) if isinstance(one, TrainedTeacher) else one for one in recipe.teachers]
 
     def make(student: Detector) -> Distiller:
-        started = time.monotonic()
-        identities = [teacher_identity(one) for one in ready]
-        made = gather_teachers(work, ready, identities, folder / "answers")
-        distiller = Distiller(student, made, work.recipe.distill)
-        if work.recipe.distill.cache is not None:
-            record_views(work, distiller, identities, folder / "views")
-        asked.append(time.monotonic() - started)
+        built = [build_teacher(one, work.train.class_names, device=work.device) for one in ready]
+        ensemble = Ensemble(built, recipe.ensemble)
+        teachers = TeacherSet(tuple(built), ensemble.weights, ensemble.fuse)
+        if recipe.distill.answers != "online":
+            asked.extend(_seconds_of(teacher, records) for teacher in built)
+            known = {record.image_id: _truth(record, len(work.train.class_names)) for record in records}
+            every: tuple[Answers, ...] = tuple(known for _ in built)
+            teachers = replace(teachers, answers=every, fused_answers=fuse_answers(every, ensemble.fuse))
+        distiller = Distiller(student, teachers, recipe.distill)
+        if recipe.distill.cache is not None:
+            record_views(work, distiller, [teacher_identity(one) for one in ready], folder / "views")
         return distiller
 
     return make
+
+
+def _untrained(work: Workspace, config: TrainedTeacher, folder: Path) -> CheckpointTeacher:
+    file = folder / config.name / "model.pt"
+    save_detector(file, build_detector(spec_for(config.train, work.train.class_names)).eval(), {})
+    return CheckpointTeacher(name=config.name, checkpoint=str(file), weight=config.weight)
+
+
+def _truth(record: ImageRecord, classes: int) -> SoftDetections:
+    probs = np.full((len(record.labels), classes), 0.1 / classes, np.float32)
+    probs[np.arange(len(record.labels)), record.labels] += 0.9
+    return SoftDetections(record.boxes_xyxy.astype(np.float32), probs)
+
+
+def _seconds_of(teacher: PredictorTeacher, records: Sequence[ImageRecord]) -> float:
+    """Of one answer, from the file on; the first, which warms up, apart."""
+    images = records[: ANSWERED + 1]
+    teacher.answer(load_image(images[0].path))
+    started = time.perf_counter()
+    for record in images[1:]:
+        teacher.answer(load_image(record.path))
+    return (time.perf_counter() - started) / max(1, len(images) - 1)
 
 
 def rates(job: TrainJob, seconds: float) -> dict[str, Any]:
