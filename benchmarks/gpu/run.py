@@ -31,7 +31,7 @@ STAGES = {  # name: share of the minutes; what a stage leaves goes to those afte
     "bundle": 2.0,
     "training": 4.0,
     "latency_torch": 2.0,
-    "engines": 6.0,
+    "engines": 8.0,
     "latency_engines": 3.0,
     "device_bundle": 3.0,
 }
