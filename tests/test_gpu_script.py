@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -253,6 +254,22 @@ def test_a_stage_cut_off_keeps_what_it_found_and_takes_its_children_along(tmp_pa
     assert [row["name"] for row in found["engines"]] == ["first"]
     assert ended(found["inner"])
     assert (out / "facts.json").read_bytes() == before
+
+
+def test_ending_the_whole_call_ends_its_stage(tmp_path: Path) -> None:
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 2.0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.supervise(child(tmp_path, "__import__('time').sleep(60)"), tmp_path, "engines", 60.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    found = json.loads((tmp_path / "engines.json").read_text(encoding="utf-8"))
+    assert (found["status"], found["reason"]) == ("cut off", "the whole call was ended")
 
 
 @pytest.mark.parametrize(

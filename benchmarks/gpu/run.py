@@ -116,8 +116,13 @@ def supervise(command: list[str], out: Path, name: str, limit_s: float) -> None:
             code = child.wait(limit_s)
         except subprocess.TimeoutExpired:
             reason = f"cut off after {limit_s:.0f} s"
-        finally:
+        except (
+            BaseException
+        ):  # Ctrl-C or SIGTERM: the stage does not go on alone, and its JSON does not say that it does
             end_group(child)
+            Record(out, name, read_record(out / f"{name}.json")).end("cut off", "the whole call was ended")
+            raise
+        end_group(child)
     record = Record(out, name, read_record(out / f"{name}.json"))
     record.data["seconds"] = round(time.monotonic() - started, 1)
     if reason is not None:

@@ -220,8 +220,8 @@ def rates(job: TrainJob, seconds: float) -> dict[str, Any]:
     return {
         "model": job.model.model,
         "precision": precision,
-        "images_per_s": found,
-        "s_per_step": round(size / found["both"], 5),
+        "images_per_s": {name: float(f"{rate:.4g}") for name, rate in found.items()},
+        "s_per_step": float(f"{size / found['both']:.4g}"),
         "loader_bound": found["both"] < 0.9 * found["step"],
         "peak_gpu_bytes": _peak(),
     }
@@ -242,7 +242,7 @@ def _rate(batches: Iterable[Batch], use: Callable[[Batch], None], seconds: float
             break
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return round(count * size / (time.perf_counter() - started), 1)
+    return count * size / (time.perf_counter() - started)
 
 
 def _peak() -> int | None:
