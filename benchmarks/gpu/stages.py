@@ -179,11 +179,8 @@ def engines(options: argparse.Namespace, record: Record) -> None:
     record.set(tensorrt=trt.__version__, numpy=np.__version__)
     data = _measured_on(options)
     students, teachers = _by_role(models_of(options))
-    wanted = [(entry, entry["precision"]) for entry in students]
-    wanted += [
-        (entry, ENSEMBLE_PRECISION if entry["precision"] == "fp32" else entry["precision"]) for entry in teachers
-    ]
-    for entry, precision in wanted:
+    for entry in (*students, *teachers):
+        precision = _engine_precision(entry)
         row = {"name": entry["name"], "role": entry["role"], "onnx": entry["file"], "precision": precision}
         started = time.monotonic()
         try:
@@ -236,6 +233,10 @@ def engine_file(options: argparse.Namespace, entry: dict[str, Any], precision: s
     return options.out / "engines" / f"{entry['file'].rsplit('.', 2)[0]}.{precision}.engine"
 
 
+def _engine_precision(entry: dict[str, Any]) -> Any:
+    return ENSEMBLE_PRECISION if (entry["role"], entry["precision"]) == ("teacher", "fp32") else entry["precision"]
+
+
 def _by_role(models: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     teachers = [entry for entry in models if entry["role"] == "teacher"]
     return [entry for entry in models if entry["role"] != "teacher"], teachers
@@ -260,9 +261,10 @@ def latency_engines(options: argparse.Namespace, record: Record) -> None:
     tensorrt()
     entries = []
     for entry in models_of(options):
-        precisions = [ENSEMBLE_PRECISION] if entry["role"] == "teacher" else [entry["precision"]]
-        files = [(p, engine_file(options, entry, p)) for p in precisions]
-        entries += [BenchArtifact(file, f"{entry['name']}-{p}", entry["role"]) for p, file in files if file.is_file()]
+        precision = _engine_precision(entry)
+        file = engine_file(options, entry, precision)
+        if file.is_file():
+            entries.append(BenchArtifact(file, f"{entry['name']}-{precision}", entry["role"]))
     if not entries:
         raise MissingDependencyError("there are no engines", fix="stage `engines` comes first")
     entries = with_graphs(entries)
