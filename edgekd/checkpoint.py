@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import atomic_path, unread_torch_file
 from edgekd.detectors import build_detector
-from edgekd.detectors.base import Detector
 from edgekd.errors import ArtifactError
 from edgekd.types import DetectorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgekd.detectors.base import Detector
 
 DETECTOR_SCHEMA = "edgekd.detector/1"
 STATE_SCHEMA = "edgekd.state/1"
@@ -25,6 +27,8 @@ _EXPORT = "export that detector to ONNX and give it as a teacher's `onnx`, or lo
 
 def save_detector(path: Path, detector: Detector, facts: Mapping[str, Any]) -> None:
     """Write a detector's spec, weights and facts (plain JSON types) in one atomic file."""
+    import torch
+
     payload = {
         "schema": DETECTOR_SCHEMA,
         "spec": detector.spec.to_dict(),
@@ -66,6 +70,8 @@ def read_payload(path: Path, schema: str) -> dict[str, Any]:
     Raises:
         ArtifactError: the file is missing, damaged, holds code, or is not of this schema.
     """
+    import torch
+
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

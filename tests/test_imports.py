@@ -69,6 +69,42 @@ print(len(names))
     assert int(done.stdout) >= len(list((ROOT / "edgekd").rglob("[a-z]*.py"))) - 1
 
 
+def test_engines_are_built_and_measured_without_torch(tmp_path: Path) -> None:
+    """Where TensorRT is there is not always a torch for its Python: ONNX in, engines and their ensemble's result out."""
+    code = """
+import sys
+from pathlib import Path
+from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, make_dataset, write_detector
+from tests.fake_tensorrt import ORIN, FakeTensorRT
+sys.modules["tensorrt"] = FakeTensorRT("8.6.1")
+from edgekd.runtimes import buffers, tensorrt_runtime
+from edgekd.export import engine_job
+tensorrt_runtime.open_buffers = engine_job.open_buffers = lambda: buffers.HostBuffers(ORIN)
+from edgekd.bench.runner import bench_artifacts
+from edgekd.bench.entries import BenchArtifact, BenchEnsemble
+from edgekd.recipe import BenchConfig
+from edgekd.export import ExportData
+folder = Path(sys.argv[1])
+data = make_dataset(folder / "data", images=4)
+source = write_detector(folder / "s.onnx", GOOD_BOXES, GOOD_SCORES)
+built = engine_job.export_engine(source, folder / "s.engine", data=ExportData(val=data))
+assert built.parity[-1].ap50 == built.parity[-1].ap50_reference > 0.9, built.parity
+entries = [BenchArtifact(folder / "s.engine", name, "teacher") for name in ("one", "two")]
+result = bench_artifacts(
+    entries,
+    data,
+    config=BenchConfig(samples=20, warmup_seconds=0),
+    out=folder / "result.json",
+    ensemble=BenchEnsemble(("one", "two")),
+    memory=False,
+    energy_seconds=0,
+)
+assert [row["map"]["ap50"] > 0.9 for row in result["rows"]] == [True] * 4, result["rows"]
+"""
+    done = run_blocked(code, ("torch", "lightning_fabric", "onnxscript"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_blocker_blocks() -> None:
     done = run_blocked("import onnx", OPTIONAL)
     assert done.returncode != 0

@@ -110,14 +110,15 @@ def _spec_counts(metadata: Mapping[str, str]) -> _Counts | None:
     """Counts of the native detector that an ONNX file of ours was exported from."""
     if "edgekd.spec" not in metadata:
         return None
-    from edgekd.detectors import build_detector
-    from edgekd.detectors.complexity import count_macs, count_parameters
     from edgekd.types import DetectorSpec
 
     try:
+        from edgekd.detectors import build_detector
+        from edgekd.detectors.complexity import count_macs, count_parameters
+
         detector = build_detector(DetectorSpec.from_dict(json.loads(metadata["edgekd.spec"])))
         return count_parameters(detector), count_macs(detector), "detector"
-    except (EdgeKDError, ValueError):
+    except (EdgeKDError, ValueError, ImportError):  # no torch, which a benchmark of engines does without
         return None  # a family that this version does not know; the graph can still be counted
 
 

@@ -75,8 +75,11 @@ def product_models() -> dict[str, bytes]:
 
 
 def _torch_peak(threads: int | None) -> float | None:
-    """The same product by torch, whose library is the faster one on some processors."""
-    import torch
+    """The same product by torch, whose library is the faster one on some processors; None without it."""
+    try:
+        import torch
+    except ImportError:  # engines are measured without it too
+        return None
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -90,7 +93,10 @@ def _torch_peak(threads: int | None) -> float | None:
 @functools.lru_cache(maxsize=1)
 def gpu_roof() -> dict[str, Any] | None:
     """The first GPU's, by torch: fp32 with TF32, as TensorRT computes it; None without one that torch can use."""
-    import torch
+    try:
+        import torch
+    except ImportError:  # engines are measured without it too
+        return None
 
     if not torch.cuda.is_available():
         return None

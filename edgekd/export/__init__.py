@@ -8,14 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgekd.export.job import ExportData, ExportResult, export_run
+    from edgekd.export.images import ExportData
+    from edgekd.export.job import ExportResult, export_run
     from edgekd.export.nms import Thresholds
     from edgekd.export.onnx import export_onnx
 
 __all__ = ["ExportData", "ExportResult", "Thresholds", "export_onnx", "export_run"]
 
 _HOMES = {
-    "ExportData": "job",
+    "ExportData": "images",
     "ExportResult": "job",
     "Thresholds": "nms",
     "export_onnx": "onnx",

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from edgekd.detectors.base import Detector
 from edgekd.errors import ParityError
 from edgekd.export.images import PreparedImages, generated_images, spread
 from edgekd.export.nms import Thresholds
@@ -17,6 +16,7 @@ from edgekd.types import Dataset, Detections, FloatArray
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from edgekd.detectors.base import Detector
     from edgekd.export.onnx import Precision
 
 PARITY_IMAGES = 16

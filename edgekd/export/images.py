@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -11,9 +12,32 @@ import numpy as np
 
 from edgekd.data.images import load_image
 from edgekd.preprocess import prepare
-from edgekd.types import FloatArray, ImageRecord, PreprocessSpec
+from edgekd.types import Dataset, FloatArray, ImageRecord, PreprocessSpec
 
 GENERATED_IMAGES = 8
+COMPARED_IMAGES = 300
+"""Training images, at most, that parity and mAP are compared on."""
+
+
+@dataclass(frozen=True)
+class ExportData:
+    """Real images for an export.
+
+    Attributes:
+        train: int8 is calibrated on some of it, and parity and mAP are compared on its last images. Calibration methods and
+            layers are chosen by that mAP, so the images of reported figures must not take part in it.
+        val: compared on where there is no `train`.
+    """
+
+    train: Dataset | None = None
+    val: Dataset | None = None
+
+    @property
+    def for_parity(self) -> Dataset | None:
+        """The images to compare on."""
+        if self.train is None or not len(self.train):
+            return self.val
+        return replace(self.train, records=self.train.records[-COMPARED_IMAGES:])
 
 
 class PreparedImages(Sequence[FloatArray]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from edgekd.errors import DataError, UserError
 from edgekd.export.float16 import to_float16
 from edgekd.export.gate import make_gate
 from edgekd.export.graph import set_metadata
+from edgekd.export.images import ExportData as ExportData
 from edgekd.export.images import PreparedImages, spread
 from edgekd.export.nms import Thresholds
 from edgekd.export.onnx import Precision, describe, detections_form, trace, write_model
@@ -21,7 +22,6 @@ from edgekd.export.parity import ParityReport
 from edgekd.export.precision import Int8Result, to_int8
 from edgekd.export.qat import learned_ranges
 from edgekd.recipe import ExportConfig
-from edgekd.types import Dataset
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -29,31 +29,6 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.yaml"
 PARITY_KEY = "edgekd.parity"
 """Metadata: JSON list of the parity reports that the file passed."""
-
-
-COMPARED_IMAGES = 300
-"""Training images, at most, that parity and mAP are compared on."""
-
-
-@dataclass(frozen=True)
-class ExportData:
-    """Real images for an export.
-
-    Attributes:
-        train: int8 is calibrated on some of it, and parity and mAP are compared on its last images. Calibration methods and
-            layers are chosen by that mAP, so the images of reported figures must not take part in it.
-        val: compared on where there is no `train`.
-    """
-
-    train: Dataset | None = None
-    val: Dataset | None = None
-
-    @property
-    def for_parity(self) -> Dataset | None:
-        """The images to compare on."""
-        if self.train is None or not len(self.train):
-            return self.val
-        return replace(self.train, records=self.train.records[-COMPARED_IMAGES:])
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from edgekd.boxes import iou_matrix
-from edgekd.detectors.base import Detector
 from edgekd.errors import ParityError
 from edgekd.export.graph import GraphIndex, open_session, with_outputs
 from edgekd.export.nms import Thresholds
@@ -19,6 +17,7 @@ from edgekd.types import Detections, FloatArray
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from edgekd.detectors.base import Detector
     from edgekd.export.onnx import Precision
 
 Outputs = Mapping[str, FloatArray]
@@ -138,6 +137,8 @@ class ParityReport:
 def torch_run(detector: Detector) -> Run:
     """A native detector in eval mode on the CPU as a reference."""
     import copy
+
+    import torch
 
     module = copy.deepcopy(detector).float().cpu().eval()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
-from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, TapSpec
 from edgekd.types import Detections, ImageArray, PreprocessSpec, SoftDetections
+
+if TYPE_CHECKING:  # an ensemble of ONNX files or engines is deployed without torch
+    from torch import Tensor
+
+    from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, TapSpec
 
 
 @dataclass(frozen=True)

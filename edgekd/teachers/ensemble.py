@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from edgekd.detectors.base import Detector, DetectorOutput
 from edgekd.errors import DistillationSetupError, UserError
 from edgekd.postprocess import nms, select, select_soft, soft_nms, weighted_boxes_fusion
 from edgekd.predictor import DEFAULT_SELECTION, LIGHT_NMS_IOU, Selection
@@ -16,6 +14,11 @@ from edgekd.preprocess import Geometry
 from edgekd.recipe import EnsembleConfig
 from edgekd.teachers.predicted import ANSWER_THRESHOLD, PredictorTeacher
 from edgekd.types import Detections, FloatArray, ImageArray, ImageRecord, SoftDetections
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgekd.detectors.base import Detector, DetectorOutput
 
 AccuracyOf = Callable[[Sequence[ImageRecord], Sequence[Detections]], float]
 """How good detections are on labelled images; larger is better. AP50, as a rule."""
@@ -85,13 +88,10 @@ class Ensemble:
         pairs = [prepared[teacher.preprocess] for teacher in self.teachers]
         return [tensor for tensor, _ in pairs], [geometry for _, geometry in pairs]
 
-    @torch.no_grad()
     def infer(self, tensors: Sequence[FloatArray]) -> list[Any]:
         """Every teacher's raw outputs."""
         if self._detectors:
-            device = [next(detector.parameters()).device for detector in self._detectors]
-            pairs = zip(self._detectors, tensors, device, strict=True)
-            return [detector(torch.from_numpy(tensor).to(place)) for detector, tensor, place in pairs]
+            return _raw_outputs(self._detectors, tensors)
         return [teacher.predictor.infer(tensor) for teacher, tensor in zip(self.teachers, tensors, strict=True)]
 
     def finish(self, raw: Sequence[Any], geometries: Sequence[Geometry]) -> Detections:
@@ -126,10 +126,12 @@ class Ensemble:
         )
         return Detections(geometry.to_source(found.boxes_xyxy), found.scores, found.labels)
 
-    @torch.no_grad()
     def _mean(self, outputs: Sequence[DetectorOutput]) -> tuple[FloatArray, FloatArray]:
         """(boxes, scores) decoded from the weighted mean of logits and box codings."""
-        boxes, scores = self._detectors[0].decode(mean_outputs(outputs, self.weights))
+        import torch
+
+        with torch.no_grad():
+            boxes, scores = self._detectors[0].decode(mean_outputs(outputs, self.weights))
         mapped = self.teachers[0].predictor.class_map
         probs = scores[0].float().cpu().numpy()
         return boxes[0].float().cpu().numpy(), probs if mapped is None else mapped.project(probs)
@@ -205,6 +207,10 @@ def _pooled(answers: Sequence[SoftDetections], weights: Sequence[float]) -> Soft
 
 def mean_outputs(outputs: Sequence[DetectorOutput], weights: Sequence[float]) -> DetectorOutput:
     """The weighted mean of raw outputs of detectors with equal layouts."""
+    import torch
+
+    from edgekd.detectors.base import DetectorOutput
+
     total = sum(weights)
 
     def mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -217,6 +223,17 @@ def mean_outputs(outputs: Sequence[DetectorOutput], weights: Sequence[float]) ->
         mean([output.bbox_regression for output in outputs]),
         mean(objectness) if len(objectness) == len(outputs) else None,
     )
+
+
+def _raw_outputs(detectors: Sequence[Detector], tensors: Sequence[FloatArray]) -> list[DetectorOutput]:
+    import torch
+
+    places = [next(detector.parameters()).device for detector in detectors]
+    with torch.no_grad():
+        return [
+            detector(torch.from_numpy(tensor).to(place))
+            for detector, tensor, place in zip(detectors, tensors, places, strict=True)
+        ]
 
 
 def _alike(teachers: Sequence[PredictorTeacher]) -> tuple[Detector, ...]:

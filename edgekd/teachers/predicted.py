@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from edgekd.detectors.base import Detector, SoftTargets, TapSpec
 from edgekd.errors import DistillationSetupError
 from edgekd.predictor import Predictor
 from edgekd.preprocess import normalisation
 from edgekd.runtimes.outputs import Arrays
 from edgekd.teachers.base import TeacherOutput
 from edgekd.types import BoolArray, Detections, ImageArray, SoftDetections
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from edgekd.detectors.base import Detector, SoftTargets, TapSpec
 
 ANSWER_THRESHOLD = 0.01
 """Candidates below this do not teach; on VOC that costs an ensemble no AP50 and halves the rows."""
@@ -70,6 +73,8 @@ class PredictorTeacher:
         Raises:
             DistillationSetupError: an unknown tap, or images of another size.
         """
+        import torch
+
         self._check_request(images_u8, taps)
         scale, bias = normalisation(self.preprocess)
         pixels = images_u8.cpu().numpy()[:, :: -1 if self.preprocess.channels == "bgr" else 1]
@@ -90,9 +95,13 @@ class PredictorTeacher:
         )
 
     def _tap(self, raw: Arrays, tap: str) -> Tensor:
+        import torch
+
         return torch.from_numpy(np.array(raw[self._tap_tensors[tap]], np.float32))  # copied: the runtime may reuse it
 
     def _check_request(self, images_u8: Tensor, taps: Sequence[str]) -> None:
+        import torch
+
         unknown = [tap for tap in taps if tap not in self.tap_specs]
         if unknown:
             raise DistillationSetupError(
@@ -126,6 +135,10 @@ class PredictorTeacher:
 
 def soft_targets_from(answers: Sequence[SoftDetections], device: torch.device) -> SoftTargets:
     """Numpy answers as tensors on a device."""
+    import torch
+
+    from edgekd.detectors.base import SoftTargets
+
     return SoftTargets(
         [torch.from_numpy(np.ascontiguousarray(answer.boxes_xyxy)).to(device) for answer in answers],
         [torch.from_numpy(np.ascontiguousarray(answer.class_probs)).to(device) for answer in answers],
