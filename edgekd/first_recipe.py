@@ -21,7 +21,7 @@ from edgekd.data import read_dataset
 from edgekd.data.layout import PARTS, find_split
 from edgekd.data.problems import printable
 from edgekd.data.reading import open_source
-from edgekd.detectors import build_detector, spec_for
+from edgekd.detectors import spec_for
 from edgekd.detectors.prior_fit import suited_options
 from edgekd.detectors.weights import PUBLISHED
 from edgekd.device.sysfs import CPU_BF16, cpu_flags
@@ -80,7 +80,7 @@ def propose(asked: Asked, terminal: Terminal) -> RecipeDraft:
     teachers = teacher_entries(asked.teachers)
     train = _put_data(found, asked)
     student = ModelConfig(model=asked.student, input_size=asked.input_size)
-    build_detector(spec_for(student, train.class_names))  # a size or a model that cannot be is told before all else
+    spec_for(student, train.class_names)  # a model or a size that cannot be is told before all else
     options = _put_student(found, student, train)
     if teachers:
         _put_teachers(found, teachers, train, asked.out, terminal)
@@ -292,4 +292,6 @@ def _put_training(found: RecipeDraft, student: ModelConfig, images: int, on_gpu:
 def _relative(path: Path, out: Path) -> str:
     """A path as the recipe in `out` finds it; taken literally, since that is how recipes resolve them."""
     place = os.path.relpath(os.path.abspath(path), os.path.abspath(out.parent))
-    return f"./{place}" if place in WEIGHT_NAMES or place.startswith("~") else place
+    if place.startswith("~"):  # would be somebody's home
+        return os.path.abspath(path)
+    return f"./{place}" if place in WEIGHT_NAMES else place

@@ -78,8 +78,10 @@ def suited_options(
     if mend is not None:
         return mend[0], f"{mend[1]} with these"
     count = _count(class_names, records)
+    if count.sum() < LEAST_BOXES:
+        return {}, ""
     now, then = (
-        float(_missed(spec_for(_with(config, options), class_names), records) @ count / max(1, count.sum()))
+        float(_missed(spec_for(_with(config, options), class_names), records) @ count / count.sum())
         for options in ({}, {"priors": "fitted"})
     )
     if now - then < LEAST_REACHED:
@@ -94,6 +96,8 @@ def _mend_missed(
     if not config.model.endswith(_SSDS):
         return None
     count = _count(class_names, records)
+    if count.max() < LEAST_OBJECTS:
+        return None
     now = _missed(spec_for(config, class_names), records) * (count >= LEAST_OBJECTS)
     worst = int(now.argmax())
     if now[worst] < MISSED:
