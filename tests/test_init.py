@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from edgekd import first_recipe
 from edgekd.cli import app
+from edgekd.device.sysfs import cpu_flags
 from edgekd.first_recipe import epochs_for, teacher_entries
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher
 from edgekd.recipe_draft import RecipeDraft
@@ -129,6 +130,20 @@ def test_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: f
     assert init(voc(tmp_path / "set"), "--out", out, "--device", "cpu").exit_code == 0
     assert written(out)["train"].get("precision") == ("bf16" if "amx_bf16" in flags else None)
     assert written(out)["train"]["freeze_stride"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\nflags\t\t: other\n", {"fpu", "avx2", "avx512_bf16"}),
+        ("Features\t: fp asimd i8mm\n", {"fp", "asimd", "i8mm"}),
+        ("", set()),
+    ],
+)
+def test_flags_of_the_processor(tmp_path: Path, text: str, flags: set[str]) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(text, encoding="utf-8")
+    assert cpu_flags(tmp_path) == flags
 
 
 def test_on_a_gpu_nothing_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

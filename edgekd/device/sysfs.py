@@ -38,4 +38,4 @@ def cpu_flags(root: Path = Path("/")) -> frozenset[str]:
     """What the processor says it can do, in the kernel's words; empty where it does not say."""
     lines = (read_text(root / "proc/cpuinfo") or "").splitlines()
     line = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return frozenset(line.split()[1:])
+    return frozenset(line.partition(":")[2].split())
