@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from edgekd.device.sysfs import CPU_BF16, cpu_flags
+
 Status = Literal["ok", "missing", "failed"]
 
 PROBE_TIMEOUT_S = 90.0
@@ -311,8 +313,8 @@ def _machine(root: Path) -> list[Finding]:
     group = "Machine"
     cpu = _read(root / "proc/cpuinfo")
     model = next((line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "")
-    flags = set(next((line for line in cpu.splitlines() if line.lower().startswith(("flags", "features"))), "").split())
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+    flags = cpu_flags(root)
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", *CPU_BF16, "asimddp", "i8mm")
     useful = [flag for flag in wanted if flag in flags]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = [Finding(group, "CPU", "ok", f"{model or platform.machine()}, {cores} cores usable, {' '.join(useful)}")]

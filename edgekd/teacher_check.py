@@ -68,7 +68,7 @@ def check_readings(
     notes: list[str] = []
     warnings: list[str] = []
     for config, teacher, identity in teachers:
-        if teacher.detector is not None or teacher.predictor.facts.get("model") is not None:
+        if not is_foreign(teacher):
             continue
         place = folder / teacher.name / "reading"
         inputs = {"teacher": dict(identity), "data": data_identity, "classes": list(dataset.class_names)}
@@ -82,6 +82,11 @@ def check_readings(
         found = json.loads((place / "reading.json").read_text(encoding="utf-8"))
         (warnings if found["doubtful"] else notes).append(found["says"])
     return notes, warnings
+
+
+def is_foreign(teacher: PredictorTeacher) -> bool:
+    """Whether what a teacher's file says of itself was guessed: of edgekd's own files nothing is."""
+    return teacher.detector is None and teacher.predictor.facts.get("model") is None
 
 
 def other_colours(now: PreprocessSpec) -> list[PreprocessSpec]:

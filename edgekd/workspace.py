@@ -66,15 +66,20 @@ def open_workspace(
             read_dataset(section.root, split, format=section.format, class_names=section.classes, limit=limit)
             for split, limit in ((section.train, section.limit_train), (section.val, section.limit_val))
         )
-        _require_objects(train, recipe.train.difficult)
+        require_objects(train, recipe.train.difficult)
         terminal = Terminal(quiet)
         terminal.console.quiet = ranks.rank() > 0  # one process speaks for all
-        for doubt in _doubts(train, val):
+        for doubt in doubts_about(train, val):
             terminal.warn(doubt)
         yield Workspace(recipe, train, val, device, terminal)
 
 
-def _require_objects(train: Dataset, difficult: bool) -> None:
+def require_objects(train: Dataset, difficult: bool) -> None:
+    """Refuse a split without anything to learn.
+
+    Raises:
+        DataError: no box but, perhaps, crowds and (unless these are trained on) difficult objects.
+    """
     for record in train.records:
         if len(record.boxes_xyxy) and not (record.crowd | (record.difficult & (not difficult))).all():
             return
@@ -86,7 +91,7 @@ def _require_objects(train: Dataset, difficult: bool) -> None:
     )
 
 
-def _doubts(train: Dataset, val: Dataset) -> list[str]:
+def doubts_about(train: Dataset, val: Dataset) -> list[str]:
     """What makes figures on `val` say little; nobody is kept from training by it."""
     doubts = []
     both = len({record.path for record in train.records} & {record.path for record in val.records})

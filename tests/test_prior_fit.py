@@ -10,7 +10,7 @@ import torch
 
 from edgekd.checkpoint import load_detector
 from edgekd.detectors import build_detector, spec_for
-from edgekd.detectors.prior_fit import LEAST_BOXES, coverage, fit_shapes, fitted_spec, prior_advice
+from edgekd.detectors.prior_fit import LEAST_BOXES, coverage, fit_shapes, fitted_spec, prior_advice, suited_options
 from edgekd.errors import RecipeError
 from edgekd.recipe import ModelConfig
 from edgekd.types import ImageRecord
@@ -24,6 +24,15 @@ def records(sizes_wh: np.ndarray, image_hw: tuple[int, int] = (100, 200)) -> lis
     for index, size in enumerate(sizes_wh):
         box = np.array([[0, 0, size[0] * image_hw[1], size[1] * image_hw[0]]], np.float32)
         found.append(ImageRecord(str(index), Path("x"), image_hw, box, np.array([index % 2]), no, no))
+    return found
+
+
+def scattered(found: list[ImageRecord]) -> list[ImageRecord]:
+    """The same boxes anywhere in their images: in the corner they all lie alike in the cells of every grid."""
+    draw = np.random.default_rng(2)
+    for record in found:
+        box = record.boxes_xyxy
+        box += np.tile(draw.uniform(0, record.image_hw[::-1] - box[0, 2:]), 2).astype(np.float32)
     return found
 
 
@@ -93,7 +102,7 @@ def test_advice_names_the_class_that_the_priors_miss() -> None:
     usual = ModelConfig(model="mobilenetv2-ssd-lite", input_size=320, width=0.25)
     small = np.full((60, 2), 0.055) * np.random.default_rng(0).uniform(0.9, 1.1, (60, 2))
     middle = np.full((60, 2), 0.14) * np.random.default_rng(1).uniform(0.9, 1.1, (60, 2))
-    mixed = records(np.stack([small, middle], 1).reshape(-1, 2))  # small ones are of class 0
+    mixed = scattered(records(np.stack([small, middle], 1).reshape(-1, 2)))  # small ones are of class 0
     advice = prior_advice(usual, ("dust", "plate"), mixed)
     assert advice is not None
     assert "class dust (60)" in advice
@@ -103,6 +112,15 @@ def test_advice_names_the_class_that_the_priors_miss() -> None:
     assert prior_advice(usual, ("dust", "plate"), records(np.stack([middle, middle], 1).reshape(-1, 2))) is None
     assert prior_advice(usual, ("dust", "plate"), mixed[:20]) is None  # too few to say
     assert prior_advice(ModelConfig(model="yolo-nano", input_size=320), ("dust", "plate"), mixed) is None
+
+
+def test_large_objects_that_other_shapes_cover_get_no_finer_level() -> None:
+    usual = ModelConfig(model="mobilenetv2-ssd-lite", input_size=320, width=0.25)
+    narrow = np.array([[0.9, 0.1]]) * np.random.default_rng(0).uniform(0.9, 1.1, (120, 2))
+    advice = prior_advice(usual, ("pen", "pole"), scattered(records(narrow)))
+    assert advice is not None
+    assert "`options: {priors: fitted}`" in advice
+    assert suited_options(usual, ("pen", "pole"), scattered(records(narrow)))[0] == {"priors": "fitted"}
 
 
 def test_other_detectors_are_left_alone() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edgekd import __version__
-from edgekd.cli import bench, bundle, compare, data, deploy, plan, predict, recipes, train
+from edgekd.cli import bench, bundle, compare, data, deploy, init, plan, predict, recipes, train
 from edgekd.cli.session import (
     CommandGroup,
     DebugOption,
@@ -62,6 +62,7 @@ def _common(
 
 
 app.command()(deploy.doctor)
+app.command()(init.init)
 app.add_typer(data.app, name="data")
 app.command()(plan.plan)
 app.command()(train.train)

@@ -8,7 +8,7 @@ if any adds more than `LEAST_GAIN`; the others stay as published, and with them 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,11 @@ LEAST_BOXES = 100
 """With fewer boxes the published shapes stay."""
 MISSED, LEAST_OBJECTS = 0.3, 20
 """`prior_advice` speaks of a class of so many objects, of which this share is missed."""
+LEAST_REACHED = 0.02
+"""Share of objects that a change of the priors must reach besides, to be worth it."""
 LARGEST_CELLS = 4.0
 """A fitted shape is at most so many cells wide (geometric mean), so that large objects stay on coarse levels."""
+_SSDS = ("-ssd", "-ssd-lite")
 _LOW, _HIGH = 0.3, 0.7  # an overlap below the first is worth nothing, above the second no more
 _SIDES = (0.125, 0.375)  # how far a box's centre lies from the nearest prior's, in cells
 _SWEEPS, _CANDIDATES, _BOXES, _SAMPLE = 3, 256, 4096, 300
@@ -57,23 +60,71 @@ def prior_advice(config: ModelConfig, class_names: Sequence[str], records: Seque
 
     A class is missed where `MISSED` or more of its objects, at least `LEAST_OBJECTS`, overlap no prior by half.
     """
-    if not config.model.endswith(("-ssd", "-ssd-lite")):
+    mend = _mend_missed(config, class_names, records)
+    if mend is None:
         return None
-    count = np.bincount(np.concatenate([r.labels[r.trainable] for r in records]), minlength=len(class_names))
+    options = ", ".join(f"{name}: {value}" for name, value in mend[0].items())
+    return f"{mend[1]} with `options: {{{options}}}`"
+
+
+def suited_options(
+    config: ModelConfig, class_names: Sequence[str], records: Sequence[ImageRecord]
+) -> tuple[dict[str, Any], str]:
+    """(Options of a model that suit these images' boxes, why): what `prior_advice` asks for, or fitted priors where they
+    reach more objects; ({}, "") where neither brings anything, or the model is no SSD."""
+    if not config.model.endswith(_SSDS):
+        return {}, ""
+    mend = _mend_missed(config, class_names, records)
+    if mend is not None:
+        return mend[0], f"{mend[1]} with these"
+    count = _count(class_names, records)
+    if count.sum() < LEAST_BOXES:
+        return {}, ""
+    now, then = (
+        float(_missed(spec_for(_with(config, options), class_names), records) @ count / count.sum())
+        for options in ({}, {"priors": "fitted"})
+    )
+    if now - then < LEAST_REACHED:
+        return {}, ""
+    return {"priors": "fitted"}, f"{now:.0%} of the objects overlap no published prior by half; {then:.0%} with these"
+
+
+def _mend_missed(
+    config: ModelConfig, class_names: Sequence[str], records: Sequence[ImageRecord]
+) -> tuple[dict[str, Any], str] | None:
+    """(Options, what is missed without and with them) of `prior_advice`."""
+    if not config.model.endswith(_SSDS):
+        return None
+    count = _count(class_names, records)
+    if count.max() < LEAST_OBJECTS:
+        return None
     now = _missed(spec_for(config, class_names), records) * (count >= LEAST_OBJECTS)
     worst = int(now.argmax())
     if now[worst] < MISSED:
         return None
-    better: dict[str, Any] = {"finest_stride": 8} if config.model.endswith("-lite") else {}
-    better["priors"] = "fitted"
-    then = _missed(spec_for(config.model_copy(update={"options": {**config.options, **better}}), class_names), records)
-    if then[worst] > now[worst] / 2:
+    better: dict[str, Any] = {"priors": "fitted"}
+    then = _missed(spec_for(_with(config, better), class_names), records)[worst]
+    if config.model.endswith("-lite"):  # the finer level costs arithmetic: only where it does more than other shapes
+        finer = {"finest_stride": 8, **better}
+        share = _missed(spec_for(_with(config, finer), class_names), records)[worst]
+        if share < then - LEAST_REACHED:
+            better, then = finer, share
+    if then > now[worst] / 2:
         return None
-    options = ", ".join(f"{name}: {value}" for name, value in better.items())
-    return (
+    return better, (
         f"{now[worst]:.0%} of the objects of class {class_names[worst]} ({count[worst]}) overlap no prior by half, and are "
-        f"hard to learn; {then[worst]:.0%} with `options: {{{options}}}`"
+        f"hard to learn; {then:.0%}"
     )
+
+
+def _with(config: ModelConfig, options: Mapping[str, Any]) -> ModelConfig:
+    return config.model_copy(update={"options": {**config.options, **options}})
+
+
+def _count(class_names: Sequence[str], records: Sequence[ImageRecord]) -> IntArray:
+    """(classes,) objects to train on."""
+    labels = np.concatenate([np.zeros(0, np.int64), *(r.labels[r.trainable] for r in records)])
+    return np.bincount(labels, minlength=len(class_names))
 
 
 def _missed(spec: DetectorSpec, records: Sequence[ImageRecord]) -> Float64:

@@ -28,3 +28,14 @@ def scaled(path: Path, factor: float) -> float | None:
     """A file's whole number times `factor`; None if there is none."""
     value = read_int(path)
     return None if value is None else value * factor
+
+
+CPU_BF16 = ("avx512_bf16", "amx_bf16")
+"""Flags of x86 processors on which training in bf16 is faster than in fp32."""
+
+
+def cpu_flags(root: Path = Path("/")) -> frozenset[str]:
+    """What the processor says it can do, in the kernel's words; empty where it does not say."""
+    lines = (read_text(root / "proc/cpuinfo") or "").splitlines()
+    line = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return frozenset(line.partition(":")[2].split())
