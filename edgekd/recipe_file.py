@@ -180,7 +180,7 @@ def _resolve_paths(document: Document, folder: Path, needs: Collection[str]) -> 
     """Make the recipe's paths absolute; problems for those that are needed and absent."""
     problems: list[Problem] = []
     for path in _file_keys(document.data):
-        parent, value = _parent(document.data, path), Path(_get(document.data, path)).expanduser()
+        parent, value = _parent(document.data, path), Path(os.path.expanduser(_get(document.data, path)))
         place = document.place(path)
         bases = [folder, Path()] if place.line else [Path(), folder]
         choices = list(dict.fromkeys(Path(os.path.abspath(base / value)) for base in bases))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def record_views(work: Workspace, distiller: Distiller, identities: Sequence[Map
     if not distiller.online:
         work.terminal.note("teacher cache: not needed, the answers to whole images serve every view")
         return
-    root = Path(config.folder).expanduser() if config.folder is not None else folder
+    root = Path(os.path.expanduser(config.folder)) if config.folder is not None else folder
     members = zip(distiller.set.teachers, distiller.wanted, identities, strict=True)
     data = {"images": work.data_identity["train"], "classes": list(work.train.class_names)}
     recordings = [

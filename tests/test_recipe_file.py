@@ -212,6 +212,12 @@ def test_each_mistake_is_told_with_its_place(tmp_path: Path, name: str) -> None:
     assert problems(tmp_path, edit(old, new)) == [f"/recipe.yaml:{place}: {message}"]
 
 
+def test_a_tilde_that_is_nobodys_home_is_a_plain_name(tmp_path: Path) -> None:
+    (tmp_path / "~no-such-user").mkdir()
+    recipe = load_recipe(write(tmp_path, edit("root: data", "root: ~no-such-user")))
+    assert Path(recipe.data.root) == tmp_path / "~no-such-user"
+
+
 def test_all_mistakes_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = GOOD
     for old, new in (("root: data", "rot: data"), ("mobilenetv2", "mobile"), ("onnx: box.onnx", "onnx: 3")):

@@ -111,7 +111,7 @@ def load_backbone_weights(detector: Detector, source: str) -> LoadedWeights:
     if source == "imagenet":
         path = _published_file(detector)
     else:
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         if not path.is_file():
             raise WeightsError(
                 f"{path}: no such weights file",
@@ -236,7 +236,7 @@ def _places(file_name: str) -> list[Path]:
     """Where a file may lie: $EDGEKD_WEIGHTS and the folders in it, then the cache."""
     places = []
     if folder := os.environ.get("EDGEKD_WEIGHTS"):
-        root = Path(folder).expanduser()
+        root = Path(os.path.expanduser(folder))
         places += [root / file_name, *sorted(root.glob(f"*/{file_name}"))]
     return [*places, cache_folder() / file_name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +80,6 @@ def native_teacher(config: CheckpointTeacher, class_names: Sequence[str], device
     Raises:
         ArtifactError: missing or damaged. ClassMapError: its classes are none of the student's.
     """
-    file = detector_file(Path(config.checkpoint).expanduser())
+    file = detector_file(Path(os.path.expanduser(config.checkpoint)))
     detector = load_detector(file)
     return NativeTeacher(config.name, detector, class_names, config.class_map, device=device, path=file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def onnx_teacher(
     """
     # A GPU build of ONNX Runtime is a separate package: without it, the teacher runs on the CPU and says so.
     provider = "cuda" if device.startswith("cuda") and has_provider("cuda") else "cpu"
-    opened = open_onnx(Path(config.onnx).expanduser(), config, provider=provider, threads=threads)
+    opened = open_onnx(Path(os.path.expanduser(config.onnx)), config, provider=provider, threads=threads)
     predictor = Predictor(
         config.name, opened.class_names, opened.preprocess, opened.runtime, opened.form, facts=opened.facts
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def _import_models() -> Any:
 
 def _with_weights(models: Any, config: TorchvisionTeacher) -> tuple[Any, tuple[str, ...]]:
     """(model, names by label): labels are COCO's category ids unless the weights say otherwise."""
-    path = Path(config.weights).expanduser() if config.weights else None
+    path = Path(os.path.expanduser(config.weights)) if config.weights else None
     try:
         if path is not None and path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
