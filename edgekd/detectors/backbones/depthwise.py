@@ -13,7 +13,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """`nn.Conv2d` with a group for each channel and half the kernel as padding, computing the same.
 
     oneDNN has no fast bf16 kernel for the gradient with respect to the input of a strided depthwise convolution: its
-    reference takes up to 25 times what float32 takes, and was a third of a MobileNetV2 SSD-lite's whole training step (torch
+    reference takes 3 to 45 times what float32 takes, and was a third of a MobileNetV2 SSD-lite's whole training step (torch
     2.13, AVX-512 BF16; benchmarks/). There the gradient is taken as that of the unstrided convolution, which is fast.
     """
 
