@@ -47,6 +47,8 @@ RAW = {
     "yolov8": ({"output0": YOLO.transpose(0, 2, 1)}, {}),
     "yolov8 rows": ({"output0": YOLO}, {}),
     "yolov8 without batch": ({"output0": YOLO[0].T}, {}),
+    "yolov8 rows without batch, as wide as rows that name their image": ({"output0": YOLO[0]}, {}),
+    "yolov8 rows in four axes": ({"output0": YOLO[None]}, {}),
     "yolov8 normalised": ({"o": (np.concatenate([CENTRES / SHARES, SCORES], 1)[None]).transpose(0, 2, 1)}, {}),
     "yolov8 logits": ({"o": np.concatenate([CENTRES, LOGITS], 1)[None]}, {}),
     "yolo with corners": ({"o": np.concatenate([BOXES, SCORES], 1)[None]}, {}),
@@ -195,7 +197,25 @@ def test_six_columns_of_a_raw_head_are_not_taken_for_detections(classes: int) ->
     np.testing.assert_allclose(read_scores, scores, atol=1e-6)
 
 
+@pytest.mark.parametrize("classes", [2, 17])
+def test_scores_that_are_all_zero_are_not_taken_for_labels(classes: int) -> None:
+    boxes, _ = truth(rows=126)  # one a cell, of a quantised model
+    head = np.concatenate([boxes, np.zeros((126, classes), np.float32)], 1)[None]
+    found, read_boxes, scores = read({"output0": head}, tuple(f"class {label}" for label in range(classes)))
+    assert found.form.kind == "yolo"
+    assert scores.shape == (126, classes)
+    np.testing.assert_allclose(read_boxes, boxes)
+
+
+def test_many_rows_with_labels_are_detections() -> None:
+    rows = np.tile(ROWS[1:], (600, 1))[None]
+    found, _, _ = read({"output0": rows}, NAMES[:2])
+    assert (found.form.kind, found.form.columns) == ("detections", (0, 1, 2, 3, 4, 5))
+
+
 NOISE = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+THREE_A_CELL = np.tile(YOLOV5[:, :126], (1, 3, 1))
+MANY_CLASSES = np.concatenate([CENTRES[:126], truth(31, 126)[1]], 1)[None]
 ONE_BOX = np.array([[[20, 20, 40, 40]]], np.float32)
 UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
     "no names": ({"o": YOLO}, None, {}, "class_names"),
@@ -228,6 +248,21 @@ UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
         NAMES,
         {"output": "detections"},
         "output",
+    ),
+    "labels beyond the names": ({"o": PADDED[None]}, ("a",), {}, "labels up to 2"),
+    "a name too many for a head with objectness": ({"o": THREE_A_CELL}, (*NAMES, "background"), {}, "objectness"),
+    "distances that are scores of more classes than names": ({"o": MANY_CLASSES}, NAMES, {}, "class_names"),
+    "scores that are called classes": (
+        {"boxes": BOXES[None], "conf": OBJECTNESS.T, "class": SCORES[None, :, 0]},
+        NAMES[:1],
+        {},
+        "output",
+    ),
+    "objectness apart": (
+        {"boxes": BOXES[None], "objectness": OBJECTNESS[None], "class_probs": SCORES[None]},
+        NAMES,
+        {},
+        "'objectness'",
     ),
     "declared yolo that is none": ({"boxes": BOXES[None], "s": SCORES[None]}, NAMES, {"output": "yolo"}, "output"),
 }

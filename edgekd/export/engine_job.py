@@ -188,8 +188,8 @@ def can_be_cut(form: OutputFormat, model: ModelProto) -> bool:
     plain = form.kind == "boxes-scores" and form.activation == "none" and form.background == "none"
     if not plain or len(form.names) != 2 or form.channels_first or form.box_format.startswith("grid-"):
         return False
-    rank = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
-    boxes, scores = (rank[name] for name in form.names)
+    shapes = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
+    boxes, scores = (shapes[name] for name in form.names)
     across = len(boxes) == len(scores) == 3 and boxes[1].dim_value != scores[1].dim_value
     return len(scores) == 3 and not across
 

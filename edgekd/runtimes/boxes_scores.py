@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.heads import activation_of, coco_by_id
+from edgekd.runtimes.heads import activation_of
 from edgekd.runtimes.outputs import Background, OutputFormat, activate, item_of, paired
 from edgekd.runtimes.probe import (
     BOX_WORDS,
@@ -18,11 +17,14 @@ from edgekd.runtimes.probe import (
     Probe,
     Recognised,
     box_format_of,
+    coco_by_id,
     named,
     names_or_error,
 )
 from edgekd.types import FloatArray
 
+_FACTOR_WORDS = ("obj", "centerness", "centreness")
+"""In the names of values that class scores are to be multiplied by: YOLO's objectness, FCOS's centre-ness."""
 _WINS = 0.5
 """Of candidates: nearly every one of a detector is background, so its column wins nearly everywhere."""
 
@@ -40,10 +42,17 @@ def boxes_scores(
     if channels_first:
         boxes, scores = boxes.T, scores.T
     scores = paired(boxes, scores)
+    factors = [n for n, a in probe.arrays.items() if n not in pair and a.size == len(boxes) and named(n, _FACTOR_WORDS)]
+    if factors:
+        raise probe.unclear(
+            f"{factors[0]!r} beside the class scores looks like a factor of theirs, which would be left out",
+            "export the detector with scores that it has been multiplied into, or with both in one array (`output: "
+            "yolo-objectness`)",
+        )
     columns = scores.shape[1]
     class_names, notes = names_or_error(probe, names, columns)
     has_background = _has_background(columns, class_names, declared)
-    activation = activation_of(scores, declared, "sigmoid")
+    activation = activation_of(scores, declared)
     if activation == "sigmoid" and declared.score_activation == "auto" and (has_background or coco_by_id(class_names)):
         activation = "softmax" if _winner(activate(scores, "softmax")) is not None else "sigmoid"
     background: Background = "none"
@@ -121,6 +130,4 @@ def _background(probe: Probe, probs: FloatArray, class_names: Sequence[str], dec
 
 def _fit_coco(class_names: tuple[str, ...], columns: int, background: Background) -> tuple[str, ...]:
     """COCO's names by category id, cut to the columns that are left without background."""
-    if class_names != NAMED_LABEL_SETS["coco91"]:
-        return class_names
-    return class_names[1:] if columns == 90 else class_names
+    return class_names[1:] if coco_by_id(class_names) and columns == 90 else class_names

@@ -10,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.anchored import ANCHOR_SETS, AnchorSet, candidates_of, grid_of
 from edgekd.runtimes.grids import grid_cells, is_map
@@ -57,7 +56,7 @@ def yolo(probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tup
     boxes = values[:, layout.classes :] if last else values[:, : layout.box_values]
     box_format = _yolo_box_format(probe, boxes, declared, layout, last)
     scores = values[:, : layout.classes] if last else values[:, layout.box_values : values.shape[1] - layout.extra]
-    activation = activation_of(scores, declared, "sigmoid")
+    activation = activation_of(scores, declared)
     if (
         layout.kind == "yolo-objectness"
         and declared.output == "auto"
@@ -117,10 +116,17 @@ def _layout(probe: Probe, values: FloatArray, declared: OnnxTeacher, names: tupl
             f"declare {columns - 4} class names for `output: yolo`, or {columns - 5} for `output: yolo-objectness`",
         )
     if columns - classes - extra == 4:
+        if len(values) % 3 == 0 and grid_cells(probe.input_hw, len(values) // 3) is not None:
+            raise probe.unclear(
+                f"{columns} values a candidate for {classes} classes leave none for objectness, which heads with three "
+                "candidates a cell (YOLOv3 to v7) have",
+                f"declare {columns - 5 - extra} class names, or `output: yolo` if it really has none",
+            )
         return _Layout("yolo", classes, 4, extra)
     if columns - classes - extra == 5:
         return _Layout("yolo-objectness", classes, 4, extra)
-    if columns - classes in [4 * bins for bins in BINS] and grid_cells(probe.input_hw, len(values)) is not None:
+    in_bins = columns - classes in [4 * bins for bins in BINS] and grid_cells(probe.input_hw, len(values)) is not None
+    if in_bins and not _bounded(values[:, 4:]):  # else they are scores behind a box, of more classes than there are names
         return _Layout("yolo", classes, columns - classes)
     raise probe.unclear(
         f"{columns} values a candidate fit neither 4 + {classes} nor 5 + {classes} classes",
@@ -165,11 +171,11 @@ def _bounded(scores: FloatArray) -> bool:
     return scores.size == 0 or (float(scores.min()) >= -1e-4 and float(scores.max()) <= 1.0 + 1e-3)
 
 
-def activation_of(scores: FloatArray, declared: OnnxTeacher, for_logits: Activation) -> Activation:
-    """Values outside [0, 1] are logits; what squashes them is known from whether there is a background column."""
+def activation_of(scores: FloatArray, declared: OnnxTeacher) -> Activation:
+    """Values outside [0, 1] are logits, of sigmoids unless something else tells of a softmax."""
     if declared.score_activation != "auto":
         return declared.score_activation
-    return "none" if _bounded(scores) else for_logits
+    return "none" if _bounded(scores) else "sigmoid"
 
 
 # --- one array, or a pair, a level ---------------------------------------------------------------------------------
@@ -234,7 +240,7 @@ def _anchored(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None
     outputs = tuple(name for _, name in levels_found)
     raw, _ = candidates_of([probe.arrays[name] for name in outputs], 0, 5 + classes, probe.input_hw)
     class_names, notes = names_or_error(probe, names, classes)
-    activation = activation_of(raw if anchors.squared else raw[:, 4:], declared, "sigmoid")
+    activation = activation_of(raw if anchors.squared else raw[:, 4:], declared)
     form = OutputFormat(
         "yolo-objectness",
         outputs,
@@ -268,15 +274,10 @@ def _pairs(
     class_names, notes = names_or_error(probe, names, classes)
     channels_first = probe.arrays[score_names[0]].ndim == 4
     scores = table_of([probe.arrays[name] for name in score_names], 0, channels_first)
-    activation = activation_of(np.asarray(scores, np.float32), declared, "sigmoid")
+    activation = activation_of(np.asarray(scores, np.float32), declared)
     box_format: BoxFormat = "grid-distances" if declared.box_format == "auto" else declared.box_format
     form = OutputFormat(
         "boxes-scores", (*box_names, *score_names), classes, box_format, activation, "none", channels_first
     )
     found = f"outputs recognised as boxes ({box_format}) and scores over {len(sizes)} levels (activation {activation})"
     return Recognised(form, class_names, (found, *notes))
-
-
-def coco_by_id(names: Sequence[str]) -> bool:
-    """Whether names are COCO's by category id, whose first column is never an object."""
-    return tuple(names) == NAMED_LABEL_SETS["coco91"]

@@ -33,18 +33,16 @@ SCHEMA = "edgekd.onnx/1"
 OnnxEngine = Literal["onnxruntime", "openvino"]
 _NAME_KEYS = ("names", "class_names", "classes", "labels", "id2label", "categories")
 _FOREIGN_KEYS = (
-    *(
-        "resize",
-        "channels",
-        "mean",
-        "std",
-        "class_names",
-        "output",
-        "box_format",
-        "score_activation",
-        "background",
-        "anchors",
-    ),
+    "resize",
+    "channels",
+    "mean",
+    "std",
+    "class_names",
+    "output",
+    "box_format",
+    "score_activation",
+    "background",
+    "anchors",
 )
 
 

@@ -225,9 +225,14 @@ def _labelled(boxes: Array, confidence: FloatArray, labels: Array, form: OutputF
     return boxes[real], probs
 
 
+def names_image(array: Array) -> bool:
+    """Whether detection rows of this shape are those of a whole batch, with the image in the first of seven columns."""
+    return array.shape[-1] == 7 and (array.ndim == 2 or (array.ndim == 4 and array.shape[:2] == (1, 1)))
+
+
 def rows_of(array: Array, item: int) -> Array:
-    """One image's detection rows (N, C); an array over the whole batch names the image in the first of seven columns."""
-    if array.shape[-1] == 7 and (array.ndim == 2 or (array.ndim == 4 and array.shape[:2] == (1, 1))):
+    """One image's detection rows (N, C); of an array over the whole batch those that name the image."""
+    if names_image(array):
         flat = array.reshape(-1, 7)
         rows: Array = flat[np.rint(flat[:, 0]) == item]
         return rows

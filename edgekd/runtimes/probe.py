@@ -41,7 +41,7 @@ class Recognised:
 
 @dataclass(frozen=True)
 class Probe:
-    """The outputs of one run, with what the graph says about their ranks (a run may find nothing and lose axes).
+    """The outputs of one run, with what else the file says that helps to read them.
 
     Attributes:
         source: the file's name, for messages.
@@ -87,6 +87,11 @@ def names_or_error(
         f"{columns} scores a candidate, and no names for them in the file",
         "declare `class_names`: a list in label order, coco, coco91 (COCO's own ids) or voc",
     )
+
+
+def coco_by_id(names: Sequence[str]) -> bool:
+    """Whether names are COCO's by category id, whose first column is never an object."""
+    return tuple(names) == NAMED_LABEL_SETS["coco91"]
 
 
 def box_format_of(probe: Probe, boxes: FloatArray, declared: OnnxTeacher, usual: str | None) -> BoxFormat:
