@@ -19,7 +19,7 @@ from edgekd.export.engine_job import can_be_cut
 from edgekd.predictor import Predictor, load_predictor
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.anchored import ANCHOR_SETS
-from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.side_inputs import value_for
 from edgekd.runtimes.tensor_info import TensorInfo
 from edgekd.teachers import build_teacher

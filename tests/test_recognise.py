@@ -11,8 +11,10 @@ from edgekd.boxes import cxcywh_from_xyxy
 from edgekd.errors import ArtifactError, RuntimeFailure, UserError
 from edgekd.labels import COCO_CLASSES
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.outputs import OutputFormat, decode
-from edgekd.runtimes.recognise import Probe, recognise
+from edgekd.runtimes.output_format import OutputFormat
+from edgekd.runtimes.outputs import decode
+from edgekd.runtimes.probe import Probe
+from edgekd.runtimes.recognise import recognise
 
 HW = (64, 96)
 NAMES = ("cat", "dog", "cow")

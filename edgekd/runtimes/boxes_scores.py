@@ -8,12 +8,12 @@ import numpy as np
 
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.heads import activation_of
-from edgekd.runtimes.outputs import Background, OutputFormat, activate, item_of, paired
+from edgekd.runtimes.output_format import Background, OutputFormat
+from edgekd.runtimes.outputs import Arrays, activate, item_of, paired
 from edgekd.runtimes.probe import (
     BOX_WORDS,
     LABEL_WORDS,
     SCORE_WORDS,
-    Arrays,
     Probe,
     Recognised,
     box_format_of,

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.grids import grid_cells
-from edgekd.runtimes.outputs import NORMALISED_BELOW, Activation, Background, BoxFormat, OutputFormat, names_image, rows_of
+from edgekd.runtimes.output_format import NORMALISED_BELOW, Activation, Background, BoxFormat, OutputFormat
+from edgekd.runtimes.outputs import Arrays, names_image, rows_of
 from edgekd.runtimes.probe import (
     BOX_WORDS,
     COUNT_WORDS,
     LABEL_WORDS,
     SCORE_WORDS,
-    Arrays,
     Probe,
     Recognised,
     named,

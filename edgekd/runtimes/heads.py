@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.anchored import ANCHOR_SETS, AnchorSet, candidates_of, grid_of
 from edgekd.runtimes.grids import grid_cells, is_map
-from edgekd.runtimes.outputs import Activation, BoxFormat, OutputFormat, OutputKind, item_of, table_of
+from edgekd.runtimes.output_format import Activation, BoxFormat, OutputFormat, OutputKind
+from edgekd.runtimes.outputs import item_of, table_of
 from edgekd.runtimes.probe import Probe, Recognised, box_format_of, names_or_error
 from edgekd.types import FloatArray
 
@@ -126,7 +127,9 @@ def _layout(probe: Probe, values: FloatArray, declared: OnnxTeacher, names: tupl
     if columns - classes - extra == 5:
         return _Layout("yolo-objectness", classes, 4, extra)
     in_bins = columns - classes in [4 * bins for bins in BINS] and grid_cells(probe.input_hw, len(values)) is not None
-    if in_bins and not _bounded(values[:, 4:]):  # else they are scores behind a box, of more classes than there are names
+    if in_bins and not _bounded(
+        values[:, 4:]
+    ):  # else they are scores behind a box, of more classes than there are names
         return _Layout("yolo", classes, columns - classes)
     raise probe.unclear(
         f"{columns} values a candidate fit neither 4 + {classes} nor 5 + {classes} classes",

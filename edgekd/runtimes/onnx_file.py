@@ -25,8 +25,10 @@ from edgekd.runtimes.first_nodes import Beginning, PixelRange, beginning_of
 from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.onnx_session import OnnxRuntime
 from edgekd.runtimes.ort import OrtRuntime, with_extra_outputs
-from edgekd.runtimes.outputs import OutputFormat, decode
-from edgekd.runtimes.recognise import Probe, recognise
+from edgekd.runtimes.output_format import OutputFormat
+from edgekd.runtimes.outputs import decode
+from edgekd.runtimes.probe import Probe
+from edgekd.runtimes.recognise import recognise
 from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
 
 SCHEMA = "edgekd.onnx/1"

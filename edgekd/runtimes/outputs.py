@@ -10,27 +10,9 @@ from edgekd.boxes import xyxy_from_cxcywh
 from edgekd.errors import ArtifactError, RuntimeFailure
 from edgekd.runtimes.anchored import AnchorSet, candidates_of, decoded
 from edgekd.runtimes.grids import from_distances, from_offsets
-from edgekd.runtimes.output_format import (
-    NORMALISED_BELOW,
-    Activation,
-    Background,
-    BoxFormat,
-    OutputFormat,
-    OutputKind,
-)
+from edgekd.runtimes.output_format import NORMALISED_BELOW, Activation, BoxFormat, OutputFormat
 from edgekd.runtimes.rows import HIGHEST_SCORE, layout_of
 from edgekd.types import Array, FloatArray, IntArray
-
-__all__ = [
-    "NORMALISED_BELOW",
-    "Activation",
-    "Arrays",
-    "Background",
-    "BoxFormat",
-    "OutputFormat",
-    "OutputKind",
-    "decode",
-]
 
 Arrays = Mapping[str, Array]
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from edgekd.errors import UserError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.outputs import NORMALISED_BELOW, BoxFormat, OutputFormat
+from edgekd.runtimes.output_format import NORMALISED_BELOW, BoxFormat, OutputFormat
+from edgekd.runtimes.outputs import Arrays
 from edgekd.types import FloatArray
 
 BOX_WORDS = ("box", "bbox", "loc", "det")
@@ -20,8 +21,6 @@ SCORE_WORDS = ("score", "conf", "prob", "logit")
 LABEL_WORDS = ("label", "class", "cls", "categor")
 COUNT_WORDS = ("num", "count", "valid")
 _COCO_COLUMNS = {80: "coco", 81: "coco", 90: "coco91", 91: "coco91", 92: "coco91"}
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
