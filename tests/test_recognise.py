@@ -98,6 +98,18 @@ ROWS = np.concatenate([FINISHED_BOXES, FINISHED_SCORES[:, None], LABELS[:, None]
 PADDED = np.concatenate([ROWS, np.zeros((4, 6), np.float32)])
 BATCHED = np.concatenate([np.zeros((3, 1)), FINISHED_BOXES, LABELS[:, None], FINISHED_SCORES[:, None]], 1)
 FINISHED: dict[str, dict[str, np.ndarray]] = {
+    "Detectron2, traced without names": {
+        "value": FINISHED_BOXES,
+        "value.3": LABELS,
+        "value.7": FINISHED_SCORES,
+        "onnx::Split_98": np.array(HW),
+    },
+    "beside other boxes": {
+        "pred_boxes": FINISHED_BOXES,
+        "anchors": FINISHED_BOXES + 1,
+        "scores": FINISHED_SCORES,
+        "labels": LABELS.astype(np.float32),
+    },
     "torchvision": {"boxes": FINISHED_BOXES, "labels": LABELS + 1, "scores": FINISHED_SCORES},
     "any order, other types": {
         "c": LABELS.astype(np.int32)[None],
@@ -215,6 +227,33 @@ def test_many_rows_with_labels_are_detections() -> None:
     assert (found.form.kind, found.form.columns) == ("detections", (0, 1, 2, 3, 4, 5))
 
 
+def test_more_classes_than_candidates() -> None:
+    boxes, scores = truth(400)
+    classes = tuple(f"class {label}" for label in range(400))
+    found, read_boxes, read_scores = read({"o": np.concatenate([cxcywh_from_xyxy(boxes), scores], 1)[None]}, classes)
+    assert not found.form.channels_first
+    np.testing.assert_allclose(read_boxes, boxes, atol=1e-3)
+    np.testing.assert_allclose(read_scores, scores, atol=1e-6)
+
+
+def test_logits_over_cocos_ids_are_of_a_softmax_where_the_first_wins_everywhere() -> None:
+    boxes, scores = truth(91)
+    scores[:, 0] = 9
+    probabilities = scores / scores.sum(1, keepdims=True)
+    found, _, read_scores = read({"boxes": boxes[None], "scores": np.log(probabilities)[None] + 3}, None)
+    assert found.form.activation == "softmax"
+    np.testing.assert_allclose(read_scores, probabilities, rtol=1e-4)
+
+
+def test_distances_in_maps_of_twice_as_many_values_as_an_anchor_has() -> None:
+    """54 classes: 64 + 54 = 2 (5 + 54)."""
+    rng = np.random.default_rng(0)
+    maps = {f"o{index}": rng.normal(size=(1, 118, 8 >> index, 12 >> index)) for index in range(3)}
+    found, boxes, _ = read({n: a.astype(np.float32) for n, a in maps.items()}, tuple(f"c{i}" for i in range(54)))
+    assert found.form.box_format == "grid-distances"
+    assert len(boxes) == 126
+
+
 NOISE = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
 THREE_A_CELL = np.tile(YOLOV5[:, :126], (1, 3, 1))
 MANY_CLASSES = np.concatenate([CENTRES[:126], truth(31, 126)[1]], 1)[None]
@@ -314,6 +353,9 @@ def test_any_image_of_a_batch() -> None:
     boxes, scores = decode(arrays, form, HW, item=1)
     np.testing.assert_array_equal(boxes, BOXES + 1)
     np.testing.assert_array_equal(scores, SCORES / 2)
+    one_class = arrays | {"scores": arrays["scores"][:, :, 0]}
+    _, scores = decode(one_class, OutputFormat("boxes-scores", ("boxes", "scores"), 1), HW, item=1)
+    np.testing.assert_array_equal(scores, SCORES[:, :1] / 2)
 
 
 @pytest.mark.parametrize("padding", [0, -1, None])

@@ -184,8 +184,6 @@ def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, cert
     found = [columns for columns in fitting(table) if not further or columns == LAYOUTS[6][0]]
     nothing = not ((rows != 0) & (rows != -1)).any()
     if nothing and (not further or task in ("segment", "pose")):
-        if "scale_factor" in probe.inputs and width == 6:
-            return (name,), LAYOUTS[6][1]
         return (name,), LAYOUTS[6][0] if further else ()
     # Labels that are all 0 may be a raw head's scores for a class that it sees nowhere.
     if not found or not (certain or rows[:, found[0][5]].any() or _are_too_few_for_raw(probe, len(rows))):

@@ -156,7 +156,7 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
     arrays = {name: np.array(value) for name, value in raw.items() if isinstance(value, np.ndarray)}
     own = {n: _first_image(a, runtime.input_shape[0]) for n, a in arrays.items() if n not in declared.taps.values()}
     inputs = tuple(info.name for info in runtime.inputs)
-    probe = Probe(str(path), own, input_hw, metadata, inputs, runtime.channels_last)
+    probe = Probe(str(path), own, input_hw, metadata, runtime.channels_last)
     found = recognise(probe, declared, names_in_metadata(metadata))
     if lacks_batch_axis(found.form, own):
         runtime.one_at_a_time()

@@ -47,7 +47,6 @@ class Probe:
         arrays: by output name; batch of one.
         input_hw: the probe's (height, width).
         metadata: the file's own, such as Ultralytics' `task`.
-        inputs: the names of the graph's inputs.
         channels_last: the graph takes (B, H, W, 3), as TensorFlow's do.
     """
 
@@ -55,7 +54,6 @@ class Probe:
     arrays: Arrays
     input_hw: tuple[int, int]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    inputs: tuple[str, ...] = ()
     channels_last: bool = False
 
     def listed(self) -> str:
