@@ -241,8 +241,9 @@ def test_logits_over_cocos_ids_are_of_a_softmax_where_the_first_wins_everywhere(
     scores[:, 0] = 9
     probabilities = scores / scores.sum(1, keepdims=True)
     found, _, read_scores = read({"boxes": boxes[None], "scores": np.log(probabilities)[None] + 3}, None)
-    assert found.form.activation == "softmax"
-    np.testing.assert_allclose(read_scores, probabilities, rtol=1e-4)
+    assert (found.form.activation, found.form.background) == ("softmax", "first")
+    assert (found.class_names[0], len(found.class_names)) == ("person", 90)
+    np.testing.assert_allclose(read_scores, probabilities[:, 1:], rtol=1e-4)
 
 
 def test_distances_in_maps_of_twice_as_many_values_as_an_anchor_has() -> None:
@@ -291,6 +292,13 @@ UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
         "output",
     ),
     "labels beyond the names": ({"o": PADDED[None]}, ("a",), {}, "labels up to 2"),
+    "detections as centres, of two classes": (
+        {"o": np.concatenate([CENTRES, OBJECTNESS, np.arange(300)[:, None] % 2], 1)[None]},
+        NAMES[:2],
+        {},
+        "labels",
+    ),
+    "detections in percent": ({"o": np.tile(ROWS * [1, 1, 1, 1, 99.5, 1], (3, 1))[None]}, NAMES[:2], {}, "labels"),
     "a name too many for a head with objectness": ({"o": THREE_A_CELL}, (*NAMES, "background"), {}, "objectness"),
     "distances that are scores of more classes than names": ({"o": MANY_CLASSES}, NAMES, {}, "class_names"),
     "scores that are called classes": (

@@ -8,7 +8,7 @@ import numpy as np
 
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.heads import activation_of
-from edgekd.runtimes.output_format import Background, OutputFormat
+from edgekd.runtimes.output_format import Activation, Background, OutputFormat
 from edgekd.runtimes.outputs import Arrays, activate, item_of, paired
 from edgekd.runtimes.probe import (
     BOX_WORDS,
@@ -51,14 +51,10 @@ def boxes_scores(
         )
     columns = scores.shape[1]
     class_names, notes = names_or_error(probe, names, columns)
-    has_background = _has_background(columns, class_names, declared)
-    activation = activation_of(scores, declared)
-    if activation == "sigmoid" and declared.score_activation == "auto" and (has_background or coco_by_id(class_names)):
-        activation = "softmax" if _winner(activate(scores, "softmax")) is not None else "sigmoid"
-    background: Background = "none"
-    if has_background:
-        background = _background(probe, activate(scores, activation), class_names, declared)
-    class_names = _fit_coco(class_names, columns - has_background, background)
+    activation, background = _activation_and_background(probe, scores, class_names, declared)
+    has_background = background != "none"
+    if coco_by_id(class_names) and columns - has_background == 90:
+        class_names = class_names[1:]
     if len(class_names) != columns - has_background:
         raise probe.unclear(
             f"{len(class_names)} class names do not fit {columns} score columns",
@@ -99,6 +95,20 @@ def box_and_score(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None) -
     return None
 
 
+def _activation_and_background(
+    probe: Probe, scores: FloatArray, class_names: tuple[str, ...], declared: OnnxTeacher
+) -> tuple[Activation, Background]:
+    columns, by_id = scores.shape[1], coco_by_id(class_names)
+    has_background = _has_background(columns, class_names, declared)
+    activation = activation_of(scores, declared)
+    if activation == "sigmoid" and declared.score_activation == "auto" and (has_background or by_id):
+        activation = "softmax" if _winner(activate(scores, "softmax")) is not None else "sigmoid"
+    probs = activate(scores, activation)
+    if columns == 91 and by_id and declared.background == "auto":
+        has_background = _winner(probs) == "first"  # else id 0 is a column like any other
+    return activation, _background(probe, probs, class_names, declared) if has_background else "none"
+
+
 def _has_background(columns: int, class_names: tuple[str, ...], declared: OnnxTeacher) -> bool:
     if declared.background != "auto":
         return declared.background != "none"
@@ -126,8 +136,3 @@ def _background(probe: Probe, probs: FloatArray, class_names: Sequence[str], dec
             "declare `background: first`, `last` or `none`, and the class names that go with it",
         )
     return found
-
-
-def _fit_coco(class_names: tuple[str, ...], columns: int, background: Background) -> tuple[str, ...]:
-    """COCO's names by category id, cut to the columns that are left without background."""
-    return class_names[1:] if coco_by_id(class_names) and columns == 90 else class_names

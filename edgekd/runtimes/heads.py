@@ -57,6 +57,12 @@ def yolo(probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tup
     boxes = values[:, layout.classes :] if last else values[:, : layout.box_values]
     box_format = _yolo_box_format(probe, boxes, declared, layout, last)
     scores = values[:, : layout.classes] if last else values[:, layout.box_values : values.shape[1] - layout.extra]
+    if len(scores) and ((scores == np.rint(scores)).all(0) & (np.ptp(scores, 0) > 0)).any():
+        raise probe.unclear(
+            "whole numbers where scores would stand: labels, it seems, of finished detections in an order or unit that is "
+            "none of the usual ones",
+            "export it with boxes, scores and labels apart, or with corners in pixels and scores up to 1",
+        )
     activation = activation_of(scores, declared)
     if (
         layout.kind == "yolo-objectness"
