@@ -57,23 +57,8 @@ def yolo(probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tup
     boxes = values[:, layout.classes :] if last else values[:, : layout.box_values]
     box_format = _yolo_box_format(probe, boxes, declared, layout, last)
     scores = values[:, : layout.classes] if last else values[:, layout.box_values : values.shape[1] - layout.extra]
-    if len(scores) and ((scores == np.rint(scores)).all(0) & (np.ptp(scores, 0) > 0)).any():
-        raise probe.unclear(
-            "whole numbers where scores would stand: labels, it seems, of finished detections in an order or unit that is "
-            "none of the usual ones",
-            "export it with boxes, scores and labels apart, or with corners in pixels and scores up to 1",
-        )
+    _refuse_other_values(probe, scores, declared, layout)
     activation = activation_of(scores, declared)
-    if (
-        layout.kind == "yolo-objectness"
-        and declared.output == "auto"
-        and _bounded(scores[:, :-1])
-        and not _bounded(scores)
-    ):
-        raise probe.unclear(
-            "only the last value of a candidate lies outside 0 to 1, as an angle of rotated boxes does",
-            "declare `output: yolo-objectness` if it is a class score; else take a detection model without angles",
-        )
     form = OutputFormat(
         layout.kind,
         tuple(outputs),
@@ -91,6 +76,26 @@ def yolo(probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tup
     return Recognised(
         form, class_names, (f"outputs recognised as {layout.kind}{levels}, boxes as {box_format}", *notes)
     )
+
+
+def _refuse_other_values(probe: Probe, scores: FloatArray, declared: OnnxTeacher, layout: _Layout) -> None:
+    """Raise where something else stands in the place of scores: labels, or an angle."""
+    if len(scores) and ((scores == np.rint(scores)).all(0) & (np.ptp(scores, 0) > 0)).any():
+        raise probe.unclear(
+            "whole numbers where scores would stand: labels, it seems, of finished detections in an order or unit that is "
+            "none of the usual ones",
+            "export it with boxes, scores and labels apart, or with corners in pixels and scores up to 1",
+        )
+    if (
+        layout.kind == "yolo-objectness"
+        and declared.output == "auto"
+        and _bounded(scores[:, :-1])
+        and not _bounded(scores)
+    ):
+        raise probe.unclear(
+            "only the last value of a candidate lies outside 0 to 1, as an angle of rotated boxes does",
+            "declare `output: yolo-objectness` if it is a class score; else take a detection model without angles",
+        )
 
 
 def _channels_first(probe: Probe, table: NDArray[Any], names: tuple[str, ...] | None) -> bool:
