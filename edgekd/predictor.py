@@ -19,7 +19,8 @@ from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.base import Runtime
 from edgekd.runtimes.model_files import external_files, sha256_model
 from edgekd.runtimes.onnx_file import OnnxEngine, open_onnx
-from edgekd.runtimes.outputs import Arrays, OutputFormat, decode
+from edgekd.runtimes.output_format import OutputFormat
+from edgekd.runtimes.outputs import Arrays, decode
 from edgekd.types import Detections, FloatArray, ImageArray, PreprocessSpec, SoftDetections
 
 NaturalRuntime = Literal["torch", "onnxruntime", "tensorrt"]

@@ -20,7 +20,7 @@ from edgekd.data.images import load_image
 from edgekd.errors import ArtifactError
 from edgekd.predictor import Predictor
 from edgekd.recipe import OnnxTeacher, TeacherConfig
-from edgekd.runtimes.outputs import Background, BoxFormat, OutputFormat
+from edgekd.runtimes.output_format import Background, BoxFormat, OutputFormat
 from edgekd.teachers.predicted import PredictorTeacher
 from edgekd.types import BoolArray, Channels, Dataset, Detections, ImageRecord, PreprocessSpec, ResizeMode
 

@@ -368,7 +368,7 @@ def entry(precision: str, kind: str = "boxes-scores") -> dict[str, Any]:
     from dataclasses import asdict
 
     from edgekd.export.parity import TOLERANCES
-    from edgekd.runtimes.outputs import OutputFormat
+    from edgekd.runtimes.output_format import OutputFormat
 
     names = ("boxes", "scores") if kind == "boxes-scores" else ("boxes", "scores", "labels")
     return {

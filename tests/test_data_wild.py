@@ -164,3 +164,14 @@ def test_a_misnamed_label_stops_a_part_of_the_split_too(tmp_path: Path) -> None:
     (tmp_path / "labels/train/a.txt").rename(tmp_path / "labels/train/a.TXT")
     with pytest.raises(DataError, match="misnamed-label"):
         read_dataset(tmp_path, "train", limit=1)
+
+
+def test_a_label_that_an_image_of_another_split_has_is_not_misnamed(tmp_path: Path) -> None:
+    for name in ("a.png", "a.png.png", "b.png"):
+        picture(tmp_path / "images" / name)
+    for name in ("a.png.txt", "b.txt"):
+        put(tmp_path / "labels" / name, LINE)
+    put(tmp_path / "train.txt", "images/a.png\nimages/b.png\n")
+    put(tmp_path / "val.txt", "images/a.png.png\n")
+    put(tmp_path / "classes.txt", "cat\n")
+    assert [len(record.labels) for record in read_dataset(tmp_path, "train").records] == [0, 1]

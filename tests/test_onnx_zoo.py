@@ -19,7 +19,9 @@ from edgekd.export.engine_job import can_be_cut
 from edgekd.predictor import Predictor, load_predictor
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.anchored import ANCHOR_SETS
-from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.customs import custom_of
+from edgekd.runtimes.first_nodes import Beginning, beginning_of
+from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.side_inputs import value_for
 from edgekd.runtimes.tensor_info import TensorInfo
 from edgekd.teachers import build_teacher
@@ -101,7 +103,15 @@ def test_rows_that_name_no_image_are_asked_for_one_image_at_a_time(case: str, tm
 
 @pytest.mark.parametrize(
     "first",
-    ["Div by 255", "Mul by 1/127.5", "Sub mean of bytes", "Sub mean of shares", "Sub mean of shares, BGR", "Conv"],
+    [
+        "Div by 255",
+        "Mul by 1/127.5",
+        "Sub mean of bytes",
+        "Sub mean of shares",
+        "Sub mean of shares, BGR",
+        "Sub next to nothing",
+        "Conv",
+    ],
 )
 def test_pixels_that_the_graph_normalises_come_as_it_wants_them(first: str, tmp_path: Path) -> None:
     export = EXPORTS["Ultralytics v8, 11"]
@@ -113,6 +123,7 @@ def test_pixels_that_the_graph_normalises_come_as_it_wants_them(first: str, tmp_
         "Sub mean of bytes": ("Sub", [[[123.0]], [[116.0]], [[103.0]]]),
         "Sub mean of shares, BGR": ("Sub", [[[0.406]], [[0.456]], [[0.485]]]),
         "Sub mean of shares": ("Sub", [[[0.485]], [[0.456]], [[0.406]]]),
+        "Sub next to nothing": ("Sub", [[[0.01]], [[0.02]], [[-0.01]]]),
         "Conv": ("Relu", None),
     }[first]
     inputs = ["images"]
@@ -130,7 +141,27 @@ def test_pixels_that_the_graph_normalises_come_as_it_wants_them(first: str, tmp_
         assert predictor.preprocess.mean == (0, 0, 0)
         assert predictor.preprocess.channels == ("bgr" if "BGR" in first else "rgb")
         said = [note for note in predictor.facts["notes"] if "the graph itself normalises" in note]
-        assert len(said) == (first != "Conv")
+        assert len(said) == (first not in ("Sub next to nothing", "Conv"))
+
+
+def test_colours_exchanged_before_a_mean_is_taken_off_leave_their_order_open(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    values = {"mean": np.reshape([0.406, 0.456, 0.485], (3, 1, 1)).astype(np.float32), "reversed": np.array([2, 1, 0])}
+    nodes = [
+        helper.make_node("Gather", ["image", "reversed"], ["turned"], axis=1),
+        helper.make_node("Sub", ["turned", "mean"], ["out"]),
+    ]
+    shape = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 8, 8])
+    weights = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [shape], [], weights)), str(tmp_path / "m.onnx"))
+    assert beginning_of(tmp_path / "m.onnx", "image") == Beginning("0 to 1")
+
+
+def test_deformable_detr_is_known_by_its_mask_of_padding() -> None:
+    form = OutputFormat("boxes-scores", ("logits", "pred_boxes"), 3, "cxcywh-normalised", "sigmoid")
+    assert custom_of(form, ("pixel_values", "pixel_mask"), {}).whose == "DETR"
+    assert custom_of(form, ("pixel_values",), {}).whose != "DETR"
 
 
 def test_a_decoded_yolox_is_known_by_its_first_layer(tmp_path: Path) -> None:

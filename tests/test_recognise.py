@@ -11,8 +11,10 @@ from edgekd.boxes import cxcywh_from_xyxy
 from edgekd.errors import ArtifactError, RuntimeFailure, UserError
 from edgekd.labels import COCO_CLASSES
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.outputs import OutputFormat, decode
-from edgekd.runtimes.recognise import Probe, recognise
+from edgekd.runtimes.output_format import OutputFormat
+from edgekd.runtimes.outputs import decode
+from edgekd.runtimes.probe import Probe
+from edgekd.runtimes.recognise import recognise
 
 HW = (64, 96)
 NAMES = ("cat", "dog", "cow")
@@ -47,6 +49,8 @@ RAW = {
     "yolov8": ({"output0": YOLO.transpose(0, 2, 1)}, {}),
     "yolov8 rows": ({"output0": YOLO}, {}),
     "yolov8 without batch": ({"output0": YOLO[0].T}, {}),
+    "yolov8 rows without batch, as wide as rows that name their image": ({"output0": YOLO[0]}, {}),
+    "yolov8 rows in four axes": ({"output0": YOLO[None]}, {}),
     "yolov8 normalised": ({"o": (np.concatenate([CENTRES / SHARES, SCORES], 1)[None]).transpose(0, 2, 1)}, {}),
     "yolov8 logits": ({"o": np.concatenate([CENTRES, LOGITS], 1)[None]}, {}),
     "yolo with corners": ({"o": np.concatenate([BOXES, SCORES], 1)[None]}, {}),
@@ -94,6 +98,18 @@ ROWS = np.concatenate([FINISHED_BOXES, FINISHED_SCORES[:, None], LABELS[:, None]
 PADDED = np.concatenate([ROWS, np.zeros((4, 6), np.float32)])
 BATCHED = np.concatenate([np.zeros((3, 1)), FINISHED_BOXES, LABELS[:, None], FINISHED_SCORES[:, None]], 1)
 FINISHED: dict[str, dict[str, np.ndarray]] = {
+    "Detectron2, traced without names": {
+        "value": FINISHED_BOXES,
+        "value.3": LABELS,
+        "value.7": FINISHED_SCORES,
+        "onnx::Split_98": np.array(HW),
+    },
+    "beside other boxes": {
+        "pred_boxes": FINISHED_BOXES,
+        "anchors": FINISHED_BOXES + 1,
+        "scores": FINISHED_SCORES,
+        "labels": LABELS.astype(np.float32),
+    },
     "torchvision": {"boxes": FINISHED_BOXES, "labels": LABELS + 1, "scores": FINISHED_SCORES},
     "any order, other types": {
         "c": LABELS.astype(np.int32)[None],
@@ -195,7 +211,53 @@ def test_six_columns_of_a_raw_head_are_not_taken_for_detections(classes: int) ->
     np.testing.assert_allclose(read_scores, scores, atol=1e-6)
 
 
+@pytest.mark.parametrize("classes", [2, 17])
+def test_scores_that_are_all_zero_are_not_taken_for_labels(classes: int) -> None:
+    boxes, _ = truth(rows=126)  # one a cell, of a quantised model
+    head = np.concatenate([boxes, np.zeros((126, classes), np.float32)], 1)[None]
+    found, read_boxes, scores = read({"output0": head}, tuple(f"class {label}" for label in range(classes)))
+    assert found.form.kind == "yolo"
+    assert scores.shape == (126, classes)
+    np.testing.assert_allclose(read_boxes, boxes)
+
+
+def test_many_rows_with_labels_are_detections() -> None:
+    rows = np.tile(ROWS[1:], (600, 1))[None]
+    found, _, _ = read({"output0": rows}, NAMES[:2])
+    assert (found.form.kind, found.form.columns) == ("detections", (0, 1, 2, 3, 4, 5))
+
+
+def test_more_classes_than_candidates() -> None:
+    boxes, scores = truth(400)
+    classes = tuple(f"class {label}" for label in range(400))
+    found, read_boxes, read_scores = read({"o": np.concatenate([cxcywh_from_xyxy(boxes), scores], 1)[None]}, classes)
+    assert not found.form.channels_first
+    np.testing.assert_allclose(read_boxes, boxes, atol=1e-3)
+    np.testing.assert_allclose(read_scores, scores, atol=1e-6)
+
+
+def test_logits_over_cocos_ids_are_of_a_softmax_where_the_first_wins_everywhere() -> None:
+    boxes, scores = truth(91)
+    scores[:, 0] = 9
+    probabilities = scores / scores.sum(1, keepdims=True)
+    found, _, read_scores = read({"boxes": boxes[None], "scores": np.log(probabilities)[None] + 3}, None)
+    assert (found.form.activation, found.form.background) == ("softmax", "first")
+    assert (found.class_names[0], len(found.class_names)) == ("person", 90)
+    np.testing.assert_allclose(read_scores, probabilities[:, 1:], rtol=1e-4)
+
+
+def test_distances_in_maps_of_twice_as_many_values_as_an_anchor_has() -> None:
+    """54 classes: 64 + 54 = 2 (5 + 54)."""
+    rng = np.random.default_rng(0)
+    maps = {f"o{index}": rng.normal(size=(1, 118, 8 >> index, 12 >> index)) for index in range(3)}
+    found, boxes, _ = read({n: a.astype(np.float32) for n, a in maps.items()}, tuple(f"c{i}" for i in range(54)))
+    assert found.form.box_format == "grid-distances"
+    assert len(boxes) == 126
+
+
 NOISE = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+THREE_A_CELL = np.tile(YOLOV5[:, :126], (1, 3, 1))
+MANY_CLASSES = np.concatenate([CENTRES[:126], truth(31, 126)[1]], 1)[None]
 ONE_BOX = np.array([[[20, 20, 40, 40]]], np.float32)
 UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
     "no names": ({"o": YOLO}, None, {}, "class_names"),
@@ -228,6 +290,28 @@ UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
         NAMES,
         {"output": "detections"},
         "output",
+    ),
+    "labels beyond the names": ({"o": PADDED[None]}, ("a",), {}, "labels up to 2"),
+    "detections as centres, of two classes": (
+        {"o": np.concatenate([CENTRES, OBJECTNESS, np.arange(300)[:, None] % 2], 1)[None]},
+        NAMES[:2],
+        {},
+        "labels",
+    ),
+    "detections in percent": ({"o": np.tile(ROWS * [1, 1, 1, 1, 99.5, 1], (3, 1))[None]}, NAMES[:2], {}, "labels"),
+    "a name too many for a head with objectness": ({"o": THREE_A_CELL}, (*NAMES, "background"), {}, "objectness"),
+    "distances that are scores of more classes than names": ({"o": MANY_CLASSES}, NAMES, {}, "class_names"),
+    "scores that are called classes": (
+        {"boxes": BOXES[None], "conf": OBJECTNESS.T, "class": SCORES[None, :, 0]},
+        NAMES[:1],
+        {},
+        "output",
+    ),
+    "objectness apart": (
+        {"boxes": BOXES[None], "objectness": OBJECTNESS[None], "class_probs": SCORES[None]},
+        NAMES,
+        {},
+        "'objectness'",
     ),
     "declared yolo that is none": ({"boxes": BOXES[None], "s": SCORES[None]}, NAMES, {"output": "yolo"}, "output"),
 }
@@ -277,6 +361,9 @@ def test_any_image_of_a_batch() -> None:
     boxes, scores = decode(arrays, form, HW, item=1)
     np.testing.assert_array_equal(boxes, BOXES + 1)
     np.testing.assert_array_equal(scores, SCORES / 2)
+    one_class = arrays | {"scores": arrays["scores"][:, :, 0]}
+    _, scores = decode(one_class, OutputFormat("boxes-scores", ("boxes", "scores"), 1), HW, item=1)
+    np.testing.assert_array_equal(scores, SCORES[:, :1] / 2)
 
 
 @pytest.mark.parametrize("padding", [0, -1, None])

@@ -415,6 +415,20 @@ def test_a_stale_engine_is_refused(built: tuple[FakeTensorRT, Path, EngineResult
     load_predictor(out).close()
 
 
+def test_an_engine_is_stale_too_when_weights_beside_its_source_have_changed(
+    machine: Machine, detector: Path, tmp_path: Path
+) -> None:
+    machine()
+    weights = tmp_path / "weights.data"
+    onnx.save(onnx.load(detector), detector, save_as_external_data=True, location=weights.name, size_threshold=0)
+    out = tmp_path / "student.engine"
+    export_engine(detector, out)
+    load_predictor(out).close()
+    weights.write_bytes(weights.read_bytes()[::-1])
+    with pytest.raises(ArtifactError, match=r"another weights\.data"):
+        load_predictor(out)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -206,12 +206,14 @@ class YoloSource:
 
     def _report_misnamed(self, split: str, listed: list[_Listed], problems: list[Problem]) -> set[Path]:
         """Name label files that an image misses by a hair; returns the plain names of all labels that images lack."""
-        wanted = {label_path(image.path) for image in listed}
-        lacking = {_plain(label): label for label in wanted if not label.is_file()}
-        near = {path for folder in {label.parent for label in lacking.values()} for path in _texts(folder)} - wanted
-        for path in sorted(near):
-            if _plain(path) in lacking:
-                message = f"the image of this label wants it to be called {printable(lacking[_plain(path)].name)}"
+        labels = {image.path: label_path(image.path) for image in listed}
+        lacking = {_plain(label): image for image, label in labels.items() if not label.is_file()}
+        folders = {labels[image].parent for image in lacking.values()}
+        for path in sorted({path for folder in folders for path in _texts(folder)} - set(labels.values())):
+            image = lacking.get(_plain(path))
+            own = image and image.with_name(path.stem + image.suffix)
+            if image and own and (own == image or not own.exists()):  # else it is the label of one of another split
+                message = f"the image of this label wants it to be called {printable(labels[image].name)}"
                 problems.append(Problem("misnamed-label", path, message, split=split))
         return set(lacking)
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from edgekd.boxes import iou_matrix
-from edgekd.runtimes.outputs import OutputFormat, decode
+from edgekd.runtimes.output_format import OutputFormat
+from edgekd.runtimes.outputs import decode
 
 CONFIDENT = 0.3
 """Candidates that score this much in the expected answer are looked for in the device's."""

@@ -23,7 +23,8 @@ from edgekd.export.topk import CANDIDATES, with_top_candidates
 from edgekd.recipe import ExportConfig
 from edgekd.runtimes.buffers import Buffers, open_buffers
 from edgekd.runtimes.engine_file import EngineManifest, manifest_path, write_engine_manifest
-from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.model_files import external_files
+from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
 from edgekd.types import PreprocessSpec
 
@@ -188,8 +189,8 @@ def can_be_cut(form: OutputFormat, model: ModelProto) -> bool:
     plain = form.kind == "boxes-scores" and form.activation == "none" and form.background == "none"
     if not plain or len(form.names) != 2 or form.channels_first or form.box_format.startswith("grid-"):
         return False
-    rank = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
-    boxes, scores = (rank[name] for name in form.names)
+    shapes = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
+    boxes, scores = (shapes[name] for name in form.names)
     across = len(boxes) == len(scores) == 3 and boxes[1].dim_value != scores[1].dim_value
     return len(scores) == 3 and not across
 
@@ -258,15 +259,19 @@ def _profile(built: BuiltEngine, options: EngineOptions) -> tuple[int, int, int]
 
 
 def _source(source: Path, out: Path) -> dict[str, Any]:
-    """Name and hash of the source; its path from the engine where both lie on one drive."""
+    """Name and hash of the source; its path from the engine where both lie on one drive, with those of its weights."""
     from edgekd.checkpoint import detector_file
 
     file = source if source.suffix == ".onnx" else detector_file(source)
+    files = [file, *external_files(file)]
+    hashes = [sha256_file(part) for part in files]
     try:
-        path = Path(os.path.relpath(file.resolve(), out.resolve().parent)).as_posix()
+        start = out.resolve().parent
+        paths = [Path(os.path.relpath(part.resolve(), start)).as_posix() for part in files]
     except ValueError:
-        path = None
-    return {"name": file.name, "sha256": sha256_file(file), "path": path}
+        return {"name": file.name, "sha256": hashes[0], "path": None, "weights": {}}
+    weights = dict(zip(paths[1:], hashes[1:], strict=True))
+    return {"name": file.name, "sha256": hashes[0], "path": paths[0], "weights": weights}
 
 
 def _rebuild(source: Path, out: Path, precision: Precision, options: EngineOptions) -> str:

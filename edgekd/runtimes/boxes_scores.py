@@ -6,23 +6,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.heads import activation_of, coco_by_id
-from edgekd.runtimes.outputs import Background, OutputFormat, activate, item_of, paired
+from edgekd.runtimes.heads import activation_of
+from edgekd.runtimes.output_format import Activation, Background, OutputFormat
+from edgekd.runtimes.outputs import Arrays, activate, item_of, paired
 from edgekd.runtimes.probe import (
     BOX_WORDS,
     LABEL_WORDS,
     SCORE_WORDS,
-    Arrays,
     Probe,
     Recognised,
     box_format_of,
+    coco_by_id,
     named,
     names_or_error,
 )
 from edgekd.types import FloatArray
 
+_FACTOR_WORDS = ("obj", "centerness", "centreness")
+"""In the names of values that class scores are to be multiplied by: YOLO's objectness, FCOS's centre-ness."""
 _WINS = 0.5
 """Of candidates: nearly every one of a detector is background, so its column wins nearly everywhere."""
 
@@ -40,16 +42,19 @@ def boxes_scores(
     if channels_first:
         boxes, scores = boxes.T, scores.T
     scores = paired(boxes, scores)
+    factors = [n for n, a in probe.arrays.items() if n not in pair and a.size == len(boxes) and named(n, _FACTOR_WORDS)]
+    if factors:
+        raise probe.unclear(
+            f"{factors[0]!r} beside the class scores looks like a factor of theirs, which would be left out",
+            "export the detector with scores that it has been multiplied into, or with both in one array (`output: "
+            "yolo-objectness`)",
+        )
     columns = scores.shape[1]
     class_names, notes = names_or_error(probe, names, columns)
-    has_background = _has_background(columns, class_names, declared)
-    activation = activation_of(scores, declared, "sigmoid")
-    if activation == "sigmoid" and declared.score_activation == "auto" and (has_background or coco_by_id(class_names)):
-        activation = "softmax" if _winner(activate(scores, "softmax")) is not None else "sigmoid"
-    background: Background = "none"
-    if has_background:
-        background = _background(probe, activate(scores, activation), class_names, declared)
-    class_names = _fit_coco(class_names, columns - has_background, background)
+    activation, background = _activation_and_background(probe, scores, class_names, declared)
+    has_background = background != "none"
+    if coco_by_id(class_names) and columns - has_background == 90:
+        class_names = class_names[1:]
     if len(class_names) != columns - has_background:
         raise probe.unclear(
             f"{len(class_names)} class names do not fit {columns} score columns",
@@ -90,6 +95,20 @@ def box_and_score(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None) -
     return None
 
 
+def _activation_and_background(
+    probe: Probe, scores: FloatArray, class_names: tuple[str, ...], declared: OnnxTeacher
+) -> tuple[Activation, Background]:
+    columns, by_id = scores.shape[1], coco_by_id(class_names)
+    has_background = _has_background(columns, class_names, declared)
+    activation = activation_of(scores, declared)
+    if activation == "sigmoid" and declared.score_activation == "auto" and (has_background or by_id):
+        activation = "softmax" if _winner(activate(scores, "softmax")) is not None else "sigmoid"
+    probs = activate(scores, activation)
+    if columns == 91 and by_id and declared.background == "auto":
+        has_background = _winner(probs) == "first"  # else id 0 is a column like any other
+    return activation, _background(probe, probs, class_names, declared) if has_background else "none"
+
+
 def _has_background(columns: int, class_names: tuple[str, ...], declared: OnnxTeacher) -> bool:
     if declared.background != "auto":
         return declared.background != "none"
@@ -117,10 +136,3 @@ def _background(probe: Probe, probs: FloatArray, class_names: Sequence[str], dec
             "declare `background: first`, `last` or `none`, and the class names that go with it",
         )
     return found
-
-
-def _fit_coco(class_names: tuple[str, ...], columns: int, background: Background) -> tuple[str, ...]:
-    """COCO's names by category id, cut to the columns that are left without background."""
-    if class_names != NAMED_LABEL_SETS["coco91"]:
-        return class_names
-    return class_names[1:] if columns == 90 else class_names

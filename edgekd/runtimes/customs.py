@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgekd.runtimes.first_nodes import Beginning
-from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.output_format import OutputFormat
 from edgekd.types import Channels, PreprocessSpec, ResizeMode
 
 Triple = tuple[float, float, float]

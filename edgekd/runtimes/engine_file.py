@@ -15,7 +15,7 @@ from typing import Any, Literal
 from edgekd.artifact import sha256_file, write_json
 from edgekd.errors import ArtifactError
 from edgekd.runtimes.cuda_driver import DeviceFacts
-from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.trt_api import version_numbers
 from edgekd.types import PreprocessSpec
 
@@ -31,7 +31,8 @@ class EngineManifest:
         plan_sha256: of the engine file.
         onnx_sha256: of the ONNX model that TensorRT was given, fixed TopK included.
         source: {"name", "sha256"} of what the user named: an ONNX file or a checkpoint. "path" is relative to the
-            engine where it lies near it, so that a source that has changed since is noticed.
+            engine where it lies near it, so that a source that has changed since is noticed; "weights" are the SHA-256 by
+            such paths of other files that an ONNX file keeps its weights in.
         precision: "fp32", "fp16" or "int8", as the graph has it.
         tensorrt: version. device: `DeviceFacts` as a dictionary.
         strongly_typed: whether precision came from the graph's types alone. flags: builder flags that were set.
@@ -169,11 +170,12 @@ def _differences(
 ) -> list[tuple[str, object, object]]:
     """(what, here, when it was built) of everything that does not fit."""
     found: list[tuple[str, object, object]] = []
-    source = manifest.source.get("path")
-    if source is not None and (engine.parent / source).is_file():
-        now = sha256_file(engine.parent / source)
-        if now != manifest.source["sha256"]:
-            found.append((f"{source}", f"sha256 {now[:12]}", f"sha256 {manifest.source['sha256'][:12]}"))
+    sources = {manifest.source.get("path"): manifest.source["sha256"], **manifest.source.get("weights", {})}
+    for source, built in sources.items():
+        if source is not None and (engine.parent / source).is_file():
+            now = sha256_file(engine.parent / source)
+            if now != built:
+                found.append((f"{source}", f"sha256 {now[:12]}", f"sha256 {built[:12]}"))
     if not _version_fits(manifest, tensorrt):
         found.append(("TensorRT", tensorrt, manifest.tensorrt))
     capability = str(manifest.device["compute_capability"])

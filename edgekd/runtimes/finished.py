@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.grids import grid_cells
-from edgekd.runtimes.outputs import NORMALISED_BELOW, Activation, Background, BoxFormat, OutputFormat, rows_of
+from edgekd.runtimes.output_format import NORMALISED_BELOW, Activation, Background, BoxFormat, OutputFormat
+from edgekd.runtimes.outputs import Arrays, names_image, rows_of
 from edgekd.runtimes.probe import (
     BOX_WORDS,
     COUNT_WORDS,
     LABEL_WORDS,
     SCORE_WORDS,
-    Arrays,
     Probe,
     Recognised,
     named,
@@ -175,21 +175,32 @@ def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, cert
     width = array.shape[-1]
     if task == "obb" and width == 7 and array.ndim == 3:  # centre, extent, score, label, angle
         return (name,), LAYOUTS[6][0]
+    if names_image(array) and (array[..., 0] != np.rint(array[..., 0])).any():
+        return None  # a raw head without batch axis: its first values are centres
     rows = np.asarray(rows_of(array, 0), np.float32)
     classes = None if names is None else len(names)
     further = width > 7  # mask coefficients or keypoints behind the six
-    found = fitting(rows[:, :6] if further else rows, classes)
-    if further:
-        found = [columns for columns in found if columns == LAYOUTS[6][0]]
+    table = rows[:, :6] if further else rows
+    found = [columns for columns in fitting(table) if not further or columns == LAYOUTS[6][0]]
     nothing = not ((rows != 0) & (rows != -1)).any()
     if nothing and (not further or task in ("segment", "pose")):
-        if "scale_factor" in probe.inputs and width == 6:
-            return (name,), LAYOUTS[6][1]
         return (name,), LAYOUTS[6][0] if further else ()
-    # With one or two classes a raw head has six columns too, but no whole numbers in one of them.
-    if found and (certain or len(rows) <= MOST_FINISHED or (not further and (classes is None or classes > 2))):
-        return (name,), found[0] if len(found) == 1 else ()
-    return None
+    # Labels that are all 0 may be a raw head's scores for a class that it sees nowhere.
+    if not found or not (certain or rows[:, found[0][5]].any() or _are_too_few_for_raw(probe, len(rows))):
+        return None
+    named_ones = [columns for columns in found if columns in fitting(table, classes)]
+    if not named_ones:
+        raise probe.unclear(
+            f"rows of detections with labels up to {table[:, found[0][5]].max():g}, and {classes} class names",
+            "declare all of its classes in label order (`class_names`, --classes), coco91 for COCO's own ids, or another "
+            "`output` if these are no labels",
+        )
+    return (name,), named_ones[0] if len(named_ones) == 1 else ()
+
+
+def _are_too_few_for_raw(probe: Probe, rows: int) -> bool:
+    """Whether a raw head of this input has another number of candidates."""
+    return rows <= MOST_FINISHED and grid_cells(probe.input_hw, rows) is None
 
 
 def _column_roles(arrays: Arrays) -> Roles | None:
@@ -207,7 +218,7 @@ def _column_roles(arrays: Arrays) -> Roles | None:
     counts = [n for n, a in flat.items() if a.size == 1 and named(n, COUNT_WORDS) and not named(n, LABEL_WORDS)]
     flat = {name: array for name, array in flat.items() if array.size == rows and name not in counts}
     labels = [name for name, array in flat.items() if array.dtype.kind in "iu"]
-    labels = labels or [name for name in flat if named(name, LABEL_WORDS) and not named(name, COUNT_WORDS)]
+    labels = labels or [n for n in flat if named(n, LABEL_WORDS) and not named(n, COUNT_WORDS) and _is_whole(flat[n])]
     if len(labels) > 1:
         labels = [name for name in labels if named(name, LABEL_WORDS)]
     scores = [name for name, array in flat.items() if array.dtype.kind == "f" and name not in labels]
@@ -220,6 +231,10 @@ def _column_roles(arrays: Arrays) -> Roles | None:
     if len(scores) != 1:
         return None
     return (boxes[0], scores[0], labels[0], *counts[:1]), (0, 1, 2, 3, 4, 5)
+
+
+def _is_whole(array: NDArray[Any]) -> bool:
+    return bool((array == np.rint(array)).all())
 
 
 def _is_column(array: NDArray[Any]) -> bool:

@@ -86,12 +86,11 @@ def _range_before(operator: str, value: NDArray[Any] | None) -> PixelRange | Non
     if value is None:
         return None
     largest = float(np.abs(value).max())
+    mean = (largest > 2, 0.1 < largest <= 2)  # about 0, pictures have been centred before
     ranges: Mapping[str, tuple[bool, bool]] = {  # (byte values, shares)
         "Div": (largest > 2, 0 < largest <= 2),
         "Mul": (0 < largest < 0.1, largest >= 1),
-        "Sub": (largest > 2, 0 < largest <= 2),
-        "Add": (largest > 2, 0 < largest <= 2),
-        "BatchNormalization": (largest > 2, 0 < largest <= 2),
+        **dict.fromkeys(("Sub", "Add", "BatchNormalization"), mean),
     }
     as_bytes, as_shares = ranges.get(operator, (False, False))
     return "0 to 255" if as_bytes else "0 to 1" if as_shares else None

@@ -10,11 +10,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.anchored import ANCHOR_SETS, AnchorSet, candidates_of, grid_of
 from edgekd.runtimes.grids import grid_cells, is_map
-from edgekd.runtimes.outputs import Activation, BoxFormat, OutputFormat, OutputKind, item_of, table_of
+from edgekd.runtimes.output_format import Activation, BoxFormat, OutputFormat, OutputKind
+from edgekd.runtimes.outputs import item_of, table_of
 from edgekd.runtimes.probe import Probe, Recognised, box_format_of, names_or_error
 from edgekd.types import FloatArray
 
@@ -57,17 +57,8 @@ def yolo(probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tup
     boxes = values[:, layout.classes :] if last else values[:, : layout.box_values]
     box_format = _yolo_box_format(probe, boxes, declared, layout, last)
     scores = values[:, : layout.classes] if last else values[:, layout.box_values : values.shape[1] - layout.extra]
-    activation = activation_of(scores, declared, "sigmoid")
-    if (
-        layout.kind == "yolo-objectness"
-        and declared.output == "auto"
-        and _bounded(scores[:, :-1])
-        and not _bounded(scores)
-    ):
-        raise probe.unclear(
-            "only the last value of a candidate lies outside 0 to 1, as an angle of rotated boxes does",
-            "declare `output: yolo-objectness` if it is a class score; else take a detection model without angles",
-        )
+    _refuse_other_values(probe, scores, declared, layout)
+    activation = activation_of(scores, declared)
     form = OutputFormat(
         layout.kind,
         tuple(outputs),
@@ -85,6 +76,26 @@ def yolo(probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tup
     return Recognised(
         form, class_names, (f"outputs recognised as {layout.kind}{levels}, boxes as {box_format}", *notes)
     )
+
+
+def _refuse_other_values(probe: Probe, scores: FloatArray, declared: OnnxTeacher, layout: _Layout) -> None:
+    """Raise where something else stands in the place of scores: labels, or an angle."""
+    if len(scores) and ((scores == np.rint(scores)).all(0) & (np.ptp(scores, 0) > 0)).any():
+        raise probe.unclear(
+            "whole numbers where scores would stand: labels, it seems, of finished detections in an order or unit that is "
+            "none of the usual ones",
+            "export it with boxes, scores and labels apart, or with corners in pixels and scores up to 1",
+        )
+    if (
+        layout.kind == "yolo-objectness"
+        and declared.output == "auto"
+        and _bounded(scores[:, :-1])
+        and not _bounded(scores)
+    ):
+        raise probe.unclear(
+            "only the last value of a candidate lies outside 0 to 1, as an angle of rotated boxes does",
+            "declare `output: yolo-objectness` if it is a class score; else take a detection model without angles",
+        )
 
 
 def _channels_first(probe: Probe, table: NDArray[Any], names: tuple[str, ...] | None) -> bool:
@@ -117,10 +128,19 @@ def _layout(probe: Probe, values: FloatArray, declared: OnnxTeacher, names: tupl
             f"declare {columns - 4} class names for `output: yolo`, or {columns - 5} for `output: yolo-objectness`",
         )
     if columns - classes - extra == 4:
+        if len(values) % 3 == 0 and grid_cells(probe.input_hw, len(values) // 3) is not None:
+            raise probe.unclear(
+                f"{columns} values a candidate for {classes} classes leave none for objectness, which heads with three "
+                "candidates a cell (YOLOv3 to v7) have",
+                f"declare {columns - 5 - extra} class names, or `output: yolo` if it really has none",
+            )
         return _Layout("yolo", classes, 4, extra)
     if columns - classes - extra == 5:
         return _Layout("yolo-objectness", classes, 4, extra)
-    if columns - classes in [4 * bins for bins in BINS] and grid_cells(probe.input_hw, len(values)) is not None:
+    in_bins = columns - classes in [4 * bins for bins in BINS] and grid_cells(probe.input_hw, len(values)) is not None
+    if in_bins and not _bounded(
+        values[:, 4:]
+    ):  # else they are scores behind a box, of more classes than there are names
         return _Layout("yolo", classes, columns - classes)
     raise probe.unclear(
         f"{columns} values a candidate fit neither 4 + {classes} nor 5 + {classes} classes",
@@ -165,11 +185,11 @@ def _bounded(scores: FloatArray) -> bool:
     return scores.size == 0 or (float(scores.min()) >= -1e-4 and float(scores.max()) <= 1.0 + 1e-3)
 
 
-def activation_of(scores: FloatArray, declared: OnnxTeacher, for_logits: Activation) -> Activation:
-    """Values outside [0, 1] are logits; what squashes them is known from whether there is a background column."""
+def activation_of(scores: FloatArray, declared: OnnxTeacher) -> Activation:
+    """Values outside [0, 1] are logits, of sigmoids unless something else tells of a softmax."""
     if declared.score_activation != "auto":
         return declared.score_activation
-    return "none" if _bounded(scores) else for_logits
+    return "none" if _bounded(scores) else "sigmoid"
 
 
 # --- one array, or a pair, a level ---------------------------------------------------------------------------------
@@ -234,7 +254,7 @@ def _anchored(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None
     outputs = tuple(name for _, name in levels_found)
     raw, _ = candidates_of([probe.arrays[name] for name in outputs], 0, 5 + classes, probe.input_hw)
     class_names, notes = names_or_error(probe, names, classes)
-    activation = activation_of(raw if anchors.squared else raw[:, 4:], declared, "sigmoid")
+    activation = activation_of(raw if anchors.squared else raw[:, 4:], declared)
     form = OutputFormat(
         "yolo-objectness",
         outputs,
@@ -268,15 +288,10 @@ def _pairs(
     class_names, notes = names_or_error(probe, names, classes)
     channels_first = probe.arrays[score_names[0]].ndim == 4
     scores = table_of([probe.arrays[name] for name in score_names], 0, channels_first)
-    activation = activation_of(np.asarray(scores, np.float32), declared, "sigmoid")
+    activation = activation_of(np.asarray(scores, np.float32), declared)
     box_format: BoxFormat = "grid-distances" if declared.box_format == "auto" else declared.box_format
     form = OutputFormat(
         "boxes-scores", (*box_names, *score_names), classes, box_format, activation, "none", channels_first
     )
     found = f"outputs recognised as boxes ({box_format}) and scores over {len(sizes)} levels (activation {activation})"
     return Recognised(form, class_names, (found, *notes))
-
-
-def coco_by_id(names: Sequence[str]) -> bool:
-    """Whether names are COCO's by category id, whose first column is never an object."""
-    return tuple(names) == NAMED_LABEL_SETS["coco91"]

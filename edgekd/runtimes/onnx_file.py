@@ -25,26 +25,26 @@ from edgekd.runtimes.first_nodes import Beginning, PixelRange, beginning_of
 from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.onnx_session import OnnxRuntime
 from edgekd.runtimes.ort import OrtRuntime, with_extra_outputs
-from edgekd.runtimes.outputs import OutputFormat, decode
-from edgekd.runtimes.recognise import Probe, recognise
+from edgekd.runtimes.output_format import OutputFormat
+from edgekd.runtimes.outputs import decode
+from edgekd.runtimes.probe import Probe
+from edgekd.runtimes.recognise import recognise
 from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
 
 SCHEMA = "edgekd.onnx/1"
 OnnxEngine = Literal["onnxruntime", "openvino"]
 _NAME_KEYS = ("names", "class_names", "classes", "labels", "id2label", "categories")
 _FOREIGN_KEYS = (
-    *(
-        "resize",
-        "channels",
-        "mean",
-        "std",
-        "class_names",
-        "output",
-        "box_format",
-        "score_activation",
-        "background",
-        "anchors",
-    ),
+    "resize",
+    "channels",
+    "mean",
+    "std",
+    "class_names",
+    "output",
+    "box_format",
+    "score_activation",
+    "background",
+    "anchors",
 )
 
 
@@ -156,7 +156,7 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
     arrays = {name: np.array(value) for name, value in raw.items() if isinstance(value, np.ndarray)}
     own = {n: _first_image(a, runtime.input_shape[0]) for n, a in arrays.items() if n not in declared.taps.values()}
     inputs = tuple(info.name for info in runtime.inputs)
-    probe = Probe(str(path), own, input_hw, metadata, inputs, runtime.channels_last)
+    probe = Probe(str(path), own, input_hw, metadata, runtime.channels_last)
     found = recognise(probe, declared, names_in_metadata(metadata))
     if lacks_batch_axis(found.form, own):
         runtime.one_at_a_time()

@@ -10,27 +10,9 @@ from edgekd.boxes import xyxy_from_cxcywh
 from edgekd.errors import ArtifactError, RuntimeFailure
 from edgekd.runtimes.anchored import AnchorSet, candidates_of, decoded
 from edgekd.runtimes.grids import from_distances, from_offsets
-from edgekd.runtimes.output_format import (
-    NORMALISED_BELOW,
-    Activation,
-    Background,
-    BoxFormat,
-    OutputFormat,
-    OutputKind,
-)
+from edgekd.runtimes.output_format import NORMALISED_BELOW, Activation, BoxFormat, OutputFormat
 from edgekd.runtimes.rows import HIGHEST_SCORE, layout_of
 from edgekd.types import Array, FloatArray, IntArray
-
-__all__ = [
-    "NORMALISED_BELOW",
-    "Activation",
-    "Arrays",
-    "Background",
-    "BoxFormat",
-    "OutputFormat",
-    "OutputKind",
-    "decode",
-]
 
 Arrays = Mapping[str, Array]
 
@@ -225,9 +207,14 @@ def _labelled(boxes: Array, confidence: FloatArray, labels: Array, form: OutputF
     return boxes[real], probs
 
 
+def names_image(array: Array) -> bool:
+    """Whether detection rows of this shape are those of a whole batch, with the image in the first of seven columns."""
+    return array.shape[-1] == 7 and (array.ndim == 2 or (array.ndim == 4 and array.shape[:2] == (1, 1)))
+
+
 def rows_of(array: Array, item: int) -> Array:
-    """One image's detection rows (N, C); an array over the whole batch names the image in the first of seven columns."""
-    if array.shape[-1] == 7 and (array.ndim == 2 or (array.ndim == 4 and array.shape[:2] == (1, 1))):
+    """One image's detection rows (N, C); of an array over the whole batch those that name the image."""
+    if names_image(array):
         flat = array.reshape(-1, 7)
         rows: Array = flat[np.rint(flat[:, 0]) == item]
         return rows

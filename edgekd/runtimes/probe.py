@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from edgekd.errors import UserError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.outputs import NORMALISED_BELOW, BoxFormat, OutputFormat
+from edgekd.runtimes.output_format import NORMALISED_BELOW, BoxFormat, OutputFormat
+from edgekd.runtimes.outputs import Arrays
 from edgekd.types import FloatArray
 
 BOX_WORDS = ("box", "bbox", "loc", "det")
@@ -20,8 +21,6 @@ SCORE_WORDS = ("score", "conf", "prob", "logit")
 LABEL_WORDS = ("label", "class", "cls", "categor")
 COUNT_WORDS = ("num", "count", "valid")
 _COCO_COLUMNS = {80: "coco", 81: "coco", 90: "coco91", 91: "coco91", 92: "coco91"}
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,13 @@ class Recognised:
 
 @dataclass(frozen=True)
 class Probe:
-    """The outputs of one run, with what the graph says about their ranks (a run may find nothing and lose axes).
+    """The outputs of one run, with what else the file says that helps to read them.
 
     Attributes:
         source: the file's name, for messages.
         arrays: by output name; batch of one.
         input_hw: the probe's (height, width).
         metadata: the file's own, such as Ultralytics' `task`.
-        inputs: the names of the graph's inputs.
         channels_last: the graph takes (B, H, W, 3), as TensorFlow's do.
     """
 
@@ -56,7 +54,6 @@ class Probe:
     arrays: Arrays
     input_hw: tuple[int, int]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    inputs: tuple[str, ...] = ()
     channels_last: bool = False
 
     def listed(self) -> str:
@@ -87,6 +84,11 @@ def names_or_error(
         f"{columns} scores a candidate, and no names for them in the file",
         "declare `class_names`: a list in label order, coco, coco91 (COCO's own ids) or voc",
     )
+
+
+def coco_by_id(names: Sequence[str]) -> bool:
+    """Whether names are COCO's by category id, whose first column is never an object."""
+    return tuple(names) == NAMED_LABEL_SETS["coco91"]
 
 
 def box_format_of(probe: Probe, boxes: FloatArray, declared: OnnxTeacher, usual: str | None) -> BoxFormat:

@@ -14,10 +14,9 @@ from edgekd.runtimes.boxes_scores import box_and_score, boxes_scores
 from edgekd.runtimes.finished import finished
 from edgekd.runtimes.grids import is_map
 from edgekd.runtimes.heads import levels, yolo
-from edgekd.runtimes.outputs import item_of
-from edgekd.runtimes.probe import Arrays, Probe, Recognised
+from edgekd.runtimes.outputs import Arrays, item_of
+from edgekd.runtimes.probe import Probe, Recognised
 
-__all__ = ["Probe", "Recognised", "recognise"]
 _BACKGROUND_NAMES = ("background", "bg", "noobject", "n/a")
 
 

@@ -19,7 +19,7 @@ from edgekd.errors import RuntimeFailure, UserError
 from edgekd.predictor import Predictor
 from edgekd.preprocess import normalisation
 from edgekd.recipe import ModuleTeacher
-from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.output_format import OutputFormat
 from edgekd.teachers.base import TeacherOutput
 from edgekd.teachers.predicted import PredictorTeacher, soft_targets_from
 from edgekd.types import FloatArray, PreprocessSpec

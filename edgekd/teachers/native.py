@@ -14,7 +14,7 @@ from edgekd.detectors.base import Detector
 from edgekd.predictor import Predictor
 from edgekd.preprocess import normalisation
 from edgekd.recipe import CheckpointTeacher
-from edgekd.runtimes.outputs import OutputFormat
+from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.torch_runtime import TorchRuntime
 from edgekd.teachers.base import TeacherOutput
 from edgekd.teachers.predicted import PredictorTeacher, soft_targets_from
