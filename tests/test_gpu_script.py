@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "benchmarks" / "gpu"
 sys.path.insert(0, str(SCRIPTS))
 
-import page  # noqa: E402
 import record  # noqa: E402
 import run  # noqa: E402
 import stages  # noqa: E402
@@ -140,7 +139,7 @@ def test_one_engine_that_fails_leaves_the_others(
     found = read(given, "engines")
     assert found["status"] == "done"
     assert [("reason" in row) for row in found["engines"]] == [False, False, True, False, False]
-    assert "1 of 9" in page._engines(found)
+    assert "1 of 9" in summary_page._engines(found)
 
 
 @pytest.mark.parametrize("stage", ["engines", "latency_engines", "device_bundle"])
@@ -211,7 +210,7 @@ def test_training_is_timed_and_its_hours_counted(options: Options, tmp_path: Pat
     whole = sum(one["hours"] for one in tiny["trainings"]) + tiny["answers_hours"]
     assert tiny["hours"] == pytest.approx(whole, abs=2e-3)
     assert "no GPU-hours" in found["notes"][0]
-    assert "tiny: distilled (yolo-nano)" in page._training(found)
+    assert "tiny: distilled (yolo-nano)" in summary_page._training(found)
 
 
 CHILD = """
@@ -314,4 +313,8 @@ def test_mistakes_are_told_before_anything_runs(
 
 
 def test_a_cell_does_not_break_its_row() -> None:
-    assert page.table(("a",), [["x | y\nz"], [None], [True]]).splitlines()[2:] == ["| x / y z |", "|  |", "| yes |"]
+    assert summary_page.table(("a",), [["x | y\nz"], [None], [True]]).splitlines()[2:] == [
+        "| x / y z |",
+        "|  |",
+        "| yes |",
+    ]

@@ -37,6 +37,7 @@ COMMANDS = (
     ["distill"],
     ["quantize"],
     ["export"],
+    ["init"],
     ["bundle"],
     ["bench"],
     ["predict"],

@@ -22,7 +22,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
-import page  # noqa: E402
 from record import Record, read_record  # noqa: E402
 
 STAGES = {  # name: share of the minutes; what a stage leaves goes to those after it
@@ -178,7 +177,7 @@ def summarise(options: argparse.Namespace) -> None:
     found = {name: read_record(options.out / f"{name}.json") for name in STAGES}
     found = {name: data for name, data in found.items() if data}
     write_json(options.out / "all.json", {"schema": "edgekd.gpu/1", "stages": found})
-    write_text(options.out / "summary.md", page.markdown(found))
+    write_text(options.out / "summary.md", summary_page.markdown(found))
     if options.copy_to is not None:
         options.copy_to.mkdir(parents=True, exist_ok=True)
         for file in ("all.json", "summary.md"):
