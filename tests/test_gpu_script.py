@@ -22,6 +22,7 @@ sys.path.insert(0, str(SCRIPTS))
 import record  # noqa: E402
 import run  # noqa: E402
 import stages  # noqa: E402
+import summary_page  # noqa: E402
 
 from edgekd.checkpoint import save_detector  # noqa: E402
 from edgekd.data.scenes import make_scenes  # noqa: E402

@@ -22,6 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
+import summary_page  # noqa: E402
 from record import Record, read_record  # noqa: E402
 
 STAGES = {  # name: share of the minutes; what a stage leaves goes to those after it
