@@ -95,7 +95,9 @@ class ModelConfig(_Section):
     input_size: int = Field(320, ge=64, le=1280, description="Side of the square input, pixels.")
     width: float = Field(1.0, gt=0, le=2, description="Channel multiplier.")
     weights: str | None = Field(
-        None, description="Backbone weights: a path, 'imagenet' for the official ones, or none."
+        None,
+        description="Backbone weights: a path, 'imagenet' for the official ones, or none. Where width is below 1, a "
+        "backbone with batch norm takes a part of each layer's channels, as a start.",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="Model-specific settings, such as min_scale.")
 
@@ -110,8 +112,8 @@ class TrainConfig(_Section):
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     backbone_lr_factor: Factor | Literal["auto"] = Field(
         "auto",
-        description="Backbone's learning rate as a share of lr; 0 freezes it. auto: 0.3 of a backbone with `weights`, which "
-        "has less to learn than a new head, else 1.",
+        description="Backbone's learning rate as a share of lr; 0 freezes it. auto: 0.3 of a backbone with `weights` "
+        "made for its width, which has less to learn than a new head, else 1.",
     )
     freeze_stride: Literal[0, 2, 4, 8] = Field(
         0,
@@ -198,7 +200,11 @@ class OnnxTeacher(_Section):
             "are decoded as YOLOv5 does.",
         )
     )
-    taps: dict[str, str] = Field(default_factory=dict, description="Tap name to the name of a tensor in the graph.")
+    taps: dict[str, str] | Literal["auto"] = Field(
+        default_factory=dict,
+        description="Feature maps to learn from: tap name to the name of a tensor in the graph; auto: the ends of its neck at "
+        "strides 8, 16 and 32, as p3, p4, p5.",
+    )
     weight: float = Field(1.0, gt=0)
 
 

@@ -26,6 +26,7 @@ from edgekd.teachers.cache import GIB, Recording, estimate, fill_fused, make_roo
 from edgekd.teachers.ensemble import Ensemble, learn_weights
 from edgekd.teachers.native import NativeTeacher
 from edgekd.teachers.predicted import PredictorTeacher
+from edgekd.training_setup import frozen_layers, initial_detector
 from edgekd.types import Detections, ImageArray, ImageRecord, SoftDetections
 from edgekd.workspace import Workspace, resolved_device
 
@@ -35,6 +36,20 @@ WEIGHT_IMAGES = 300
 
 def check_setup(work: Workspace) -> None:
     """Build everything once, untrained where it must be, so that a mistake shows before hours of training.
+
+    Raises:
+        EdgeKDError: what `check_terms` raises; or weights that cannot be had, or do not fit what is asked of them.
+    """
+    check_terms(work)
+    recipe, classes, records = work.recipe, work.train.class_names, work.train.records
+    trained = [teacher for teacher in recipe.teachers if isinstance(teacher, TrainedTeacher)]
+    for model, settings in ((recipe.student, recipe.train), *((t.train, t.settings or recipe.train) for t in trained)):
+        detector, pretrained = initial_detector(model, fitted_spec(spec_for(model, classes), records))
+        frozen_layers(detector, settings.freeze_stride, pretrained=pretrained)
+
+
+def check_terms(work: Workspace) -> None:
+    """Build the student, the teachers and the distillation terms, without the weights that training begins with.
 
     Raises:
         EdgeKDError: a model option, a teacher, a class map, the fusion or a distillation term is wrong.

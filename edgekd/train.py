@@ -21,7 +21,7 @@ from edgekd import ranks
 from edgekd.artifact import atomic_path, is_current, read_manifest, write_manifest
 from edgekd.checkpoint import BEST_FILE, MODEL_FILE, save_detector
 from edgekd.data.loader import Batch, TrainLoader
-from edgekd.detectors import build_detector, spec_for
+from edgekd.detectors import spec_for
 from edgekd.detectors.base import Detector
 from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.detectors.shared_norm import share_batch_norm
@@ -35,6 +35,7 @@ from edgekd.training_setup import (
     StopSignals,
     fitting_threads,
     frozen_layers,
+    initial_detector,
     lr_factor,
     make_fabric,
     make_optimizer,
@@ -121,11 +122,7 @@ class _Trainer:
         if self.cfg.deterministic:
             torch.use_deterministic_algorithms(True)
         spec = fitted_spec(spec_for(job.model, job.dataset.class_names), job.dataset.records)
-        detector = build_detector(spec)
-        if job.model.weights is not None:
-            from edgekd.detectors.weights import load_backbone_weights
-
-            load_backbone_weights(detector, job.model.weights)
+        detector, pretrained = initial_detector(job.model, spec)
         distiller = job.make_distiller(detector) if job.make_distiller is not None else None
         self.learner = LearningStep(detector, distiller, job.detection_weight)
         self.loader = self._make_loader(distiller)
@@ -137,7 +134,6 @@ class _Trainer:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.learner.channels_last = True
         extra = list(term_parameters(distiller))
-        pretrained = job.model.weights is not None
         self.frozen = frozen_layers(detector, self.cfg.freeze_stride, pretrained=pretrained)
         optimizer = make_optimizer(detector, extra, self.cfg, pretrained=pretrained)
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]

@@ -20,11 +20,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from edgekd import ranks
+from edgekd.detectors import build_detector
 from edgekd.detectors.backbones.layers import Backbone
 from edgekd.detectors.base import Detector
 from edgekd.detectors.complexity import count_macs
 from edgekd.errors import RecipeError, UserError
-from edgekd.recipe import TrainConfig
+from edgekd.recipe import ModelConfig, TrainConfig
+from edgekd.types import DetectorSpec
 
 
 def uses_gpu(device: str) -> bool:
@@ -111,6 +113,22 @@ def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.final_lr_factor + (1 - config.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
+def initial_detector(config: ModelConfig, spec: DetectorSpec) -> tuple[Detector, bool]:
+    """The detector as training begins with it, and whether its backbone knows something that is worth keeping.
+
+    Channels cut out of a wider backbone do not: they are a start, and have to be learned at the full rate.
+
+    Raises:
+        WeightsError: the weights cannot be had or do not fit.
+    """
+    detector = build_detector(spec)
+    if config.weights is None:
+        return detector, False
+    from edgekd.detectors.weights import load_backbone_weights
+
+    return detector, not load_backbone_weights(detector, config.weights).narrowed
+
+
 PRETRAINED_LR_FACTOR = 0.3
 """Of `backbone_lr_factor: auto` where the backbone comes with weights (measured: benchmarks/)."""
 
@@ -121,7 +139,7 @@ def frozen_layers(detector: Detector, stride: int, *, pretrained: bool) -> list[
     They still have to be kept in evaluation mode, for the sake of their batch norms' statistics.
 
     Raises:
-        RecipeError: a backbone without weights of its own, or one that is no SSD's.
+        RecipeError: a backbone without weights of its own, with ones cut to its width, or one that is no SSD's.
     """
     if not stride:
         return []
@@ -129,8 +147,8 @@ def frozen_layers(detector: Detector, stride: int, *, pretrained: bool) -> list[
     if not isinstance(backbone, Backbone) or not pretrained:
         raise RecipeError(
             f"train.freeze_stride: {stride} keeps the first layers of a pretrained SSD backbone as they are",
-            got=f"{detector.spec.model} {'with' if pretrained else 'without'} `weights`",
-            fix="give the model `weights`, or leave train.freeze_stride out",
+            got=f"{detector.spec.model} {'with' if pretrained else 'without'} `weights` of its own width",
+            fix="give the model `weights` at the width they were made for, or leave train.freeze_stride out",
         )
     layers = backbone.to_stride(stride)
     for layer in layers:
@@ -144,7 +162,7 @@ def make_optimizer(
     """Weight decay on weights alone; the backbone at its own learning rate; the terms' parameters with the head's.
 
     Args:
-        pretrained: whether the backbone has come with weights.
+        pretrained: whether the backbone has come with weights, made for its width.
     """
     factor = config.backbone_lr_factor
     if factor == "auto":

@@ -12,7 +12,15 @@ import pytest
 from edgekd.artifact import read_manifest
 from edgekd.console import Terminal
 from edgekd.data.scenes import make_scenes
-from edgekd.errors import DataError, DistillationSetupError, EdgeKDError, ParityError, RecipeError, UserError
+from edgekd.errors import (
+    DataError,
+    DistillationSetupError,
+    EdgeKDError,
+    ParityError,
+    RecipeError,
+    UserError,
+    WeightsError,
+)
 from edgekd.pipeline import ChainResult, run_recipe
 from edgekd.recipe import OnnxTeacher, Recipe
 from edgekd.recipe_file import load_recipe
@@ -175,6 +183,9 @@ def test_another_run_is_never_overwritten(home: Path, tmp_path: Path) -> None:
         ("ensemble.fusion=mean-outputs", DistillationSetupError, "mean-outputs"),
         ("teachers.1={name: two, checkpoint: no.pt}", EdgeKDError, "no.pt"),
         ("data.val=tset", EdgeKDError, "no split 'tset'"),
+        ("student.weights=no.pth", WeightsError, "no.pth"),
+        ("teachers.1.train.weights=no.pth", WeightsError, "no.pth"),
+        ("train.freeze_stride=4", RecipeError, "without `weights`"),
     ],
 )
 def test_setup_is_checked_first(home: Path, tmp_path: Path, override: str, error: type[Exception], words: str) -> None:

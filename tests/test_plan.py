@@ -161,6 +161,31 @@ def test_recipes_take_all_but_the_student_from_the_base(scenes: Path, tmp_path: 
     assert "5.00 ms" in files[0].read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("given", "width", "model", "weights", "freeze"),
+    [
+        ("imagenet", 1.0, SSD, "imagenet", 8),
+        ("imagenet", 0.5, SSD, "imagenet", 0),  # a part of its channels: a start, nothing to keep
+        ("imagenet", 1.4, SSD, None, 0),
+        ("imagenet", 1.0, "efficientnet-lite0-ssd-lite", "imagenet", 8),
+        ("imagenet", 0.5, "vgg16-ssd", None, 0),
+        ("imagenet", 1.0, "mobilenetv1-ssd-lite", None, 0),  # has no official weights
+        ("mine.pth", 0.5, SSD, "mine.pth", 0),
+        ("mine.pth", 1.0, "efficientnet-lite0-ssd-lite", None, 0),
+        (None, 1.0, SSD, None, 0),
+    ],
+)
+def test_candidates_start_from_the_weights_they_can_have(
+    scenes: Path, tmp_path: Path, given: str | None, width: float, model: str, weights: str | None, freeze: int
+) -> None:
+    student = {"model": SSD, "input_size": 96, "weights": given}
+    base = base_recipe(scenes, tmp_path, student=student, train={"epochs": 3, "freeze_stride": 8 if given else 0})
+    [file], _ = write_recipes([row(model, width, 96, "fp32", 1e8, 5.0)], base, None, tmp_path, None, 8.0)
+    found = load_recipe(file)
+    assert (found.student.weights and Path(found.student.weights).name) == weights
+    assert found.train.freeze_stride == freeze
+
+
 def test_terms_that_do_not_fit_give_way(scenes: Path, tmp_path: Path) -> None:
     term = {"loss": "feature", "student_taps": ["no.such"], "teacher_taps": ["no.such"]}
     base = base_recipe(scenes, tmp_path, distill={"terms": [term]})

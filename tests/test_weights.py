@@ -183,7 +183,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "width", "message"),
     [
-        (LITE, 0.5, "width 1.0 only"),
+        (LITE, 1.4, "width 1.0, and can be cut to less"),
         ("mobilenetv1-ssd-lite", 1.0, "no official ImageNet weights"),
         ("yolo-nano", 1.0, "no official ImageNet weights"),
     ],
@@ -193,9 +193,9 @@ def test_where_no_official_weights_exist_it_says_so(model: str, width: float, me
         load_backbone_weights(build(model, width), "imagenet")
 
 
-def test_published_weights_at_another_width_say_why(mobilenet_v2_weights: Path) -> None:
+def test_published_weights_at_a_greater_width_say_why(mobilenet_v2_weights: Path) -> None:
     with pytest.raises(WeightsError, match=r"published weights are for width 1\.0"):
-        load_backbone_weights(build(width=0.5), str(mobilenet_v2_weights))
+        load_backbone_weights(build(width=1.4), str(mobilenet_v2_weights))
 
 
 def serve(

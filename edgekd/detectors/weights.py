@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from edgekd.artifact import atomic_path, sha256_file, unread_torch_file
 from edgekd.detectors.backbones.vgg import VGG
 from edgekd.detectors.base import Detector
+from edgekd.detectors.narrowing import narrowed
 from edgekd.errors import WeightsError
 
 _LOG = logging.getLogger(__name__)
@@ -79,6 +80,11 @@ PUBLISHED: dict[str, Published] = {
 """Official weights by model. MobileNetV1 has none in PyTorch, and the YOLO backbones are our own."""
 
 
+def starts_from_imagenet(model: str, width: float) -> bool:
+    """Whether `weights: imagenet` is to be had for a model of this width."""
+    return model in PUBLISHED and (width == 1.0 or (width < 1.0 and not model.startswith("vgg")))
+
+
 @dataclass(frozen=True)
 class LoadedWeights:
     """What `load_backbone_weights` read.
@@ -87,11 +93,13 @@ class LoadedWeights:
         path: the file. sha256: its hash.
         left_initialised: parameters of the backbone that the file does not hold (VGG's fc6 and fc7, when the file has
             no classifier).
+        narrowed: whether they were cut to a narrower backbone: a start to train on from, not features that work as they are.
     """
 
     path: Path
     sha256: str
     left_initialised: tuple[str, ...]
+    narrowed: bool = False
 
 
 def load_backbone_weights(detector: Detector, source: str) -> LoadedWeights:
@@ -109,7 +117,7 @@ def load_backbone_weights(detector: Detector, source: str) -> LoadedWeights:
     if not isinstance(backbone, nn.Module):
         raise WeightsError(f"{detector.spec.model} has no backbone to load weights into")
     if source == "imagenet":
-        path = _published_file(detector)
+        path = _published_file(detector.spec.model, detector.spec.width, _can_narrow(backbone))
     else:
         path = Path(os.path.expanduser(source))
         if not path.is_file():
@@ -119,12 +127,23 @@ def load_backbone_weights(detector: Detector, source: str) -> LoadedWeights:
                 expected="a .pth or .pt file, or 'imagenet'",
             )
     state = _backbone_state(_read_state(path))
-    if isinstance(backbone, VGG):
-        state = _convolutional(state)
-    left = _load(backbone, state, path, detector.spec.width)
+    wide = _convolutional(state) if isinstance(backbone, VGG) else state
+    width = detector.spec.width
+    state = narrowed(wide, _shapes(backbone)) if width < 1 and _can_narrow(backbone) else wide
+    left = _load(backbone, state, path, width)
     if left:
         _LOG.warning("%s holds no %s: they start from random values", path.name, ", ".join(left))
-    return LoadedWeights(path, sha256_file(path), left)
+    cut = any(state[name].shape != wide[name].shape for name in state)
+    return LoadedWeights(path, sha256_file(path), left, narrowed=cut)
+
+
+def _shapes(backbone: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in backbone.state_dict().items()}
+
+
+def _can_narrow(backbone: nn.Module) -> bool:
+    """Whether its batch norms set right what the missing channels leave out; VGG has none."""
+    return any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -192,18 +211,22 @@ def _load(backbone: nn.Module, state: Mapping[str, Tensor], path: Path, width: f
             f"{path}: these weights do not fit the backbone {type(backbone).__name__} at width {width:g}",
             got="; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in faults if names),
             expected=f"{len(wanted)} tensors: {_some(list(wanted))}",
-            fix="published weights are for width 1.0" if misshapen and width != 1.0 else None,
+            fix=_width_hint(backbone) if misshapen and width != 1.0 else None,
         )
     backbone.load_state_dict({**wanted, **given})
     return tuple(optional)
+
+
+def _width_hint(backbone: nn.Module) -> str:
+    least = "they can be cut to a smaller one" if _can_narrow(backbone) else f"{type(backbone).__name__} has no other"
+    return f"published weights are for width 1.0: {least}"
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _published_file(detector: Detector) -> Path:
-    model, width = detector.spec.model, detector.spec.width
+def _published_file(model: str, width: float, can_narrow: bool) -> Path:
     published = PUBLISHED.get(model)
     if published is None:
         raise WeightsError(
@@ -211,9 +234,10 @@ def _published_file(detector: Detector) -> Path:
             expected="'imagenet' with one of " + ", ".join(PUBLISHED),
             fix="give the path of a weights file, or leave weights out to start from random values",
         )
-    if width != 1.0:
+    if width > 1.0 or (width < 1.0 and not can_narrow):
+        less = ", and can be cut to less" if can_narrow else " only"
         raise WeightsError(
-            f"{model}: the official weights are for width 1.0 only",
+            f"{model}: the official weights are for width 1.0{less}",
             got=f"width {width:g}",
             fix="set width to 1.0, or leave weights out to start from random values",
         )

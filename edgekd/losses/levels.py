@@ -40,7 +40,7 @@ class LevelPair:
 def describe_taps(taps: Mapping[str, TapSpec]) -> str:
     """One line that lists every tap with its channels and grid."""
     if not taps:
-        return "none (a black box; declare `taps` for an ONNX teacher)"
+        return "none (a black box; give an ONNX teacher `taps: auto`)"
     return ", ".join(f"{t.name} ({t.channels} ch, {t.grid_hw[0]}x{t.grid_hw[1]})" for t in taps.values())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgekd.artifact import write_text
 from edgekd.console import Terminal
+from edgekd.detectors.weights import starts_from_imagenet
 from edgekd.errors import DistillationSetupError, EdgeKDError, RecipeError
 from edgekd.recipe import BenchConfig, DataConfig, DistillConfig, ExportConfig, ModelConfig, Recipe
 from edgekd.recipe_file import dump_recipe
@@ -107,20 +108,33 @@ def _recipe(row: Row, base: Recipe | None, data: DataConfig | None, threads: int
         values.update(bench=BenchConfig(threads=threads).model_dump())
         values.update(export=ExportConfig(precisions=precisions).model_dump(), student=student)
         return Recipe.model_validate(values)
-    given = base.student
+    given, train = base.student, base.train
     if given.model == row["model"]:
         student["options"] = given.options
-        if given.width == row["width"]:
-            student["weights"] = given.weights
+    student["weights"] = _weights(row, given)
+    if student["weights"] is None or row["width"] not in (1.0, given.width):
+        train = train.model_copy(update={"freeze_stride": 0})  # which needs features that are worth keeping
     return base.model_copy(
         update={
             "name": name,
             "data": data or base.data,
             "student": ModelConfig(**student),
+            "train": train,
             "export": base.export.model_copy(update={"precisions": precisions}),
             "bench": base.bench.model_copy(update={"threads": threads or base.bench.threads}),
         }
     )
+
+
+def _weights(row: Row, given: ModelConfig) -> str | None:
+    """What a candidate can start from, of what the base's student starts from."""
+    model, width = row["model"], row["width"]
+    if given.weights is None or (model, width) == (given.model, given.width):
+        return given.weights
+    if given.weights == "imagenet":
+        return "imagenet" if starts_from_imagenet(model, width) else None
+    can_be_cut = model == given.model and not model.startswith("vgg") and width < min(1.0, given.width)
+    return given.weights if can_be_cut else None
 
 
 def _checked(recipe: Recipe, notes: list[str]) -> Recipe:
@@ -141,14 +155,14 @@ def _checked(recipe: Recipe, notes: list[str]) -> Recipe:
 
 
 def _build_all(recipe: Recipe) -> None:
-    """What `edgekd run` does before it trains anything."""
+    """What `edgekd run` does before it trains anything, but for weights, which may have to be downloaded."""
     from edgekd.data import read_dataset
-    from edgekd.teaching import check_setup
+    from edgekd.teaching import check_terms
     from edgekd.workspace import Workspace
 
     section = recipe.data
     train = read_dataset(Path(section.root), section.train, format=section.format, class_names=section.classes, limit=1)
-    check_setup(Workspace(recipe, train, train, "cpu", Terminal(quiet=True)))
+    check_terms(Workspace(recipe, train, train, "cpu", Terminal(quiet=True)))
 
 
 def _head(row: Row, budget_ms: float) -> str:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgekd.errors import ArtifactError, RuntimeFailure, UserError
 from edgekd.preprocess import normalise
 from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.auto_taps import shared_maps, taps_by_stride
 from edgekd.runtimes.customs import BYTES, ONE, ZERO, Custom, custom_of
 from edgekd.runtimes.first_nodes import Beginning, PixelRange, beginning_of
 from edgekd.runtimes.grids import grid_cells
@@ -58,7 +59,8 @@ class OnnxDetector:
         preprocess: how images are prepared.
         form: how outputs are read.
         facts: path, precision, target, provenance, and `notes` on what was recognised rather than declared.
-        tap_grids: per declared tap, (channels, (height, width)) of the tensor at the input size.
+        tap_grids: per tap, (channels, (height, width)) of the tensor at the input size.
+        tap_tensors: per tap, declared or found, the tensor's name.
     """
 
     runtime: OnnxRuntime
@@ -67,6 +69,7 @@ class OnnxDetector:
     form: OutputFormat
     facts: Mapping[str, Any]
     tap_grids: Mapping[str, tuple[int, tuple[int, int]]] = field(default_factory=dict)
+    tap_tensors: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_onnx(
@@ -84,16 +87,51 @@ def open_onnx(
         MissingDependencyError: the engine or the provider is not there. RuntimeFailure: the provider fell back.
     """
     declared = declared or OnnxTeacher(name="detector", onnx=str(path))
-    model: Path | bytes = with_extra_outputs(path, list(declared.taps.values())) if declared.taps else path
+    searched = declared.taps == "auto"
+    if searched:
+        declared = declared.model_copy(update={"taps": _found_taps(path, declared, provider, threads, engine)})
+    taps = tapped(declared)
+    model: Path | bytes = with_extra_outputs(path, list(taps.values())) if taps else path
     runtime = _open(model, provider, threads, engine)
     try:
         metadata = runtime.metadata
-        if metadata.get("edgekd.schema"):
-            return _open_ours(path, runtime, metadata, declared)
-        return _open_foreign(path, runtime, metadata, declared)
+        opening = _open_ours if metadata.get("edgekd.schema") else _open_foreign
+        opened = opening(path, runtime, metadata, declared)
+        notes = (*opened.facts["notes"], *([_taps_note(opened.tap_grids, taps)] if searched else []))
+        return replace(opened, tap_tensors=taps, facts={**opened.facts, "notes": notes})
     except BaseException:
         runtime.close()
         raise
+
+
+def tapped(declared: OnnxTeacher) -> dict[str, str]:
+    """Tap names to tensors; none where they are still to be found."""
+    return {} if isinstance(declared.taps, str) else dict(declared.taps)
+
+
+def _found_taps(
+    path: Path, declared: OnnxTeacher, provider: str, threads: int | None, engine: OnnxEngine
+) -> Mapping[str, str]:
+    """`taps: auto`, by what the graph's maps measure on a picture."""
+    names = shared_maps(path)
+    runtime = _open(with_extra_outputs(path, names), provider, threads, engine)
+    try:
+        input_hw = _foreign_input_hw(path, runtime, runtime.metadata, declared)
+        arrays = _look(runtime, input_hw)
+    finally:
+        runtime.close()
+    return taps_by_stride(path, [(name, arrays[name].shape) for name in names], input_hw)
+
+
+def _taps_note(grids: Mapping[str, tuple[int, tuple[int, int]]], taps: Mapping[str, str]) -> str:
+    shown = (f"{tap} {taps[tap]} ({c} channels, {height}x{width})" for tap, (c, (height, width)) in grids.items())
+    return f"taps {', '.join(shown)}, not declared: the last maps of their stride that two convolutions read"
+
+
+def _look(runtime: OnnxRuntime, input_hw: tuple[int, int], std: tuple[float, float, float] = ONE) -> Mapping[str, Any]:
+    """What a file gives for the probe picture, in bytes where it takes them."""
+    spec = PreprocessSpec(input_hw, "stretch", ZERO, BYTES if runtime.takes_bytes else std)
+    return runtime.run(normalise(probe_picture(input_hw), spec))
 
 
 def _open(model: Path | bytes, provider: str, threads: int | None, engine: OnnxEngine) -> OnnxRuntime:
@@ -138,8 +176,9 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
         "notes": tuple(notes),
     }
     class_names = spec.class_names
-    arrays = runtime.run(normalise(probe_picture(input_hw), preprocess)) if declared.taps else {}
-    return OnnxDetector(runtime, class_names, preprocess, form, facts, _tap_grids(path, arrays, declared.taps))
+    taps = tapped(declared)
+    arrays = runtime.run(normalise(probe_picture(input_hw), preprocess)) if taps else {}
+    return OnnxDetector(runtime, class_names, preprocess, form, facts, _tap_grids(path, arrays, taps))
 
 
 def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
@@ -150,11 +189,10 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
             fix="leave `mean` and `std` out",
         )
     beginning = Beginning() if runtime.takes_bytes else beginning_of(path, runtime.image_name)
-    std = BYTES if runtime.takes_bytes or beginning.pixels == "0 to 255" else ONE
-    picture = normalise(probe_picture(input_hw), PreprocessSpec(input_hw, "stretch", ZERO, std))
-    raw = runtime.run(picture)
+    raw = _look(runtime, input_hw, BYTES if beginning.pixels == "0 to 255" else ONE)
     arrays = {name: np.array(value) for name, value in raw.items() if isinstance(value, np.ndarray)}
-    own = {n: _first_image(a, runtime.input_shape[0]) for n, a in arrays.items() if n not in declared.taps.values()}
+    taps = tapped(declared)
+    own = {n: _first_image(a, runtime.input_shape[0]) for n, a in arrays.items() if n not in taps.values()}
     inputs = tuple(info.name for info in runtime.inputs)
     probe = Probe(str(path), own, input_hw, metadata, runtime.channels_last)
     found = recognise(probe, declared, names_in_metadata(metadata))
@@ -166,7 +204,7 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
     preprocess = _declared_preprocess(base, input_hw, declared)
     notes = (*found.notes, *_preprocess_notes(custom, preprocess, beginning.pixels, runtime, declared))
     facts = {"path": str(path), "precision": _precision(runtime), "notes": notes}
-    grids = _tap_grids(path, arrays, declared.taps)
+    grids = _tap_grids(path, arrays, taps)
     return OnnxDetector(runtime, found.class_names, preprocess, found.form, facts, grids)
 
 

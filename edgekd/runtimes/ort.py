@@ -145,6 +145,24 @@ def _info(node: Any) -> TensorInfo:
     return TensorInfo(node.name, shape, node.type)
 
 
+def read_graph(model: Path) -> Any:
+    """An ONNX file as onnx's own object.
+
+    Raises:
+        ArtifactError: the file cannot be read. MissingDependencyError: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingDependencyError("taps of an ONNX teacher need onnx", fix="pip install onnx") from error
+    try:
+        return onnx.load(str(model))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{model}: no such file", expected="an ONNX file") from error
+    except Exception as error:  # protobuf's errors depend on its implementation
+        raise ArtifactError(f"{model}: not a readable ONNX file", got=first_line(error)) from error
+
+
 def with_extra_outputs(model: Path, tensors: Sequence[str]) -> bytes:
     """The bytes of an ONNX file in which the named inner tensors are outputs too; the file itself stays as it is.
 
@@ -152,16 +170,9 @@ def with_extra_outputs(model: Path, tensors: Sequence[str]) -> bytes:
         ArtifactError: the file cannot be read. UserError: a name is not in the graph; lists near ones.
         MissingDependencyError: onnx is not installed.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingDependencyError("taps of an ONNX teacher need onnx", fix="pip install onnx") from error
-    try:
-        graph_model = onnx.load(str(model))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{model}: no such file", expected="an ONNX file") from error
-    except Exception as error:  # protobuf's errors depend on its implementation
-        raise ArtifactError(f"{model}: not a readable ONNX file", got=first_line(error)) from error
+    graph_model = read_graph(model)
+    import onnx
+
     inner = [name for node in graph_model.graph.node for name in node.output if name]
     present = {output.name for output in graph_model.graph.output}
     for tensor in tensors:

@@ -31,5 +31,5 @@ def onnx_teacher(
     )
     taps = {name: TapSpec(name, "neck", channels, grid) for name, (channels, grid) in opened.tap_grids.items()}
     return PredictorTeacher(
-        config.name, predictor, class_names, config.class_map, tap_specs=taps, tap_tensors=config.taps
+        config.name, predictor, class_names, config.class_map, tap_specs=taps, tap_tensors=opened.tap_tensors
     )

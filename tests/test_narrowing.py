@@ -1,0 +1,127 @@
+"""A backbone of width 1 cut to a narrower one's shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from edgekd.detectors import build_detector, spec_for
+from edgekd.detectors.base import Detector
+from edgekd.detectors.narrowing import evenly_spaced, narrowed
+from edgekd.detectors.weights import load_backbone_weights
+from edgekd.errors import WeightsError
+from edgekd.recipe import ModelConfig
+
+LITE = "mobilenetv2-ssd-lite"
+MODELS = (LITE, "mobilenetv1-ssd-lite", "efficientnet-lite0-ssd-lite", "yolov3", "yolo-nano")
+
+
+def build(model: str = LITE, width: float = 1.0, seed: int = 0) -> Detector:
+    torch.manual_seed(seed)
+    return build_detector(spec_for(ModelConfig(model=model, input_size=96, width=width), ("a", "b")))
+
+
+def backbone(detector: Detector) -> nn.Module:
+    found = detector.backbone
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def saved(detector: Detector, path: Path) -> str:
+    torch.save(backbone(detector).state_dict(), path)
+    return str(path)
+
+
+def test_channels_are_evenly_spaced() -> None:
+    assert evenly_spaced(8, 4).tolist() == [0, 2, 4, 6]
+    assert evenly_spaced(32, 12).tolist() == [0, 2, 5, 8, 10, 13, 16, 18, 21, 24, 26, 29]
+    assert evenly_spaced(5, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("width", [0.35, 0.75])
+def test_every_tensor_takes_the_narrow_shape_and_comes_from_the_wide_one(
+    model: str, width: float, tmp_path: Path
+) -> None:
+    wide, narrow = build(model, seed=1), build(model, width)
+    loaded = load_backbone_weights(narrow, saved(wide, tmp_path / "wide.pth"))
+    assert loaded.narrowed
+    assert loaded.left_initialised == ()
+    given = backbone(wide).state_dict()
+    for name, value in backbone(narrow).state_dict().items():
+        assert torch.isin(value, given[name]).all(), name
+
+
+def a_block(channels: int, hidden: int) -> nn.Sequential:
+    """1x1 expansion, depthwise, 1x1 projection, each but the last with its batch norm."""
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, 1, bias=False),
+        nn.BatchNorm2d(hidden),
+        nn.Conv2d(hidden, hidden, 3, groups=hidden, bias=False),
+        nn.BatchNorm2d(hidden),
+        nn.Conv2d(hidden, channels, 1, bias=False),
+    )
+
+
+def test_around_a_depthwise_convolution_the_strongest_channels_stay() -> None:
+    torch.manual_seed(0)
+    wide, narrow = a_block(4, 6), a_block(4, 3)
+    with torch.no_grad():
+        norm = wide[3]
+        assert isinstance(norm, nn.BatchNorm2d)
+        norm.weight.copy_(torch.tensor([0.01, 1.0, 0.01, 1.0, 1.0, 0.01]))
+        norm.bias.copy_(torch.tensor([0.0, 0.0, 2.0, 0.0, 0.0, -2.0]))  # the third is always on, the last always off
+        wide[4].weight[:, 4] = 0  # nobody reads the fifth
+    cut = narrowed(wide.state_dict(), {name: value.shape for name, value in narrow.state_dict().items()})
+    kept = [1, 2, 3]
+    for name in ("0.weight", "1.weight", "1.running_var", "2.weight", "3.bias", "3.running_mean"):
+        assert torch.equal(cut[name], wide.state_dict()[name][kept]), name
+    assert torch.equal(cut["4.weight"], wide.state_dict()["4.weight"][:, kept])
+
+
+def test_channels_that_nobody_reads_are_left_out_without_a_change(tmp_path: Path) -> None:
+    """A wide network whose surplus channels are silent everywhere gives the same maps when they are gone."""
+    torch.manual_seed(0)
+    wide, narrow = a_block(4, 12).eval(), a_block(4, 6).eval()
+    with torch.no_grad():
+        wide[4].weight[:, ::2] = 0
+    narrow.load_state_dict(narrowed(wide.state_dict(), {k: v.shape for k, v in narrow.state_dict().items()}))
+    images = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(narrow(images), wide(images))
+
+
+def test_weights_of_the_same_width_are_left_as_they_are(tmp_path: Path) -> None:
+    wide, same = build(seed=1), build()
+    assert not load_backbone_weights(same, saved(wide, tmp_path / "w.pth")).narrowed
+    for name, value in backbone(wide).state_dict().items():
+        assert torch.equal(backbone(same).state_dict()[name], value), name
+
+
+def test_a_wider_backbone_cannot_be_cut_from_a_narrow_file(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="do not fit"):
+        load_backbone_weights(build(width=0.75), saved(build(width=0.5), tmp_path / "w.pth"))
+
+
+def test_width_1_takes_nothing_larger(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="do not fit"):
+        load_backbone_weights(build(width=1.0), saved(build(width=1.4), tmp_path / "w.pth"))
+
+
+def test_vgg_without_batch_norm_is_not_cut(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="VGG has no other"):
+        load_backbone_weights(build("vgg11-ssd", 0.25), saved(build("vgg11-ssd", 0.5), tmp_path / "w.pth"))
+    with pytest.raises(WeightsError, match=r"width 1\.0 only"):
+        load_backbone_weights(build("vgg11-ssd", 0.25), "imagenet")
+
+
+def test_the_official_mobilenet_v2_is_cut_by_name(mobilenet_v2_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKD_WEIGHTS", str(mobilenet_v2_weights.parent))
+    detector = build(width=0.5)
+    assert load_backbone_weights(detector, "imagenet").narrowed
+    with torch.no_grad():
+        assert all(m.isfinite().all() for m in backbone(detector)(torch.rand(2, 3, 96, 96)).sources)
+    with pytest.raises(WeightsError, match=r"width 1\.0, and can be cut to less"):
+        load_backbone_weights(build(width=1.4), "imagenet")
