@@ -15,7 +15,7 @@ from edgekd.losses import TERMS, Pair, TeacherView, Term, build_term
 from edgekd.losses.adversarial import AdversarialTerm
 from edgekd.losses.base import DistillBatch
 from edgekd.losses.cwd import CWDTerm
-from edgekd.losses.decoupled import DecoupledTerm, background_kl, background_rows, choose_teachers
+from edgekd.losses.decoupled import DecoupledTerm, background_kl, background_rows, choose_teachers, object_shares
 from edgekd.losses.feature import standardise
 from edgekd.losses.fgd import focal_masks
 from edgekd.losses.gkd import GKDTerm, robust_weights
@@ -146,6 +146,7 @@ def test_response_on_priors_needs_equal_layouts() -> None:
         ("response", {"cls_weight": -1.0}),
         ("cwd", {"temperature": float("nan")}),
         ("adversarial", {"game": "chess"}),
+        ("decoupled", {"foreground_mean": "pixels"}),
         ("gkd", {"prototypes": 2.5}),
     ],
 )
@@ -402,6 +403,43 @@ def test_a_perfect_student_learns_nothing_on_the_foreground() -> None:
     loss = term(DistillBatch(batch.images, batch.output, batch.targets, [blind], batch.fused, 0, 4, 0))
     assert float(loss.detach()) == 0.0
     assert term.statistics() == {"gate_open": 0.0}
+
+
+def test_each_object_counts_once_whatever_its_size() -> None:
+    owner = torch.tensor([[[0, 0, -1], [0, 0, 1]], [[-1, -1, -1], [-1, -1, -1]], [[2, 2, 2], [-1, -1, -1]]])
+    shares = object_shares(owner)
+    third = 1 / 3
+    expected = [[[0.25, 0.25, 0], [0.25, 0.25, 1]], [[0.0] * 3] * 2, [[third] * 3, [0.0] * 3]]
+    torch.testing.assert_close(shares, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("mean", ["objects", "cells"])
+def test_the_foreground_against_a_plain_loop(mean: str) -> None:
+    pair = make_pair("equal")
+    term = build_term(TermConfig(loss="decoupled", params={"background_weight": 0.0, "foreground_mean": mean}), pair)
+    assert isinstance(term, DecoupledTerm)
+    batch = toy_batch(pair.student, pair.teachers, term.student_taps)  # type: ignore[arg-type]
+    boxes, scores = pair.student.decode(batch.output)
+    choices = term._choices(batch, boxes.detach(), scores.detach())
+    assert any((c >= 0).any() for c in choices)  # else there is nothing to compare
+    expected = 0.0
+    for maps in term.level_maps(batch):
+        grid = tuple(maps.student.shape[-2:])
+        total, weight = 0.0, 0.0
+        for image, gt in enumerate(batch.targets.boxes_xyxy):
+            owner = object_map(gt, grid, term.input_hw)
+            for index in owner.unique().tolist():
+                if index < 0:
+                    continue
+                cells = (owner == index).nonzero().tolist()
+                share = 1 / len(cells) if mean == "objects" else 1.0
+                for y, x in cells:
+                    weight += share
+                    if choices[image][index] == maps.teacher_index:
+                        s, t = maps.student[image, :, y, x], maps.teacher[image, :, y, x]
+                        total += share * float(1 - functional.cosine_similarity(s.detach(), t, dim=0))
+        expected += total / max(weight, 1.0) / len(term.levels[maps.teacher_index])
+    assert float(term(batch).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 # -- GKD -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ Source: a thesis advised by Yen Shwu-Huey. Published: cosine similarity on foreg
 very different directions), KL on the background's predictions, and the student learns from the teacher only where the
 teacher does better than the student. One-stage detectors.
 Reading (ours): L = mean_fg g_i (1 - cos(phi S_i, T_i)) + w * mean_bg g_i KL_i, g_i = 1[loss_T,i < loss_S,i]. With several
-teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none. An object's loss is -log of
+teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none. The gate is an object's, and so
+is the mean: each object counts once, whatever its size, or the cells of a few large ones would be all there is to learn
+from. An object's loss is -log of
 max over rows (score of its class x IoU), which any detector can be asked, black boxes too; a background row's is the binary
 cross-entropy of its highest class score against 0. Background rows are the student's rows centred in no object, whose boxes
 overlap none by 0.5 or more (young students' boxes overlap nothing: rows inside objects would be pushed to silence while
@@ -15,6 +17,8 @@ class, on the rows where the student errs most (3 an object, at least 32).
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +62,8 @@ class DecoupledTerm(LevelTerm):
 
     Args:
         pair: student and teachers; every teacher must offer taps.
-        background_weight: w.
+        background_weight: w; 0 leaves the background out.
+        foreground_mean: "objects" counts each object once, "cells" each of its cells.
         student_taps: see `LevelTerm`.
         teacher_taps: see `LevelTerm`.
         normalise: see `LevelTerm`.
@@ -71,13 +76,14 @@ class DecoupledTerm(LevelTerm):
         pair: Pair,
         *,
         background_weight: float = 1.0,
+        foreground_mean: Literal["objects", "cells"] = "objects",
         student_taps: TapChoice = "auto",
         teacher_taps: TapChoice = "auto",
         normalise: Normalise = "none",
     ) -> None:
         super().__init__(pair, student_taps=student_taps, teacher_taps=teacher_taps, normalise=normalise)
         self.student = [pair.student]
-        self.background_weight = background_weight
+        self.background_weight, self.foreground_mean = background_weight, foreground_mean
         self._objects, self._gated = 0, 0
 
     def forward(self, batch: DistillBatch) -> Tensor:
@@ -85,6 +91,8 @@ class DecoupledTerm(LevelTerm):
         boxes, scores = self.student[0].decode(batch.output)
         choices = self._choices(batch, boxes.detach(), scores.detach())
         foreground = self._foreground(batch, choices)
+        if not self.background_weight:
+            return foreground
         return foreground + self.background_weight * self._background(batch, boxes.detach(), scores)
 
     def statistics(self) -> dict[str, float]:
@@ -116,9 +124,10 @@ class DecoupledTerm(LevelTerm):
             owner = object_maps(gt, grid_hw, self.input_hw)
             gate = torch.stack([_gate_map(o, c == maps.teacher_index) for o, c in zip(owner, choices, strict=True)])
             distance = 1 - functional.cosine_similarity(maps.student.float(), maps.teacher.float(), dim=1)
-            # Averaged over all foreground cells, gated or not, so that a closed gate weakens the pull.
-            cells = normaliser((owner >= 0).sum(), least=1.0)
-            total = total + (gate * distance).sum() / cells / len(self.levels[maps.teacher_index])
+            weight = object_shares(owner) if self.foreground_mean == "objects" else (owner >= 0).to(distance.dtype)
+            # Averaged over the whole foreground, gated or not, so that a closed gate weakens the pull.
+            mean = (gate * weight * distance).sum() / normaliser(weight.sum(), least=1.0)
+            total = total + mean / len(self.levels[maps.teacher_index])
         return total
 
     def _background(self, batch: DistillBatch, boxes: Tensor, scores: Tensor) -> Tensor:
@@ -153,6 +162,16 @@ class DecoupledTerm(LevelTerm):
         stacked = torch.stack(answers)
         best = stacked.amax(-1).argmin(0)
         return stacked[best, torch.arange(len(boxes), device=boxes.device)]
+
+
+def object_shares(owner: Tensor) -> Tensor:
+    """(B, H, W) owners to (B, H, W) float32: one over the number of its object's cells, 0 in the background."""
+    shares = torch.zeros(owner.shape, device=owner.device)
+    for image, owners in zip(shares, owner, strict=True):
+        inside = owners >= 0
+        cells = torch.bincount(owners[inside])
+        image[inside] = 1.0 / cells[owners[inside]]
+    return shares
 
 
 def _gate_map(owner: Tensor, open_objects: Tensor) -> Tensor:

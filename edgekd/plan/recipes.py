@@ -103,6 +103,8 @@ def _recipe(row: Row, base: Recipe | None, data: DataConfig | None, threads: int
     precisions = tuple(dict.fromkeys(("fp32", row["precision"])))
     name = f"{row['model']}-w{row['width']:g}-{row['input_size']}-{row['precision']}"
     if base is None:
+        if starts_from_imagenet(row["model"], row["width"]):
+            student["weights"] = "imagenet"
         section = data or DataConfig(root=_ANY_DATA)
         values: dict[str, Any] = {"name": name, "data": section.model_dump()}
         values.update(bench=BenchConfig(threads=threads).model_dump())
