@@ -4,16 +4,15 @@ Source: a thesis advised by Yen Shwu-Huey. Published: cosine similarity on foreg
 very different directions), KL on the background's predictions, and the student learns from the teacher only where the
 teacher does better than the student. One-stage detectors.
 Reading (ours): L = mean_fg g_i (1 - cos(phi S_i, T_i)) + w * mean_bg g_i KL_i, g_i = 1[loss_T,i < loss_S,i]. With several
-teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none. The gate is an object's, and so
-is the mean: each object counts once, whatever its size, or the cells of a few large ones would be all there is to learn
-from. An object's loss is -log of
-max over rows (score of its class x IoU), which any detector can be asked, black boxes too; a background row's is the binary
-cross-entropy of its highest class score against 0. Background rows are the student's rows centred in no object, whose boxes
-overlap none by 0.5 or more (young students' boxes overlap nothing: rows inside objects would be pushed to silence while
-detection raises them); the teachers' prediction there is that of their box that fits the row (IoU >= 0.5). Where they have
-none, their scores lie somewhere under the threshold of their answers, and the student's count as no worse down to it: taken
-for zeros they would outweigh all else, the more the better the student is (measured: benchmarks/). The KL is binary per
-class, on the rows where the student errs most (3 an object, at least 32).
+teachers the gate becomes a choice: for each object, the teacher with the lowest loss, or none. The gate is an object's, and
+so is the mean: each object counts once, whatever its size, or the cells of a few large ones would be all there is to learn
+from. An object's loss is -log of max over rows (score of its class x IoU), which any detector can be asked, black boxes too;
+a background row's is the binary cross-entropy of its highest class score against 0. Background rows are the student's rows
+centred in no object, whose boxes overlap none by 0.5 or more (young students' boxes overlap nothing: rows inside objects
+would be pushed to silence while detection raises them); the teachers' prediction there is that of their box that fits the
+row (IoU >= 0.5). Where they have none, their scores lie somewhere under the threshold of their answers, and the student's
+count as no worse down to it: taken for zeros they would outweigh all else, the more the better the student is (measured:
+benchmarks/). The KL is binary per class, on the rows where the student errs most (3 an object, at least 32).
 """
 
 from __future__ import annotations
@@ -62,7 +61,8 @@ class DecoupledTerm(LevelTerm):
 
     Args:
         pair: student and teachers; every teacher must offer taps.
-        background_weight: w; 0 leaves the background out.
+        background_weight: w; 0 leaves the background out. A small share: it acts as more hard negatives do, and at 1 nothing
+            was gained on blood cells (benchmarks/).
         foreground_mean: "objects" counts each object once, "cells" each of its cells.
         student_taps: see `LevelTerm`.
         teacher_taps: see `LevelTerm`.
@@ -75,7 +75,7 @@ class DecoupledTerm(LevelTerm):
         self,
         pair: Pair,
         *,
-        background_weight: float = 1.0,
+        background_weight: float = 0.2,
         foreground_mean: Literal["objects", "cells"] = "objects",
         student_taps: TapChoice = "auto",
         teacher_taps: TapChoice = "auto",
