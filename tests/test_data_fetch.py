@@ -211,7 +211,7 @@ def hostile_tar(member: tarfile.TarInfo, content: bytes = b"x") -> bytes:
 def hostile_zip(name: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as packed:
-        packed.writestr(name, "x")
+        packed.writestr(zipfile.ZipInfo(name), "x")  # the same bytes at any time: they are in a test's name
     return buffer.getvalue()
 
 
