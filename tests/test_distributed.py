@@ -95,8 +95,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
         assert ours[0][key] == pytest.approx(theirs[0][key], rel=1e-6), key
     weights = [torch.load(folder / "model.pt", weights_only=True)["weights"] for folder in (one, two)]
     for name, value in weights[0].items():
-        # Each holds values of about 0.1, whose sums over a batch may be taken in another order: a float32's last places.
-        np.testing.assert_allclose(weights[1][name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+        # Each holds values of about 0.1, whose sums over a batch may be taken in another order: a float32's last places,
+        # more of them on one kind of CPU than on another (4e-7 has been seen).
+        np.testing.assert_allclose(weights[1][name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow
