@@ -12,8 +12,9 @@ from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector
 from edgekd.detectors.narrowing import evenly_spaced, narrowed
 from edgekd.detectors.weights import load_backbone_weights
-from edgekd.errors import WeightsError
+from edgekd.errors import RecipeError, WeightsError
 from edgekd.recipe import ModelConfig
+from edgekd.training_setup import frozen_layers, initial_detector
 
 LITE = "mobilenetv2-ssd-lite"
 MODELS = (LITE, "mobilenetv1-ssd-lite", "efficientnet-lite0-ssd-lite", "yolov3", "yolo-nano")
@@ -83,6 +84,16 @@ class _Block(nn.Module):
         return maps
 
 
+def test_a_cut_backbone_learns_at_the_full_rate_and_is_not_frozen(tmp_path: Path) -> None:
+    wide, narrow = (build(width=width).spec for width in (1.0, 0.5))
+    config = ModelConfig(model=LITE, input_size=96, weights=saved(build(seed=1), tmp_path / "w.pth"))
+    assert initial_detector(config, wide)[1]
+    detector, pretrained = initial_detector(config.model_copy(update={"width": 0.5}), narrow)
+    assert not pretrained
+    with pytest.raises(RecipeError, match="at the width they were made for"):
+        frozen_layers(detector, 4, pretrained=pretrained)
+
+
 def test_weights_of_the_same_width_are_left_as_they_are(tmp_path: Path) -> None:
     wide, same = build(seed=1), build()
     assert not load_backbone_weights(same, saved(wide, tmp_path / "w.pth")).narrowed
@@ -101,7 +112,7 @@ def test_width_1_takes_nothing_larger(tmp_path: Path) -> None:
 
 
 def test_vgg_without_batch_norm_is_not_cut(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="VGG has no other"):
+    with pytest.raises(WeightsError, match=r"width 1\.0 only"):
         load_backbone_weights(build("vgg11-ssd", 0.25), saved(build("vgg11-ssd", 0.5), tmp_path / "w.pth"))
     with pytest.raises(WeightsError, match=r"width 1\.0 only"):
         load_backbone_weights(build("vgg11-ssd", 0.25), "imagenet")

@@ -80,9 +80,14 @@ PUBLISHED: dict[str, Published] = {
 """Official weights by model. MobileNetV1 has none in PyTorch, and the YOLO backbones are our own."""
 
 
+def can_be_narrowed(model: str) -> bool:
+    """Whether wide weights can be cut to a width below 1: batch norms set right what is left out, and VGG has none."""
+    return not model.startswith("vgg")
+
+
 def starts_from_imagenet(model: str, width: float) -> bool:
     """Whether `weights: imagenet` is to be had for a model of this width."""
-    return model in PUBLISHED and (width == 1.0 or (width < 1.0 and not model.startswith("vgg")))
+    return model in PUBLISHED and (width == 1.0 or (width < 1.0 and can_be_narrowed(model)))
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def load_backbone_weights(detector: Detector, source: str) -> LoadedWeights:
     if not isinstance(backbone, nn.Module):
         raise WeightsError(f"{detector.spec.model} has no backbone to load weights into")
     if source == "imagenet":
-        path = _published_file(detector.spec.model, detector.spec.width, _can_narrow(backbone))
+        path = _published_file(detector)
     else:
         path = Path(os.path.expanduser(source))
         if not path.is_file():
@@ -128,22 +133,14 @@ def load_backbone_weights(detector: Detector, source: str) -> LoadedWeights:
             )
     state = _backbone_state(_read_state(path))
     wide = _convolutional(state) if isinstance(backbone, VGG) else state
-    width = detector.spec.width
-    state = narrowed(wide, _shapes(backbone)) if width < 1 and _can_narrow(backbone) else wide
-    left = _load(backbone, state, path, width)
+    model, width = detector.spec.model, detector.spec.width
+    shapes = {name: value.shape for name, value in backbone.state_dict().items()}
+    state = narrowed(wide, shapes) if width < 1 and can_be_narrowed(model) else wide
+    left = _load(backbone, state, path, model, width)
     if left:
         _LOG.warning("%s holds no %s: they start from random values", path.name, ", ".join(left))
     cut = any(state[name].shape != wide[name].shape for name in state)
     return LoadedWeights(path, sha256_file(path), left, narrowed=cut)
-
-
-def _shapes(backbone: nn.Module) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in backbone.state_dict().items()}
-
-
-def _can_narrow(backbone: nn.Module) -> bool:
-    """Whether its batch norms set right what the missing channels leave out; VGG has none."""
-    return any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
@@ -192,7 +189,7 @@ def _convolutional(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _load(backbone: nn.Module, state: Mapping[str, Tensor], path: Path, width: float) -> tuple[str, ...]:
+def _load(backbone: nn.Module, state: Mapping[str, Tensor], path: Path, model: str, width: float) -> tuple[str, ...]:
     wanted = backbone.state_dict()
     given = {name: value for name, value in state.items() if not name.startswith(_CLASSIFIERS)}
     # Checkpoints older than torch 0.4.1 lack the counters, which only matter without momentum.
@@ -211,22 +208,22 @@ def _load(backbone: nn.Module, state: Mapping[str, Tensor], path: Path, width: f
             f"{path}: these weights do not fit the backbone {type(backbone).__name__} at width {width:g}",
             got="; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in faults if names),
             expected=f"{len(wanted)} tensors: {_some(list(wanted))}",
-            fix=_width_hint(backbone) if misshapen and width != 1.0 else None,
+            fix=_width_hint(model) if misshapen and width != 1.0 else None,
         )
     backbone.load_state_dict({**wanted, **given})
     return tuple(optional)
 
 
-def _width_hint(backbone: nn.Module) -> str:
-    least = "they can be cut to a smaller one" if _can_narrow(backbone) else f"{type(backbone).__name__} has no other"
-    return f"published weights are for width 1.0: {least}"
+def _width_hint(model: str) -> str:
+    return f"published weights are for width 1.0{', and can be cut to less' if can_be_narrowed(model) else ' only'}"
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _published_file(model: str, width: float, can_narrow: bool) -> Path:
+def _published_file(detector: Detector) -> Path:
+    model, width = detector.spec.model, detector.spec.width
     published = PUBLISHED.get(model)
     if published is None:
         raise WeightsError(
@@ -234,10 +231,9 @@ def _published_file(model: str, width: float, can_narrow: bool) -> Path:
             expected="'imagenet' with one of " + ", ".join(PUBLISHED),
             fix="give the path of a weights file, or leave weights out to start from random values",
         )
-    if width > 1.0 or (width < 1.0 and not can_narrow):
-        less = ", and can be cut to less" if can_narrow else " only"
+    if not starts_from_imagenet(model, width):
         raise WeightsError(
-            f"{model}: the official weights are for width 1.0{less}",
+            f"{model}: {_width_hint(model)}",
             got=f"width {width:g}",
             fix="set width to 1.0, or leave weights out to start from random values",
         )

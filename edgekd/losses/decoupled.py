@@ -61,8 +61,8 @@ class DecoupledTerm(LevelTerm):
 
     Args:
         pair: student and teachers; every teacher must offer taps.
-        background_weight: w; 0 leaves the background out. A small share: it acts as more hard negatives do, and at 1 nothing
-            was gained on blood cells (benchmarks/).
+        background_weight: w; 0 leaves the background out. With 1, and cells for objects, nothing was gained on blood cells
+            (benchmarks/).
         foreground_mean: "objects" counts each object once, "cells" each of its cells.
         student_taps: see `LevelTerm`.
         teacher_taps: see `LevelTerm`.

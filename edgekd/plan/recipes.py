@@ -8,7 +8,7 @@ from typing import Any
 
 from edgekd.artifact import write_text
 from edgekd.console import Terminal
-from edgekd.detectors.weights import starts_from_imagenet
+from edgekd.detectors.weights import can_be_narrowed, starts_from_imagenet
 from edgekd.errors import DistillationSetupError, EdgeKDError, RecipeError
 from edgekd.recipe import BenchConfig, DataConfig, DistillConfig, ExportConfig, ModelConfig, Recipe
 from edgekd.recipe_file import dump_recipe
@@ -135,7 +135,7 @@ def _weights(row: Row, given: ModelConfig) -> str | None:
         return given.weights
     if given.weights == "imagenet":
         return "imagenet" if starts_from_imagenet(model, width) else None
-    can_be_cut = model == given.model and not model.startswith("vgg") and width < min(1.0, given.width)
+    can_be_cut = model == given.model and can_be_narrowed(model) and width < min(1.0, given.width)
     return given.weights if can_be_cut else None
 
 

@@ -90,7 +90,7 @@ def open_onnx(
     searched = declared.taps == "auto"
     if searched:
         declared = declared.model_copy(update={"taps": _found_taps(path, declared, provider, threads, engine)})
-    taps = tapped(declared)
+    taps = _tapped(declared)
     model: Path | bytes = with_extra_outputs(path, list(taps.values())) if taps else path
     runtime = _open(model, provider, threads, engine)
     try:
@@ -104,7 +104,7 @@ def open_onnx(
         raise
 
 
-def tapped(declared: OnnxTeacher) -> dict[str, str]:
+def _tapped(declared: OnnxTeacher) -> dict[str, str]:
     """Tap names to tensors; none where they are still to be found."""
     return {} if isinstance(declared.taps, str) else dict(declared.taps)
 
@@ -176,7 +176,7 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
         "notes": tuple(notes),
     }
     class_names = spec.class_names
-    taps = tapped(declared)
+    taps = _tapped(declared)
     arrays = runtime.run(normalise(probe_picture(input_hw), preprocess)) if taps else {}
     return OnnxDetector(runtime, class_names, preprocess, form, facts, _tap_grids(path, arrays, taps))
 
@@ -191,7 +191,7 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
     beginning = Beginning() if runtime.takes_bytes else beginning_of(path, runtime.image_name)
     raw = _look(runtime, input_hw, BYTES if beginning.pixels == "0 to 255" else ONE)
     arrays = {name: np.array(value) for name, value in raw.items() if isinstance(value, np.ndarray)}
-    taps = tapped(declared)
+    taps = _tapped(declared)
     own = {n: _first_image(a, runtime.input_shape[0]) for n, a in arrays.items() if n not in taps.values()}
     inputs = tuple(info.name for info in runtime.inputs)
     probe = Probe(str(path), own, input_hw, metadata, runtime.channels_last)
