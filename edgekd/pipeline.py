@@ -14,23 +14,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import is_current, read_manifest, sha256_file, sha256_json, write_manifest, write_text
+from edgekd.artifact import is_current, write_manifest, write_text
 from edgekd.bench.entries import ArtifactRole, BenchArtifact, BenchEnsemble
 from edgekd.bench.result import read_result
 from edgekd.bench.runner import bench_artifacts
-from edgekd.checkpoint import detector_file
+from edgekd.chain_tasks import Exports, chain_tasks, wanted_exports
+from edgekd.console import Terminal
 from edgekd.errors import EdgeKDError
-from edgekd.export import ExportData, Thresholds, export_run
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher, Recipe, TeacherConfig
 from edgekd.recipe_file import dump_recipe
 from edgekd.runtimes.model_files import sha256_model
-from edgekd.side_by_side import train_independent
-from edgekd.stages import RECIPE_FILE, distill_student
+from edgekd.side_by_side import run_side_by_side, tasks_at_once
+from edgekd.stages import RECIPE_FILE, distill_student, ready_teachers, train_student
 from edgekd.summary import summary_text
 from edgekd.teaching import check_setup, ensemble_weights, teacher_identity
 from edgekd.workspace import Workspace, is_synthetic, open_workspace
 
-STAGES = ("teachers and the student alone", "distilled student", "export", "benchmark", "report")
+STAGES = ("training and export", "benchmark", "report")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ChainResult:
 def run_recipe(
     recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False, jobs: int | None = None
 ) -> ChainResult:
-    """Run all of a recipe in `out`, with `jobs` trainings at once (None for as many as the machine has room for).
+    """Run all of a recipe in `out`, with `jobs` trainings or exports at once (None for as many as there is room for).
 
     Raises:
         EdgeKDError: a stage failed; what was finished before stays, and the next run goes on from there.
@@ -82,73 +82,57 @@ class _Chain:
         check_setup(work)
         write_text(out / RECIPE_FILE, dump_recipe(work.recipe, out))
         self._begin(0)
-        teachers, student = train_independent(work, out / "teachers", out / "student", self.jobs)
+        exports = Exports(out / "export")
+        if self._side_by_side(exports):
+            # All is there now: what follows only reads it, and need not say so.
+            work = replace(work, terminal=Terminal(quiet=True))
+        teachers = ready_teachers(work, out / "teachers")
+        train_student(work, out / "student")
+        distill_student(work, teachers, out / "distilled", answers=out / "answers")
+        files = self._export(exports, work, teachers)
         self._begin(1)
-        distilled = distill_student(work, teachers, out / "distilled", answers=out / "answers")
-        self._begin(2)
-        files = self._export(teachers, student.folder, distilled.folder)
-        self._begin(3)
         result = self._bench(teachers, files)
-        self._begin(4)
+        self._begin(2)
         from edgekd.report.page import write_report
 
         page = write_report(out, out / "report.html")
-        work.terminal.note(str(page))
+        self.work.terminal.note(str(page))
         return ChainResult(out, page, result, summary_text(result), tuple(self.failures))
 
     def _begin(self, index: int) -> None:
         self.work.terminal.stage(index + 1, len(STAGES), STAGES[index])
 
-    # -- export --------------------------------------------------------------------------------------------------
+    # -- training and export -------------------------------------------------------------------------------------
 
-    def _export(self, teachers: Sequence[TeacherConfig], student: Path, distilled: Path) -> dict[tuple[str, str], Path]:
-        """(model, precision) to ONNX file. Teachers in fp32, since they are what students are compared with."""
-        asked = self.work.recipe.export.precisions
-        native = [(t.name, Path(t.checkpoint)) for t in teachers if isinstance(t, CheckpointTeacher)]
-        wanted = [(name, source, "fp32") for name, source in native]
-        wanted += [
-            (name, source, p) for name, source in (("student", student), ("distilled", distilled)) for p in asked
-        ]
+    def _side_by_side(self, exports: Exports) -> bool:
+        """Do what is to be done in processes side by side; False where there is no room, or too little to do for that."""
+        at_once = tasks_at_once(self.work) if self.jobs is None else self.jobs
+        if at_once < 2:
+            return False
+        tasks = chain_tasks(self.work, self.out, exports)
+        if len(tasks) < 2:
+            return False
+        run_side_by_side(self.work, tasks, min(at_once, len(tasks)), exports.note)
+        return True
+
+    def _export(
+        self, exports: Exports, work: Workspace, teachers: Sequence[TeacherConfig]
+    ) -> dict[tuple[str, str], Path]:
+        """(model, precision) to ONNX file."""
         files: dict[tuple[str, str], Path] = {}
-        for name, source, precision in wanted:
-            try:
-                files[name, precision] = self._export_one(name, source, precision)
-            except EdgeKDError as error:
-                if precision == "fp32":
-                    raise
-                self.work.terminal.warn(f"{name} {precision} is left out: {error}")
-                self.failures.append(error)
+        for one in wanted_exports(work.recipe, teachers, self.out):
+            failure = exports.failed.get(one.file)
+            if failure is None and not exports.is_current(work, one):
+                exports.note(one.file, one.make(work))
+                failure = exports.failed.get(one.file)
+            elif failure is None:
+                work.terminal.note(f"{one.file}: unchanged")
+            if failure is None:
+                files[one.name, one.precision] = exports.folder / one.file
+            else:
+                self.work.terminal.warn(f"{one.name} {one.precision} is left out: {failure}")
+                self.failures.append(failure)
         return files
-
-    def _export_one(self, name: str, source: Path, precision: Any) -> Path:
-        work, folder = self.work, self.out / "export"
-        path = folder / f"{name}.{precision}.onnx"
-        inputs = {
-            "source": sha256_file(detector_file(source)),
-            "precision": precision,
-            "config": work.recipe.export.model_dump(mode="json", exclude={"precisions"}),
-            "thresholds": work.recipe.bench.model_dump(mode="json", include={"nms_iou", "max_detections"}),
-            "data": work.data_identity,
-        }
-        manifest = read_manifest(folder) if folder.is_dir() else None
-        made = dict(manifest.inputs) if manifest is not None else {}
-        known = sha256_json(made.get(path.name)) == sha256_json(inputs)
-        if manifest is not None and known and path.is_file() and sha256_file(path) == manifest.files.get(path.name):
-            work.terminal.note(f"{path.name}: unchanged")
-            return path
-        bench = work.recipe.bench
-        export_run(
-            source,
-            path,
-            precision=precision,
-            config=work.recipe.export,
-            thresholds=Thresholds(nms_iou=bench.nms_iou, max_detections=bench.max_detections),
-            data=ExportData(work.train, work.val),
-            say=work.terminal.note,
-        )
-        made = {file: value for file, value in made.items() if (folder / file).is_file()} | {path.name: inputs}
-        write_manifest(folder, "onnx", made, sorted(made), {})
-        return path
 
     # -- benchmark -----------------------------------------------------------------------------------------------
 

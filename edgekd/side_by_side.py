@@ -1,7 +1,7 @@
-"""Trainings that need nothing of each other, in processes of their own, side by side.
+"""Tasks in processes of their own, side by side, each begun as soon as what it needs is there.
 
 On a CPU a small network gains next to nothing from a second thread, so two trainings of one thread each do nearly twice the
-work of one training of two. Each process has its share of the cores; a GPU is left to one training at a time.
+work of one training of two. Each process has its share of the cores; a GPU is left to one task at a time.
 """
 
 from __future__ import annotations
@@ -11,64 +11,86 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from edgekd.artifact import MANIFEST_NAME
-from edgekd.console import Terminal
 from edgekd.errors import RuntimeFailure
-from edgekd.recipe import TeacherConfig, TrainedTeacher
-from edgekd.stages import ready_teachers, train_student, train_teacher
-from edgekd.train import RunResult
 from edgekd.workspace import Workspace, resolved_device
 
-MEMORY_A_TRAINING = 2 << 30
-"""Free memory, bytes, that a further training at once asks for, beside its image cache."""
+MEMORY_A_TASK = 2 << 30
+"""Free memory, bytes, that a further task at once asks for, beside its image cache."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class _Training:
-    """One training: of a teacher, or of the student alone where `teacher` is None."""
+class Task:
+    """One piece of work.
 
-    work: Workspace
-    teacher: TrainedTeacher | None
-    out: Path
-
-
-def train_independent(
-    work: Workspace, teachers: Path, student: Path, jobs: int | None = None
-) -> tuple[list[TeacherConfig], RunResult]:
-    """The recipe's teachers, in `teachers`/NAME, and the student alone, which needs nothing of them.
-
-    Args:
-        jobs: trainings at once; None for as many as cores and memory allow, and one on a GPU.
-
-    Raises:
-        EdgeKDError: a training failed; the others end after the step under way and go on from there the next time.
+    Attributes:
+        name: unique. call: given the workspace, in another process; it and what it returns can be pickled.
+        needs: names of tasks that have to be done before; names that are not among the tasks count as done.
     """
-    trained = [config for config in work.recipe.teachers if isinstance(config, TrainedTeacher)]
-    trainings = [_Training(work, config, teachers / config.name) for config in trained]
-    trainings.append(_Training(work, None, student))
-    pending = [one for one in trainings if not (one.out / MANIFEST_NAME).is_file()]
-    at_once = min(len(pending), _trainings_at_once(work) if jobs is None else jobs)
-    if at_once > 1:
-        _run_all(pending, at_once)
-        # All is there now: what follows only reads it, and need not say so.
-        work = replace(work, terminal=Terminal(quiet=True))
-    return ready_teachers(work, teachers), train_student(work, student)
+
+    name: str
+    call: Callable[[Workspace], Any]
+    needs: tuple[str, ...] = ()
 
 
-def _trainings_at_once(work: Workspace) -> int:
+def tasks_at_once(work: Workspace) -> int:
+    """How many tasks cores and memory allow; one on a GPU, or where torchrun has started several processes."""
     if resolved_device(work.device) != "cpu" or "RANK" in os.environ:
         return 1
     free = _free_memory()
-    room = 1 if free is None else free // (MEMORY_A_TRAINING + work.recipe.data.cache_mib * 2**20)
+    room = 1 if free is None else free // (MEMORY_A_TASK + work.recipe.data.cache_mib * 2**20)
     return max(1, min(_cores(), int(room)))
+
+
+def run_side_by_side(
+    work: Workspace, tasks: Sequence[Task], at_once: int, done: Callable[[str, Any], None] | None = None
+) -> None:
+    """Do the tasks, the earlier ones first where there is a choice.
+
+    Args:
+        at_once: tasks at once. done: told the name and the result of each that has ended, in this process.
+
+    Raises:
+        EdgeKDError: a task failed; the others end (a training with a checkpoint, after the step under way).
+    """
+    _ = work.data_identity  # found once, and sent along
+    # spawned, not forked: a fork of a process that has used torch's threads may hang
+    pool = ProcessPoolExecutor(
+        at_once, multiprocessing.get_context("spawn"), initializer=_begin_process, initargs=(work, os.getpid())
+    )
+    waiting = list(tasks)
+    running: dict[Future[Any], Task] = {}
+    try:
+        while waiting or running:
+            unfinished = {task.name for task in [*waiting, *running.values()]}
+            ready = [task for task in waiting if unfinished.isdisjoint(task.needs)]
+            threads = max(1, _cores() // min(at_once, len(running) + len(ready)))
+            for task in ready[: at_once - len(running)]:
+                waiting.remove(task)
+                running[pool.submit(_do, task, threads)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, result = running.pop(future), future.result()
+                if done is not None:
+                    done(task.name, result)
+    except BrokenProcessPool as error:
+        raise RuntimeFailure(
+            "a process was ended from outside",
+            got=f"{at_once} at once",
+            fix="often it is memory: try `--jobs 1`; what is trained so far goes on with the same command",
+        ) from error
+    finally:
+        for process in (pool._processes or {}).values():  # no public way to stop what is under way
+            if process.is_alive() and sys.exc_info()[0] is not None:
+                process.terminate()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _cores() -> int:
@@ -85,35 +107,13 @@ def _free_memory() -> int | None:
     return found[0] if found else None
 
 
-def _run_all(trainings: Sequence[_Training], at_once: int) -> None:
-    threads = max(1, _cores() // at_once)
-    _ = trainings[0].work.data_identity  # found once, and sent along
-    # spawned, not forked: a fork of a process that has used torch's threads may hang
-    pool = ProcessPoolExecutor(
-        at_once, multiprocessing.get_context("spawn"), initializer=_begin_process, initargs=(threads, os.getpid())
-    )
-    try:
-        futures = [pool.submit(_train, one) for one in trainings]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeFailure(
-            "a training's process was ended from outside",
-            got=f"{at_once} trainings at once",
-            fix="often it is memory: try `--jobs 1`; what is trained so far goes on with the same command",
-        ) from error
-    finally:
-        for process in (pool._processes or {}).values():  # no public way to stop what is under way
-            if process.is_alive() and sys.exc_info()[0] is not None:
-                process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+_shared: Mapping[str, Workspace] = {}
+"""In a process of the pool: the workspace, sent once and not with every task."""
 
 
-def _begin_process(threads: int, parent: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
+def _begin_process(work: Workspace, parent: int) -> None:
+    global _shared
+    _shared = {"work": work}
     os.setpgrp()  # Ctrl-C reaches the first process alone, which then ends the others, each after its step
     if sys.platform == "linux":  # so that nothing goes on in a folder that the next run will want
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -121,11 +121,11 @@ def _begin_process(threads: int, parent: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(training: _Training) -> None:
+def _do(task: Task, threads: int) -> Any:
+    import torch
+
+    torch.set_num_threads(threads)
     try:
-        if training.teacher is None:
-            train_student(training.work, training.out)
-        else:
-            train_teacher(training.work, training.teacher, training.out)
-    except KeyboardInterrupt:  # the checkpoint is written; a pool's process would wait for the next training
+        return task.call(_shared["work"])
+    except KeyboardInterrupt:  # the checkpoint is written; a pool's process would wait for the next task
         os._exit(1)

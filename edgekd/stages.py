@@ -30,32 +30,53 @@ RECIPE_FILE = "recipe.yaml"
 
 def train_student(work: Workspace, out: Path) -> RunResult:
     """The student on ground truth alone."""
-    job = _job(work, work.recipe.student, work.recipe.train, out, work.recipe.seed)
-    return _train(work, job, f"{work.recipe.student.model}")
+    return _train(work, student_job(work, out), f"{work.recipe.student.model}")
 
 
 def train_teacher(work: Workspace, config: TrainedTeacher, out: Path) -> RunResult:
     """A native teacher that the recipe has trained."""
-    seed = work.recipe.seed if config.seed is None else config.seed
-    job = _job(work, config.train, config.settings or work.recipe.train, out, seed)
-    return _train(work, job, f"{config.name} ({config.train.model})")
+    return _train(work, teacher_job(work, config, out), f"{config.name} ({config.train.model})")
 
 
 def ready_teachers(work: Workspace, folder: Path) -> list[TeacherConfig]:
     """The recipe's teachers with those that are to be trained trained, in `folder`/NAME, and turned into checkpoints."""
-    ready: list[TeacherConfig] = []
     for config in work.recipe.teachers:
         if isinstance(config, TrainedTeacher):
-            run = train_teacher(work, config, folder / config.name)
-            ready.append(CheckpointTeacher(name=config.name, checkpoint=str(run.folder), weight=config.weight))
+            train_teacher(work, config, folder / config.name)
         else:
             work.terminal.note(f"{config.name}: ready made")
-            ready.append(config)
-    return ready
+    return as_checkpoints(work.recipe.teachers, folder)
+
+
+def as_checkpoints(teachers: Sequence[TeacherConfig], folder: Path) -> list[TeacherConfig]:
+    """Teachers as they are read once those that are to be trained are there, in `folder`/NAME."""
+    return [
+        CheckpointTeacher(name=config.name, checkpoint=str(folder / config.name), weight=config.weight)
+        if isinstance(config, TrainedTeacher)
+        else config
+        for config in teachers
+    ]
 
 
 def distill_student(work: Workspace, teachers: Sequence[TeacherConfig], out: Path, *, answers: Path) -> RunResult:
     """The student with its teachers; their answers to the training images are kept in `answers`/NAME."""
+    job = distilled_job(work, teachers, out, answers=answers)
+    return _train(work, job, f"{work.recipe.student.model}, distilled")
+
+
+def student_job(work: Workspace, out: Path) -> TrainJob:
+    """What decides the student alone."""
+    return _job(work, work.recipe.student, work.recipe.train, out, work.recipe.seed)
+
+
+def teacher_job(work: Workspace, config: TrainedTeacher, out: Path) -> TrainJob:
+    """What decides a teacher that the recipe has trained."""
+    seed = work.recipe.seed if config.seed is None else config.seed
+    return _job(work, config.train, config.settings or work.recipe.train, out, seed)
+
+
+def distilled_job(work: Workspace, teachers: Sequence[TeacherConfig], out: Path, *, answers: Path) -> TrainJob:
+    """What decides the distilled student; the teachers' files are read for it."""
     recipe = work.recipe
     identities = [teacher_identity(config) for config in teachers]
     distillation = {
@@ -71,8 +92,12 @@ def distill_student(work: Workspace, teachers: Sequence[TeacherConfig], out: Pat
             record_views(work, distiller, identities, answers.parent / "views")
         return distiller
 
-    job = replace(job, make_distiller=make_distiller, detection_weight=recipe.distill.detection_weight)
-    return _train(work, job, f"{recipe.student.model}, distilled")
+    return replace(job, make_distiller=make_distiller, detection_weight=recipe.distill.detection_weight)
+
+
+def is_trained(job: TrainJob) -> bool:
+    """Whether the run is there, finished and from the same inputs."""
+    return is_current(job.out, "run", job.inputs)
 
 
 def _job(
@@ -121,7 +146,7 @@ def _weights_identity(weights: str | None) -> str | None:
 def _train(work: Workspace, job: TrainJob, label: str) -> RunResult:
     if work.replaced is not None and _holds_another(job):
         _set_aside(work, job.out)
-    if ranks.rank() == 0 and not is_current(job.out, "run", job.inputs):
+    if ranks.rank() == 0 and not is_trained(job):
         advice = prior_advice(job.model, job.dataset.class_names, job.dataset.records)
         if advice is not None:
             work.terminal.warn(f"{label}: {advice}")

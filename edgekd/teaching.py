@@ -93,6 +93,12 @@ def gather_teachers(
     return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, tuple(collected), fused)
 
 
+def ask_ahead(work: Workspace, config: CheckpointTeacher, answers: Path) -> None:
+    """Ask a teacher about every training image as soon as it is there, so that distillation finds its answers."""
+    teacher = build_teacher(config, work.train.class_names, device=resolved_device(work.device))
+    _collect(work, teacher, teacher_identity(config), answers)
+
+
 def record_views(work: Workspace, distiller: Distiller, identities: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Have the teachers look once at the views that the run will show, so that training need not run them.
 

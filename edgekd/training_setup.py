@@ -86,6 +86,11 @@ SMALL_BATCH_MACS = 1e9
 """Multiply-accumulates of a batch's forward pass under which a second CPU thread costs more than it brings."""
 
 
+def fills_one_thread(detector: Detector, batch_size: int) -> bool:
+    """Whether a training is so small that one CPU thread does it fastest."""
+    return count_macs(detector) * batch_size < SMALL_BATCH_MACS
+
+
 @contextlib.contextmanager
 def fitting_threads(detector: Detector, batch_size: int, on_gpu: bool) -> Iterator[None]:
     """One CPU thread in the body for a small network, unless OMP_NUM_THREADS says otherwise; then as it was.
@@ -94,7 +99,7 @@ def fitting_threads(detector: Detector, batch_size: int, on_gpu: bool) -> Iterat
     cores: yolo-nano 0.25 at 160 px with two teachers trains at 39 images/s with two threads and 75 to 90 with one.
     """
     before = torch.get_num_threads()
-    if not on_gpu and "OMP_NUM_THREADS" not in os.environ and count_macs(detector) * batch_size < SMALL_BATCH_MACS:
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ and fills_one_thread(detector, batch_size):
         torch.set_num_threads(1)
     try:
         yield

@@ -62,6 +62,7 @@ LAYERS = {
     "labelling": 7,
     "stages": 7,
     "side_by_side": 7,
+    "chain_tasks": 7,
     "pipeline": 7,
     "quantize": 7,
     "compare": 7,

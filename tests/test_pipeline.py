@@ -144,13 +144,13 @@ def test_damaged_and_lost_files_are_made_again(home: Path, run: Path) -> None:
 
 @pytest.mark.slow
 def test_an_export_that_fails_is_left_out_and_told(home: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgekd import pipeline
+    from edgekd import chain_tasks
 
     def fail(source: Path, path: Path, *, precision: str, **_: object) -> None:
         raise ParityError(f"{precision} differs")
 
-    monkeypatch.setattr(pipeline, "export_run", fail)
-    result = run_recipe(recipe(home, "export.precisions=[fp32,fp16]"), run, quiet=True)
+    monkeypatch.setattr(chain_tasks, "export_run", fail)
+    result = run_recipe(recipe(home, "export.precisions=[fp32,fp16]"), run, quiet=True, jobs=1)
     assert [str(error) for error in result.failures] == ["fp16 differs", "fp16 differs"]
     assert [row["name"] for row in result.result["rows"]] == ["one", "two", "ensemble", "student", "distilled"]
 

@@ -1,4 +1,4 @@
-"""Trainings side by side: the same results as one after another, and clean ends."""
+"""Tasks side by side: the same results as one after another, each after what it needs, and clean ends."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from edgekd import side_by_side
+from edgekd import pipeline
+from edgekd.chain_tasks import Exports, chain_tasks
 from edgekd.checkpoint import load_detector
 from edgekd.data.scenes import make_scenes
-from edgekd.errors import EdgeKDError, RuntimeFailure
-from edgekd.recipe import CheckpointTeacher
+from edgekd.errors import EdgeKDError, ParityError, RuntimeFailure, UserError
+from edgekd.pipeline import run_recipe
 from edgekd.recipe_file import load_recipe
-from edgekd.side_by_side import train_independent
-from edgekd.workspace import open_workspace
+from edgekd.side_by_side import Task, run_side_by_side
+from edgekd.workspace import Workspace, open_workspace
 
 TINY = """\
 name: tiny
@@ -28,6 +31,8 @@ student: {model: mobilenetv2-ssd-lite, input_size: 96, width: 0.25}
 teachers:
   - {name: one, train: {model: mobilenetv2-ssd-lite, input_size: 96, width: 0.25}, seed: 1}
 train: {epochs: 1, batch_size: 4}
+export: {precisions: [fp32]}
+bench: {samples: 20, warmup_seconds: 0, threads: 1}
 """
 
 
@@ -39,53 +44,135 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(home: Path, out: Path, jobs: int | None, *overrides: str) -> dict[str, dict[str, torch.Tensor]]:
+@pytest.fixture
+def work(home: Path, tmp_path: Path) -> Workspace:
+    with open_workspace(load_recipe(home / "tiny.yaml"), tmp_path / "work", quiet=True) as opened:
+        return opened
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def _times(work: Workspace, seconds: float) -> tuple[float, float, int]:
+    began = time.time()
+    time.sleep(seconds)
+    return began, time.time(), torch.get_num_threads()
+
+
+def _fail(work: Workspace, error: Exception) -> None:
+    raise error
+
+
+def _give(work: Workspace, thing: Any) -> Any:
+    return thing
+
+
+def _die(work: Workspace) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_each_begins_after_what_it_needs(work: Workspace) -> None:
+    tasks = [
+        Task("last", partial(_times, seconds=0.01), needs=("slow", "quick", "made long ago")),
+        Task("slow", partial(_times, seconds=0.5)),
+        Task("quick", partial(_times, seconds=0.01)),
+        Task("beside", partial(_times, seconds=0.01), needs=("quick",)),
+    ]
+    results: dict[str, tuple[float, float, int]] = {}
+    run_side_by_side(work, tasks, 2, results.__setitem__)
+    assert list(results)[-1] == "last"
+    assert results["last"][0] >= results["slow"][1]
+    assert results["beside"][0] >= results["quick"][1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert cores is not None
+    assert results["slow"][2] == max(1, cores // 2), "two share the cores"
+    assert results["last"][2] == cores, "one alone has them all"
+
+
+def test_what_a_task_gives_comes_back_and_what_it_raises_is_raised(work: Workspace) -> None:
+    results: dict[str, Any] = {}
+    error = ParityError("differs", got="3", expected="4", fix="mend")
+    run_side_by_side(work, [Task("error as a result", partial(_give, thing=error))], 1, results.__setitem__)
+    assert str(results["error as a result"]) == str(error)
+    with pytest.raises(UserError, match="no such thing") as caught:
+        run_side_by_side(work, [Task("a", partial(_fail, error=UserError("no such thing", fix="buy it")))], 1)
+    assert caught.value.fix == "buy it"
+
+
+def test_a_killed_process_is_told(work: Workspace) -> None:
+    with pytest.raises(RuntimeFailure, match="ended from outside"):
+        run_side_by_side(work, [Task("a", _die), Task("b", partial(_times, seconds=30))], 2)
+
+
+# -- a chain's tasks ---------------------------------------------------------------------------------------------------
+
+
+def tasks_of(home: Path, out: Path, *overrides: str) -> dict[str, tuple[str, ...]]:
     with open_workspace(load_recipe(home / "tiny.yaml", overrides), out, quiet=True) as work:
-        teachers, student = train_independent(work, out / "teachers", out / "student", jobs)
-    assert isinstance(teachers[0], CheckpointTeacher)
-    return {
-        "teacher": dict(load_detector(Path(teachers[0].checkpoint) / "model.pt").state_dict()),
-        "student": dict(load_detector(student.model).state_dict()),
+        return {task.name: task.needs for task in chain_tasks(work, out, Exports(out / "export"))}
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_detector(folder / "model.pt").state_dict())
+
+
+def test_a_small_students_chain_fills_the_cores(home: Path, tmp_path: Path) -> None:
+    assert tasks_of(home, tmp_path) == {
+        "one": (),
+        "the distilled student": ("one",),
+        "the student alone": (),
+        "one.fp32.onnx": ("one",),
+        "student.fp32.onnx": ("the student alone",),
+        "distilled.fp32.onnx": ("the distilled student",),
     }
 
 
+def test_a_large_students_distillation_has_the_cores_for_itself(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekd.training_setup.SMALL_BATCH_MACS", 0)
+    needs = tasks_of(home, tmp_path)
+    assert needs["the distilled student"] == ("one", "the student alone")
+    assert needs["one.fp32.onnx"] == ("one", "the distilled student")
+
+
+@pytest.mark.slow
 def test_same_weights_as_one_after_another(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    apart = trained(home, tmp_path / "apart", 1)
-    started: list[int] = []
-    run_all = side_by_side._run_all
+    started: list[set[str]] = []
 
-    def counted(trainings: list[side_by_side._Training], at_once: int) -> None:
-        started.append(at_once)
-        run_all(trainings, at_once)
+    def counted(work: Workspace, tasks: list[Task], at_once: int, done: Any) -> None:
+        started.append({task.name for task in tasks})
+        run_side_by_side(work, tasks, at_once, done)
 
-    monkeypatch.setattr(side_by_side, "_run_all", counted)
-    together = trained(home, tmp_path / "together", 2)
-    assert started == [2]
-    for name, state in apart.items():
-        for key, value in state.items():
-            torch.testing.assert_close(together[name][key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
-    trained(home, tmp_path / "together", 2)
-    assert started == [2], "what is there is not trained again"
+    monkeypatch.setattr(pipeline, "run_side_by_side", counted)
+    apart, together = tmp_path / "apart", tmp_path / "together"
+    run_recipe(load_recipe(home / "tiny.yaml"), apart, quiet=True, jobs=1)
+    assert started == []
+    result = run_recipe(load_recipe(home / "tiny.yaml"), together, quiet=True, jobs=2)
+    assert [len(names) for names in started] == [6]
+    assert [row["name"] for row in result.result["rows"]] == ["one", "student", "distilled"]
+    for name in ("teachers/one", "student", "distilled"):
+        again = state(together / name)
+        for key, value in state(apart / name).items():
+            torch.testing.assert_close(again[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
+    files = [path.relative_to(apart) for path in sorted(apart.rglob("*")) if path.is_file()]
+    there = {path.relative_to(together) for path in together.rglob("*") if path.is_file()}
+    # Answers are named after the teacher's very bits, in which two processes may differ; logs after the time.
+    assert {file for file in files if not {"tensorboard", "answers"} & set(file.parts)} <= there
+    # Done again: nothing; and only what hangs on a change.
+    run_recipe(load_recipe(home / "tiny.yaml"), together, quiet=True, jobs=2)
+    assert len(started) == 1
+    run_recipe(load_recipe(home / "tiny.yaml", ["distill.detection_weight=2"]), together, quiet=True, jobs=2)
+    assert started[1:] == [{"the distilled student", "distilled.fp32.onnx"}]
+    assert (together / "replaced" / "distilled-1" / "model.pt").is_file()
 
 
 def test_an_error_of_one_is_told(home: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "teachers").mkdir(parents=True)
     (tmp_path / "out" / "teachers" / "one").touch()  # where a folder should go
     with pytest.raises((EdgeKDError, OSError)):
-        trained(home, tmp_path / "out", 2)
-    (tmp_path / "out" / "teachers" / "one").unlink()
-    assert trained(home, tmp_path / "out", 2)
-
-
-def test_a_killed_process_is_told(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(side_by_side, "_train", _die)
-    with pytest.raises(RuntimeFailure, match="ended from outside"):
-        trained(home, tmp_path / "out", 2)
-
-
-def _die(training: side_by_side._Training) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+        run_recipe(load_recipe(home / "tiny.yaml"), tmp_path / "out", quiet=True, jobs=2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
