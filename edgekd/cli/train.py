@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.", metavar="RECIPE")]
 JobsOption = Annotated[
     int | None,
-    typer.Option("--jobs", "-j", min=1, help="Trainings and exports at once; by default as a CPU has cores and memory."),
+    typer.Option(
+        "--jobs", "-j", min=1, help="Trainings and exports at once; by default as a CPU has cores and memory."
+    ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is made.", metavar="DIR")]
 
