@@ -80,7 +80,9 @@ app.add_typer(recipes.app, name="recipe")
 
 def main() -> None:
     """Entry point of the `edgekd` command."""
-    # OpenMP's threads spin while they wait for each other. Where anything else wants a core, that makes a training step on
-    # two cores several times slower (measured: 0.8 against 4.6 images/s beside two busy processes), and never much faster.
+    # OpenMP's threads spin while they wait for each other, for milliseconds. Where anything else wants a core, that makes a
+    # training step on two cores up to several times slower. Not spinning at all makes small networks two to four times slower
+    # on an idle machine, since a thread then sleeps between any two layers. A short spin is best in both (benchmarks/).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     app(prog_name="edgekd")

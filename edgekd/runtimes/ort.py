@@ -105,8 +105,8 @@ def _open_session(
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     # By default a session's threads go on spinning after its run, and take cores from whatever runs next: an ensemble's
-    # second member, say, which then looks slower than it is.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # second member, say, which then looks slower than it is. Within a run they should: without, every layer wakes them.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
