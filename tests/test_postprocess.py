@@ -10,7 +10,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from edgekd.postprocess import PRE_NMS_TOP_K, nms, select, select_soft, soft_nms, weighted_boxes_fusion
+from edgekd.postprocess import PRE_NMS_TOP_K, _best_first, nms, select, select_soft, soft_nms, weighted_boxes_fusion
 from edgekd.types import SoftDetections
 
 
@@ -261,3 +261,18 @@ def test_wbf_refuses_answers_over_different_classes() -> None:
         weighted_boxes_fusion([soft([], 2), soft([], 3)])
     with pytest.raises(ValueError, match="weights"):
         weighted_boxes_fusion([soft([])], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_best_first_is_a_stable_sort(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    for values in (
+        rng.random(1000),
+        np.round(rng.random(1000), 2) + 0.01,  # many equals
+        rng.normal(size=200),  # some below 0
+        np.array([0.5, 0.0, -0.0, 0.5, 1e-45, np.inf, 1.0]),
+        np.array([0.5, np.nan, 0.7]),
+        np.empty(0),
+    ):
+        drawn = values.astype(dtype)
+        np.testing.assert_array_equal(_best_first(drawn), np.argsort(-drawn, kind="stable"))
