@@ -63,7 +63,7 @@ class Terminal:
     def training(self, label: str) -> Iterator[Listener]:
         """Progress of a training run, told by its log records."""
         with self._bar(label) as update:
-            yield _TrainingListener(update, self.warn)
+            yield _TrainingListener(update, self.warn, lambda text: self.note(f"{label}: {text}"))
 
     def staged(self) -> Callable[[str, int, int], None]:
         """Progress over several things one after another, told as (what, done, total)."""
@@ -127,8 +127,10 @@ class _Lines:
 class _TrainingListener:
     """Turns log records into a bar's numbers: losses, images/s, the last mAP."""
 
-    def __init__(self, update: Callable[[int, int, str], None], warn: Callable[[str], None]) -> None:
-        self.update, self.warn = update, warn
+    def __init__(
+        self, update: Callable[[int, int, str], None], warn: Callable[[str], None], note: Callable[[str], None]
+    ) -> None:
+        self.update, self.warn, self.note = update, warn, note
         self.accuracy = ""
 
     def __call__(self, record: Mapping[str, Any]) -> None:
@@ -137,6 +139,8 @@ class _TrainingListener:
             self.accuracy = "" if ap50 is None else f"  AP50 {ap50:.3f}"
         elif record["event"] == "warning":
             self.warn(str(record["message"]))
+        elif record["event"] == "note":
+            self.note(str(record["message"]))
         elif record["event"] == "step":
             loss = record["losses"].get("loss")
             shown = "" if loss is None else f"loss {loss:.3f}  "

@@ -1,7 +1,7 @@
 """The log of a run: every step to JSONL, a selection to TensorBoard, and to whoever listens (the terminal).
 
 A record is a flat JSON object: {"event": "step", "step": 12, "epoch": 0, "losses": {...}, "lr": ..., ...} or
-{"event": "eval", "step": ..., "map": {...}} or {"event": "warning", "message": ...}.
+{"event": "eval", "step": ..., "map": {...}} or {"event": "warning" or "note", "message": ...}.
 """
 
 from __future__ import annotations

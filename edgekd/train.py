@@ -113,6 +113,14 @@ def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult
         return trainer.run(log)
 
 
+def _start_of(model: ModelConfig, pretrained: bool) -> str | None:
+    """What to tell of the weights that training begins with."""
+    if model.weights is None:
+        return None
+    cut = "" if pretrained else f", cut to its width of {model.width:g}"
+    return f"the backbone begins with weights of {model.weights}{cut}"
+
+
 class _Trainer:
     def __init__(self, job: TrainJob) -> None:
         self.job, self.cfg = job, job.train
@@ -123,6 +131,7 @@ class _Trainer:
             torch.use_deterministic_algorithms(True)
         spec = fitted_spec(spec_for(job.model, job.dataset.class_names), job.dataset.records)
         detector, pretrained = initial_detector(job.model, spec)
+        self.start = _start_of(job.model, pretrained)
         distiller = job.make_distiller(detector) if job.make_distiller is not None else None
         self.learner = LearningStep(detector, distiller, job.detection_weight)
         self.loader = self._make_loader(distiller)
@@ -156,6 +165,8 @@ class _Trainer:
     def run(self, log: RunLog) -> RunResult:
         try:
             with self._signals.caught():
+                if self.start is not None and self.progress.step == 0:
+                    log.write({"event": "note", "step": 0, "message": self.start})
                 for epoch in range(self.progress.epoch, self.cfg.epochs):
                     self._epoch(epoch, log)
                     if self._is_eval_epoch(epoch):

@@ -242,6 +242,22 @@ def test_frozen_layers_keep_their_weights_and_statistics(tmp_path: Path) -> None
     assert not {name for name in kept - frozen if "num_batches" not in name}
 
 
+@pytest.mark.parametrize(("width", "words"), [(0.25, None), (0.5, "cut to its width of 0.25")])
+def test_what_a_backbone_begins_with_is_told_once(tmp_path: Path, width: float, words: str | None) -> None:
+    assert MODEL.width == 0.25
+    source = build_detector(spec_for(MODEL.model_copy(update={"width": width}), ["a"])).get_submodule("backbone")
+    torch.save(source.state_dict(), tmp_path / "backbone.pth")
+    job = make_job(tmp_path, epochs=1)
+    job = replace(job, model=MODEL.model_copy(update={"weights": str(tmp_path / "backbone.pth")}))
+    heard: list[str] = []
+    train_detector(job, lambda record: heard.append(record["message"]) if record["event"] == "note" else None)
+    assert [record["message"] for record in read_log(job.out) if record["event"] == "note"] == heard
+    (told,) = heard
+    assert str(tmp_path / "backbone.pth") in told
+    assert (", cut to" in told) == (words is not None)
+    assert words is None or words in told
+
+
 def test_a_backbone_from_nothing_is_not_frozen(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="mobilenetv2-ssd-lite without `weights`"):
         train_detector(make_job(tmp_path, freeze_stride=4))
