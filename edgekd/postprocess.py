@@ -56,6 +56,8 @@ def _suppress(table: FloatArray, iou: float, limit: int | None) -> IntArray:
     if iou >= 1.0:  # nothing overlaps by more: a detector that has done its own NMS
         return at[:limit]
     tiny = bool(np.count_nonzero(table[4] < 2 * _TINY))
+    if len(at) <= _BLOCK:
+        return np.array(_greedy(_overlap(table, table, iou, tiny))[:limit], np.int64)
     kept, found = [at[:0]], 0
     pending = table[:, :0]  # what is kept and `table` has not been tested against yet
     while len(at) and (limit is None or found < limit):
@@ -150,8 +152,8 @@ def soft_nms(
 
 
 def _best_first(values: FloatArray) -> IntArray:
-    """`np.argsort(-values, kind="stable")`, in a fifth of the time where these are float32 over 0."""
-    if values.dtype != np.float32 or not values.min(initial=1) > 0:
+    """`np.argsort(-values, kind="stable")`, in a fifth of the time where these are a thousand float32 over 0."""
+    if len(values) < _BLOCK * 2 or values.dtype != np.float32 or not values.min(initial=1) > 0:
         return np.argsort(-values, kind="stable")
     # Such numbers are ordered as their bits are. With the position below them no two keys are equal, so that the plain
     # sort of integers, which numpy has vectorised, cannot but be stable.
