@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from PIL import Image
 
 from tests.data_layouts import make_coco, make_voc, make_yolo, picture, voc_xml
 
@@ -354,10 +357,29 @@ YOLO_CASES = {
     "stale sidecar": Case("yolo", write("edgekd.json", json.dumps(STALE)), "stale-sidecar", "a.txt"),
 }
 
+
+def jpeg_with(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """The picture as a JPEG, whose bytes are changed."""
+
+    def spoil(path: Path) -> None:
+        stream = io.BytesIO()
+        with Image.open(path) as whole:
+            whole.convert("RGB").save(stream, "JPEG")
+        path.write_bytes(change(stream.getvalue()))
+
+    return spoil
+
+
 IMAGE_CASES: dict[str, tuple[Spoil, str, str]] = {
     "image of zero bytes": (lambda path: path.write_bytes(b""), "bad-image", "a.png"),
     "image of text": (lambda path: path.write_text("hi"), "bad-image", "a.png"),
     "image cut": (lambda path: path.write_bytes(path.read_bytes()[:900]), "broken-pixels", "a.png"),
+    "half a JPEG, ended": (jpeg_with(lambda data: data[:-40] + b"\xff\xd9"), "broken-pixels", "a.png"),
+    "JPEG with more in it": (
+        jpeg_with(lambda data: data[:-2] + b"\x12\x34" * 20 + b"\xff\xd9"),
+        "odd-pixels",
+        "extraneous",
+    ),
     "image of Git LFS": (lambda path: path.write_text("version https://git-lfs"), "bad-image", "git-lfs"),
     "image again": (lambda path: shutil.copy(path, path.with_name("b.png")), "duplicate-image", "b.png"),
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from edgekd.data.images import MAX_PIXELS, image_hw, load_image
+from edgekd.data.images import MAX_PIXELS, examine_image, image_hw, load_image
 from edgekd.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -125,6 +125,44 @@ def test_truncated_files_are_errors(tmp_path: Path, suffix: str, share: float) -
     path.write_bytes(whole.getvalue()[: int(share * len(whole.getvalue()))])
     with pytest.raises(DataError, match=f"cut.{suffix}"):
         load_image(path)
+
+
+def jpeg_bytes(side: int = 128) -> bytearray:
+    """A photograph-like JPEG, of which every byte matters."""
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(1).integers(0, 256, (side // 8, side // 8, 3), np.uint8)
+    Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=95)
+    return bytearray(stream.getvalue())
+
+
+def test_half_a_jpeg_with_an_end_marker_is_an_error(tmp_path: Path) -> None:
+    data = jpeg_bytes()
+    path = tmp_path / "half.jpg"
+    path.write_bytes(data[: len(data) * 2 // 3] + b"\xff\xd9")
+    with pytest.raises(DataError, match=r"half.jpg[^$]*premature end"):
+        load_image(path)
+
+
+def test_a_jpeg_overwritten_in_the_middle_is_an_error_or_doubted(tmp_path: Path) -> None:
+    whole = jpeg_bytes()
+    path = tmp_path / "hole.jpg"
+    path.write_bytes(whole)
+    clean, oddity = examine_image(path)
+    assert oddity is None
+    told = 0
+    for seed in range(12):
+        data, rng = whole.copy(), np.random.default_rng(seed)
+        start = int(rng.integers(len(data) * 7 // 10, len(data) * 9 // 10))
+        data[start : start + 60] = rng.integers(0, 256, 60, np.uint8).tobytes()
+        path.write_bytes(data)
+        try:
+            pixels, oddity = examine_image(path)
+        except DataError:
+            told += 1
+            continue
+        told += oddity is not None
+        assert not np.array_equal(pixels, clean)
+    assert told >= 10  # rarely, what is left decodes as if nothing had been
 
 
 def test_a_jpeg_with_bytes_behind_its_end_is_read(tmp_path: Path) -> None:

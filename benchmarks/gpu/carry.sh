@@ -18,7 +18,7 @@ fetch() { python3 -m pip "$@" --only-binary=:all: --implementation cp "${platfor
 
 # Without torch: engines are built from ONNX files. OpenCV and ONNX are the last that take NumPy 1, as TensorRT 8.6 does.
 fetch install -q --no-compile --target "$work/rest" --python-version 3.10 'numpy<2' 'opencv-python-headless<4.12' \
-  onnx==1.17.0 'onnxruntime<1.24' faster-coco-eval pydantic pyyaml pillow psutil typer nvidia-ml-py
+  onnx==1.17.0 'onnxruntime<1.24' faster-coco-eval pydantic pyyaml pillow simplejpeg psutil typer nvidia-ml-py
 rm -rf "$work"/rest/{numpy,numpy.libs,numpy-*,sympy*,mpmath*,isympy*,bin,share} "$work"/rest/onnx/backend/test
 cp -r "$bundle" "$work/rest/bundle"
 { cat "$trt"/*.part-*; tar c -C "$work/rest" . | zstd -q -T0 -12 --long=27; } | split -d -b "${mib}M" - "$out/part-"
@@ -26,7 +26,7 @@ cp -r "$bundle" "$work/rest/bundle"
 # For the machine's own Python 3.12, which has torch, ONNX and OpenCV already.
 fetch download -q -d "$out/first/wheels" --python-version 3.12 pydantic
 fetch download -q -d "$out/first/wheels" --python-version 3.12 --no-deps \
-  lightning-fabric lightning-utilities faster-coco-eval
+  lightning-fabric lightning-utilities faster-coco-eval simplejpeg
 rm -f "$out"/first/wheels/typing_extensions-*
 cp "$trt/zstd" "$out/first/zstd"
 cp -r "$student" "$out/first/student"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgekd.data.check_report import CheckReport, SplitSummary, summarise
 from edgekd.data.contact_sheet import write_contact_sheet
-from edgekd.data.images import load_image
+from edgekd.data.images import examine_image
 from edgekd.data.layout import Source, find_split
 from edgekd.data.problems import Problem, printable
 from edgekd.data.reading import NO_CLASS, class_names_of, detect_format, open_source
@@ -120,23 +120,25 @@ def pixel_digests(
             splits_of.setdefault(path, split)
     digests: dict[Path, str] = {}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for done, (path, digest) in enumerate(zip(splits_of, pool.map(_digest, splits_of), strict=True), 1):
-            if isinstance(digest, DataError):
-                message = str(digest).replace("\n", ";")
+        for done, (path, examined) in enumerate(zip(splits_of, pool.map(_digest, splits_of), strict=True), 1):
+            if isinstance(examined, DataError):
+                message = str(examined).replace("\n", ";")
                 problems.append(Problem("broken-pixels", path, message, split=splits_of[path]))
             else:
-                digests[path] = digest
+                digests[path], oddity = examined
+                if oddity is not None:
+                    problems.append(Problem("odd-pixels", path, oddity, split=splits_of[path]))
             if progress:
                 progress(done, len(splits_of))
     return digests
 
 
-def _digest(path: Path) -> str | DataError:
+def _digest(path: Path) -> tuple[str, str | None] | DataError:
     try:
-        pixels = load_image(path)
+        pixels, oddity = examine_image(path)
     except DataError as error:
         return error
-    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest(), oddity
 
 
 def _unions(records: Mapping[str, list[ImageRecord]], digests: Mapping[Path, str]) -> dict[str, frozenset[str]]:

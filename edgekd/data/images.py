@@ -2,7 +2,7 @@
 
 The rules: EXIF orientation is applied; grayscale is repeated into three channels; 16-bit images keep their high byte;
 alpha is dropped, leaving the stored colours (as OpenCV does); CMYK is converted without colour management; of
-animations the first frame is read. A truncated file is an error, never half a picture.
+animations the first frame is read. A file that is cut off or damaged is an error, never half a picture.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from edgekd.data.problems import printable
@@ -23,36 +23,50 @@ MAX_PIXELS = 89_000_000
 
 _MAX_BYTES = 1 << 30
 _EXIF_ORIENTATION = 0x0112
-_RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # since OpenCV 4.11: saves a pass over the pixels
 
 
 def load_image(path: Path | str) -> ImageArray:
     """Read an image file as (H, W, 3) uint8 RGB, upright.
 
     Raises:
-        DataError: the file is missing, empty, truncated, no image, or larger than `MAX_PIXELS`.
+        DataError: the file is missing, empty, cut off, damaged, no image, or larger than `MAX_PIXELS`.
+    """
+    return examine_image(path)[0]
+
+
+def examine_image(path: Path | str) -> tuple[ImageArray, str | None]:
+    """What `load_image` gives, and what the decoder finds odd about the file, if anything.
+
+    Raises:
+        DataError: as `load_image`.
     """
     path = Path(path)
-    return decode_image(_read(path), path)
+    return _decode(_read(path), path)
 
 
 def decode_image(data: bytes, path: Path | str = "image") -> ImageArray:
     """An image file's bytes as (H, W, 3) uint8 RGB, upright; `path` is for messages.
 
     Raises:
-        DataError: the bytes are empty, cut off, no image, or of one larger than `MAX_PIXELS`.
+        DataError: the bytes are empty, cut off, damaged, no image, or of one larger than `MAX_PIXELS`.
     """
-    path = Path(path)
+    return _decode(data, Path(path))[0]
+
+
+def _decode(data: bytes, path: Path) -> tuple[ImageArray, str | None]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(path, image)
             orientation = _orientation(image)
-            pixels = _jpeg_pixels(data) if _is_plain_jpeg(image, data) else _pillow_pixels(image)
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+            pixels, oddity = _jpeg_pixels(data) if plain else (None, None)
+            if pixels is None:
+                pixels = _pillow_pixels(image)
     except DataError:
         raise
     except Exception as error:  # decoders raise nearly anything on hostile bytes; to the user it is one thing
         raise _unreadable(path, error) from error
-    return np.ascontiguousarray(_upright(pixels, orientation))
+    return np.ascontiguousarray(_upright(pixels, orientation)), oddity
 
 
 def image_hw(path: Path | str) -> tuple[int, int]:
@@ -159,20 +173,24 @@ def _upright(pixels: ImageArray, orientation: int) -> ImageArray:
     return pixels
 
 
-def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
-    """Whether OpenCV decodes it to the same pixels as Pillow, only faster.
+_LOST = ("premature end", "bad huffman code", "instead of rst")
+"""In libjpeg's warnings: pixels are missing or wrong. Others may tell of an odd encoder only."""
 
-    The end marker must be in its place: OpenCV fills what is missing of a cut file with grey and says nothing.
+
+def _jpeg_pixels(data: bytes) -> tuple[ImageArray | None, str | None]:
+    """Pixels equal to Pillow's, only faster; or None, for Pillow to look at, and what is odd about the file.
+
+    Pillow and OpenCV fill what is missing of a damaged file with grey, as long as its end marker is in its place.
+
+    Raises:
+        ValueError: a part of the picture is damaged or missing.
     """
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and data.endswith(b"\xff\xd9")
-
-
-def _jpeg_pixels(data: bytes) -> ImageArray:
-    flags = (_RGB or cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    if pixels is None:
-        raise ValueError("the JPEG data is damaged")
-    return np.asarray(pixels if _RGB else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
+    try:
+        return np.asarray(simplejpeg.decode_jpeg(data, "RGB", strict=True), np.uint8), None
+    except ValueError as error:
+        if any(word in str(error).lower() for word in _LOST):
+            raise
+        return None, str(error)
 
 
 def _pillow_pixels(image: Image.Image) -> ImageArray:

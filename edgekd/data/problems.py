@@ -47,6 +47,7 @@ RULES: dict[str, Rule] = {
     "missing-image": Rule("error", True, "the image is not there: reading stops"),
     "bad-image": Rule("error", True, "the image cannot be opened: reading stops"),
     "broken-pixels": Rule("error", False, "the header is sound, the pixels are not: found by check, stops in training"),
+    "odd-pixels": Rule("warning", False, "the JPEG may be damaged: read as far as it can be, have a look at it"),
     "duplicate-id": Rule("error", True, "two images claim one id: reading stops"),
     "repeated-image": Rule("warning", False, "the split lists an image twice: read once"),
     "repeated-category": Rule("warning", False, "two COCO categories have one name: read as one class"),
