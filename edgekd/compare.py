@@ -13,23 +13,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgekd.artifact import is_current, sha256_file, write_json, write_manifest, write_text
+from edgekd.artifact import MANIFEST_NAME, is_current, sha256_file, write_json, write_manifest, write_text
 from edgekd.bench.accuracy import evaluate
 from edgekd.bench.matching import match_coco
 from edgekd.checkpoint import MODEL_FILE, load_detector
 from edgekd.comparison import ALONE, Evaluated, summary, table_markdown
+from edgekd.console import Terminal
 from edgekd.errors import RecipeError, UserError
 from edgekd.recipe import Recipe, TrainedTeacher
+from edgekd.side_by_side import Task, run_side_by_side, tasks_at_once
 from edgekd.stages import distill_student, ready_teachers, train_student, train_teacher
 from edgekd.teaching import check_setup
 from edgekd.types import Detections
 from edgekd.validate import ResizedImages, detect_dataset
 from edgekd.workspace import Workspace, open_workspace
+
+_EVALUATION = "evaluation"
+"""Of a run: the folder with its detections on the validation images, and their accuracy."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class CompareJob:
 
     Attributes:
         recipes: alike but for their method. seeds: each once. out: the comparison's folder.
+        bars: False where several processes write to one terminal.
 
     Raises:
         UserError: no recipes, repeated seeds or names.
@@ -60,6 +67,7 @@ class CompareJob:
     out: Path
     device: str = "auto"
     quiet: bool = False
+    bars: bool = True
 
     def __post_init__(self) -> None:
         _check(self.recipes, self.seeds)
@@ -98,11 +106,12 @@ class Comparison:
     table: str
 
 
-def compare(job: CompareJob, finished: Iterator[Run] | None = None) -> Comparison:
+def compare(job: CompareJob, finished: Iterator[Run] | None = None, *, jobs: int | None = None) -> Comparison:
     """Train and evaluate every run that is not there yet, and compare.
 
     Args:
-        finished: does the runs and tells of each when it is done; left out, they are done here, one after another.
+        finished: does the runs and tells of each when it is done; left out, they are done here.
+        jobs: trainings at once, in processes of their own; None for as many as a CPU has cores and memory for.
 
     Raises:
         EdgeKDError: a teacher or a term cannot work, said before anything is trained; or a run failed.
@@ -112,17 +121,53 @@ def compare(job: CompareJob, finished: Iterator[Run] | None = None) -> Compariso
             check_setup(replace(base, recipe=recipe))
         found: dict[Run, Evaluated] = {}
         data: dict[str, Any] = {}
-        for run in finished if finished is not None else one_by_one(job, job.runs):
+
+        def add(run: Run) -> None:
+            nonlocal data
             found[run] = _read_evaluation(base, job, run)
             paired = [found[r] for r in job.runs if r in found and Run(ALONE, r.seed) in found]
             if any(one.method != ALONE for one in paired):
                 data = summary(base, job.recipes, paired)
                 write_json(job.out / "comparison.json", data)
                 write_text(job.out / "comparison.md", table_markdown(data))
+
+        if finished is None:
+            at_once, tasks = tasks_at_once(base) if jobs is None else jobs, _tasks(job)
+            if at_once > 1 and len(tasks) > 1:
+                at_once = min(at_once, len(tasks))
+                run_side_by_side(base, tasks, at_once, lambda _, run: None if run is None else add(run))
+            finished = one_by_one(job, [run for run in job.runs if run not in found])
+        for run in finished:
+            add(run)
         from edgekd.report.gains import draw_comparison
 
         draw_comparison(data, job.out / "comparison.svg")
         return Comparison(job.out, data, table_markdown(data))
+
+
+def _tasks(job: CompareJob) -> list[Task]:
+    """The teachers and runs that are not there yet, for processes of their own."""
+    job = replace(job, bars=False)
+    teachers = [
+        Task(f"teacher {name}", partial(_teacher_task, job=job, name=name))
+        for name in job.trained_teachers
+        if not (job.out / "teachers" / name / MANIFEST_NAME).is_file()
+    ]
+    names = tuple(task.name for task in teachers)
+    return teachers + [
+        Task(str(run), partial(_run_task, job=job, run=run), () if run.method == ALONE else names)
+        for run in job.runs
+        if not (job.folder(run) / _EVALUATION / MANIFEST_NAME).is_file()
+    ]
+
+
+def _teacher_task(work: Workspace, job: CompareJob, name: str) -> None:
+    do_teacher(job, name)
+
+
+def _run_task(work: Workspace, job: CompareJob, run: Run) -> Run:
+    do_run(job, run)
+    return run
 
 
 def one_by_one(job: CompareJob, runs: Sequence[Run]) -> Iterator[Run]:
@@ -143,7 +188,7 @@ def do_run(job: CompareJob, run: Run) -> None:
         for config in recipe.teachers:
             if isinstance(config, TrainedTeacher):
                 do_teacher(job, config.name)
-    with open_workspace(recipe, folder, device=job.device, quiet=job.quiet) as work:
+    with open_workspace(recipe, folder, device=job.device, terminal=_terminal(job, str(run))) as work:
         seeded = replace(work, recipe=recipe.model_copy(update={"seed": run.seed}))
         if run.method == ALONE:
             train_student(seeded, folder)
@@ -157,8 +202,12 @@ def do_teacher(job: CompareJob, name: str) -> None:
     """Train one teacher; waits for another process that is at it."""
     recipe, config = job.trained_teachers[name]
     folder = job.out / "teachers" / name
-    with open_workspace(recipe, folder, device=job.device, quiet=job.quiet, wait=True) as work:
+    with open_workspace(recipe, folder, device=job.device, wait=True, terminal=_terminal(job)) as work:
         train_teacher(work, config, folder)
+
+
+def _terminal(job: CompareJob, about: str = "") -> Terminal:
+    return Terminal(job.quiet, job.bars, about)
 
 
 def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
@@ -193,9 +242,9 @@ def _evaluation_inputs(work: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def _evaluate(work: Workspace, run_folder: Path, run: Run) -> None:
-    folder, val = run_folder / "evaluation", work.val
+    folder, val = run_folder / _EVALUATION, work.val
     inputs = _evaluation_inputs(work, run_folder)
-    if is_current(folder, "evaluation", inputs):
+    if is_current(folder, _EVALUATION, inputs):
         return
     detector = load_detector(run_folder)
     images = ResizedImages(val, detector, cache_mib=0)
@@ -212,12 +261,12 @@ def _evaluate(work: Workspace, run_folder: Path, run: Run) -> None:
         labels=np.concatenate([d.labels for d in found]),
     )
     write_json(folder / "accuracy.json", figures)
-    write_manifest(folder, "evaluation", inputs, ["detections.npz", "accuracy.json"], {"seed": run.seed})
+    write_manifest(folder, _EVALUATION, inputs, ["detections.npz", "accuracy.json"], {"seed": run.seed})
 
 
 def _read_evaluation(base: Workspace, job: CompareJob, run: Run) -> Evaluated:
-    folder, val = job.folder(run) / "evaluation", base.val
-    if not is_current(folder, "evaluation", _evaluation_inputs(base, job.folder(run))):
+    folder, val = job.folder(run) / _EVALUATION, base.val
+    if not is_current(folder, _EVALUATION, _evaluation_inputs(base, job.folder(run))):
         raise UserError(f"{folder} is not the evaluation of {run}", fix="run the same command again")
     with np.load(folder / "detections.npz", allow_pickle=False) as saved:
         ends = np.cumsum(saved["counts"])

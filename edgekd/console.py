@@ -27,17 +27,18 @@ class Terminal:
     Args:
         quiet: show warnings only.
         bars: False where several processes write to one terminal: lines, as in a log file.
+        about: what all that is said is about, put before it.
     """
 
-    def __init__(self, quiet: bool = False, bars: bool = True) -> None:
+    def __init__(self, quiet: bool = False, bars: bool = True, about: str = "") -> None:
         from rich.console import Console
 
-        self.quiet, self.bars = quiet, bars
+        self.quiet, self.bars, self.about = quiet, bars, f"{about}: " if about else ""
         self.console: Console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    def __reduce__(self) -> tuple[type[Terminal], tuple[bool, bool]]:
+    def __reduce__(self) -> tuple[type[Terminal], tuple[bool, bool, str]]:
         """In another process: the same, in lines, since two processes' bars would overwrite each other."""
-        return Terminal, (self.quiet, False)
+        return Terminal, (self.quiet, False, self.about.removesuffix(": "))
 
     def stage(self, number: int, total: int, title: str) -> None:
         """Say which part of the chain begins."""
@@ -47,11 +48,11 @@ class Terminal:
     def note(self, text: str) -> None:
         """Say something worth knowing."""
         if not self.quiet:
-            self.console.print(f"      {text}", markup=False)
+            self.console.print(f"      {self.about}{text}", markup=False)
 
     def warn(self, text: str) -> None:
         """Say something that should not go unseen, even when quiet."""
-        self.console.print(f"warning: {text}", style="yellow", markup=False)
+        self.console.print(f"warning: {self.about}{text}", style="yellow", markup=False)
 
     @contextlib.contextmanager
     def counting(self, label: str) -> Iterator[Counter]:
@@ -82,6 +83,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def _bar(self, label: str) -> Iterator[Callable[[int, int, str], None]]:
+        label = self.about + label
         if self.quiet:
             yield lambda done, total, text: None
         elif self.bars and self.console.is_terminal:

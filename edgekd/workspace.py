@@ -53,9 +53,18 @@ class Workspace:
 
 @contextlib.contextmanager
 def open_workspace(
-    recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False, wait: bool = False
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    quiet: bool = False,
+    wait: bool = False,
+    terminal: Terminal | None = None,
 ) -> Iterator[Workspace]:
     """Read the recipe's data and hold `out` for this process; with `wait`, after whoever holds it now.
+
+    Args:
+        quiet: show warnings only, where no `terminal` is given.
 
     Raises:
         DataError: the data set cannot be read, or has nothing to train on. UserError: another process works in `out`.
@@ -67,7 +76,7 @@ def open_workspace(
             for split, limit in ((section.train, section.limit_train), (section.val, section.limit_val))
         )
         require_objects(train, recipe.train.difficult)
-        terminal = Terminal(quiet)
+        terminal = Terminal(quiet) if terminal is None else terminal
         terminal.console.quiet = ranks.rank() > 0  # one process speaks for all
         for doubt in doubts_about(train, val):
             terminal.warn(doubt)

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from edgekd.bench.matching import match_coco
+from edgekd.cli import app
 from edgekd.cli.compare import _share
 from edgekd.cluster import MAX_TRIES, _Dispatcher
-from edgekd.compare import CompareJob, Run, compare, one_by_one
+from edgekd.compare import CompareJob, Run, _tasks, compare, one_by_one
 from edgekd.comparison import Evaluated, gain, spread, table_markdown
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import EdgeKDError, RecipeError, UserError
@@ -114,7 +116,7 @@ def test_a_comparison_runs_and_goes_on(tmp_path: Path) -> None:
     shares = [[str(run) for run in one_by_one(job, job.runs[_share(f"{index}/2")])] for index in range(2)]
     assert shares == [["alone, seed 0"], ["response, seed 0"]]
     before = (out / "response/seed-0/model.pt").stat().st_mtime_ns
-    result = compare(CompareJob(methods, (0, 1), out, quiet=True))
+    result = compare(CompareJob(methods, (0, 1), out, quiet=True), jobs=2)
     assert (out / "response/seed-0/model.pt").stat().st_mtime_ns == before, "a finished run was run again"
     data = json.loads((out / "comparison.json").read_text())
     assert [row["method"] for row in data["rows"]] == ["alone", "response", "with-feature"]
@@ -124,6 +126,27 @@ def test_a_comparison_runs_and_goes_on(tmp_path: Path) -> None:
     assert "4 images" in result.table
     assert table_markdown(data) == (out / "comparison.md").read_text()
     assert (out / "comparison.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("more", [("--only", "0/2"), ("--launcher", "ray")])
+def test_jobs_are_for_this_machine(tmp_path: Path, more: tuple[str, str]) -> None:
+    (tmp_path / "a.yaml").write_text("name: a", encoding="utf-8")
+    said = CliRunner().invoke(app, ["compare", str(tmp_path / "a.yaml"), "--out", str(tmp_path), "--jobs", "2", *more])
+    assert said.exit_code == 2
+    assert "--jobs goes with neither" in said.output
+
+
+def test_side_by_side_only_what_is_not_there(tmp_path: Path) -> None:
+    job = CompareJob((recipe(tmp_path, "a"),), (0, 1), tmp_path / "out")
+    for folder in ("teachers/t", "alone/seed-0/evaluation"):
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    (tmp_path / "out/alone/seed-0/evaluation/manifest.json").touch()
+    assert {task.name: task.needs for task in _tasks(job)} == {
+        "teacher t": (),
+        "a, seed 0": ("teacher t",),
+        "alone, seed 1": (),
+        "a, seed 1": ("teacher t",),
+    }
 
 
 @pytest.mark.parametrize("only", ["3/3", "1", "a/2", "-1/2", "1/0", ""])

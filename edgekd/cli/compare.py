@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SetOption, session_of
-from edgekd.cli.train import OutOption
+from edgekd.cli.train import JobsOption, OutOption
 from edgekd.errors import UserError
 
 
@@ -31,6 +31,7 @@ def compare(
         str | None,
         typer.Option("--only", help="Do the INDEX-th of COUNT shares of the runs, no table.", metavar="INDEX/COUNT"),
     ] = None,
+    jobs: JobsOption = None,
     sets: SetOption = None,
     json: JsonOption = False,
     device: DeviceOption = None,
@@ -40,6 +41,11 @@ def compare(
 
     Every run writes its own result; the same command goes on where an earlier one was cut off.
     """
+    if jobs is not None and (only is not None or launcher == "ray"):
+        raise UserError(
+            "--jobs goes with neither --only nor --launcher ray",
+            fix="start one process a share; Ray is told by --cpus how many runs fit a machine",
+        )
     session = session_of(context)
     session.resume_hint = f"what is done is in {out}; the same command goes on from there"
     from edgekd.compare import CompareJob, one_by_one
@@ -61,7 +67,7 @@ def compare(
 
         result = compare_job(job, on_ray(job, Resources(cpus, gpus)))
     else:
-        result = compare_job(job)
+        result = compare_job(job, jobs=jobs)
 
     def show() -> None:
         typer.echo(result.table)
