@@ -377,9 +377,10 @@ IMAGE_CASES: dict[str, tuple[Spoil, str, str]] = {
     "half a JPEG, ended": (jpeg_with(lambda data: data[:-40] + b"\xff\xd9"), "broken-pixels", "a.png"),
     "JPEG with more in it": (
         jpeg_with(lambda data: data[:-2] + b"\x12\x34" * 20 + b"\xff\xd9"),
-        "odd-pixels",
+        "damaged-pixels",
         "extraneous",
     ),
+    "JPEG with padding": (jpeg_with(lambda data: data[:-2] + bytes(40) + b"\xff\xd9"), "odd-pixels", "extraneous"),
     "image of Git LFS": (lambda path: path.write_text("version https://git-lfs"), "bad-image", "git-lfs"),
     "image again": (lambda path: shutil.copy(path, path.with_name("b.png")), "duplicate-image", "b.png"),
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgekd.data.check_report import CheckReport, SplitSummary, summarise
 from edgekd.data.contact_sheet import write_contact_sheet
-from edgekd.data.images import examine_image
+from edgekd.data.images import Oddity, examine_image
 from edgekd.data.layout import Source, find_split
 from edgekd.data.problems import Problem, printable
 from edgekd.data.reading import NO_CLASS, class_names_of, detect_format, open_source
@@ -127,13 +127,14 @@ def pixel_digests(
             else:
                 digests[path], oddity = examined
                 if oddity is not None:
-                    problems.append(Problem("odd-pixels", path, oddity, split=splits_of[path]))
+                    kind = "damaged-pixels" if oddity.is_damage else "odd-pixels"
+                    problems.append(Problem(kind, path, oddity.text, split=splits_of[path]))
             if progress:
                 progress(done, len(splits_of))
     return digests
 
 
-def _digest(path: Path) -> tuple[str, str | None] | DataError:
+def _digest(path: Path) -> tuple[str, Oddity | None] | DataError:
     try:
         pixels, oddity = examine_image(path)
     except DataError as error:

@@ -8,7 +8,9 @@ animations the first frame is read. A file that is cut off or damaged is an erro
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -34,7 +36,14 @@ def load_image(path: Path | str) -> ImageArray:
     return examine_image(path)[0]
 
 
-def examine_image(path: Path | str) -> tuple[ImageArray, str | None]:
+class Oddity(NamedTuple):
+    """What a decoder finds odd about a file that it can read, and whether pixels are wrong, to all appearance."""
+
+    text: str
+    is_damage: bool
+
+
+def examine_image(path: Path | str) -> tuple[ImageArray, Oddity | None]:
     """What `load_image` gives, and what the decoder finds odd about the file, if anything.
 
     Raises:
@@ -53,7 +62,7 @@ def decode_image(data: bytes, path: Path | str = "image") -> ImageArray:
     return _decode(data, Path(path))[0]
 
 
-def _decode(data: bytes, path: Path) -> tuple[ImageArray, str | None]:
+def _decode(data: bytes, path: Path) -> tuple[ImageArray, Oddity | None]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(path, image)
@@ -177,7 +186,7 @@ _LOST = ("premature end", "bad huffman code", "instead of rst")
 """In libjpeg's warnings: pixels are missing or wrong. Others may tell of an odd encoder only."""
 
 
-def _jpeg_pixels(data: bytes) -> tuple[ImageArray | None, str | None]:
+def _jpeg_pixels(data: bytes) -> tuple[ImageArray | None, Oddity | None]:
     """Pixels equal to Pillow's, only faster; or None, for Pillow to look at, and what is odd about the file.
 
     Pillow and OpenCV fill what is missing of a damaged file with grey, as long as its end marker is in its place.
@@ -190,7 +199,19 @@ def _jpeg_pixels(data: bytes) -> tuple[ImageArray | None, str | None]:
     except ValueError as error:
         if any(word in str(error).lower() for word in _LOST):
             raise
-        return None, str(error)
+        return None, Oddity(str(error), _runs_on(data, str(error)))
+
+
+def _runs_on(data: bytes, warning: str) -> bool:
+    """Whether a picture's data goes on behind its last row: somewhere before, the decoder has lost its way.
+
+    Padding, which some encoders leave there, is the same byte again and again.
+    """
+    found = re.search(r"(\d+) extraneous bytes before marker 0xd9", warning)
+    if found is None:
+        return False
+    end = data.rfind(b"\xff\xd9")
+    return len(set(data[max(0, end - int(found[1])) : end])) > 1
 
 
 def _pillow_pixels(image: Image.Image) -> ImageArray:
