@@ -2,7 +2,7 @@
 
 The rules: EXIF orientation is applied; grayscale is repeated into three channels; 16-bit images keep their high byte;
 alpha is dropped, leaving the stored colours (as OpenCV does); CMYK is converted without colour management; of
-animations the first frame is read. A file that is cut off or damaged is an error, never half a picture.
+animations the first frame is read. A file that is cut off is an error, never half a picture, even with an end marker.
 """
 
 from __future__ import annotations
