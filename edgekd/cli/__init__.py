@@ -80,9 +80,9 @@ app.add_typer(recipes.app, name="recipe")
 
 def main() -> None:
     """Entry point of the `edgekd` command."""
-    # OpenMP's threads spin while they wait for each other, for milliseconds. Where anything else wants a core, that makes a
-    # training step on two cores up to several times slower. Not spinning at all makes small networks two to four times slower
-    # on an idle machine, since a thread then sleeps between any two layers. A short spin is best in both (benchmarks/).
+    # OpenMP's threads spin for milliseconds while they wait for each other. Beside other work that takes the cores from, it
+    # makes a training step twice as slow. Without any spin a thread sleeps between any two layers, and small networks on an
+    # idle machine are up to three times slower. A short spin costs neither (benchmarks/thread_spinning.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     app(prog_name="edgekd")
