@@ -210,7 +210,7 @@ def select(
         At most `max_detections`, best first, in the frame of `boxes_xyxy`.
     """
     rows, labels, values = _candidates(scores, score_threshold)
-    order = _best_first(values)
+    order = _best_first(values)[:PRE_NMS_TOP_K]
     labels = labels.take(order)
     table = _table(boxes_xyxy, rows.take(order), labels)
     valid = table[2:4] >= table[:2]
@@ -222,7 +222,7 @@ def select(
 
 
 def _candidates(scores: FloatArray, score_threshold: float) -> tuple[IntArray, IntArray, FloatArray]:
-    """(rows, labels, scores) of the best `PRE_NMS_TOP_K` pairs over the threshold, by row and label."""
+    """(rows, labels, scores) of pairs over the threshold, the best `PRE_NMS_TOP_K` among them, by row and label."""
     count, classes = scores.shape
     if scores.T.flags.c_contiguous and not scores.flags.c_contiguous:  # channels first, as YOLO gives them
         flat = scores.T.reshape(-1)
@@ -234,11 +234,7 @@ def _candidates(scores: FloatArray, score_threshold: float) -> tuple[IntArray, I
         flat = scores.reshape(-1)
         pairs = _best_pairs(flat, score_threshold, PRE_NMS_TOP_K)
         rows, labels = np.divmod(pairs, classes)
-    values = flat.take(pairs)
-    if len(values) > PRE_NMS_TOP_K:
-        top = _top_k(values, PRE_NMS_TOP_K)
-        rows, labels, values = rows.take(top), labels.take(top), values.take(top)
-    return rows, labels, values
+    return rows, labels, flat.take(pairs)
 
 
 def select_soft(
