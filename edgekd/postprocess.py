@@ -153,7 +153,7 @@ def soft_nms(
 
 def _best_first(values: FloatArray) -> IntArray:
     """`np.argsort(-values, kind="stable")`, in a fifth of the time where these are a thousand float32 over 0."""
-    if len(values) < _BLOCK * 2 or values.dtype != np.float32 or not values.min(initial=1) > 0:
+    if len(values) < 128 or values.dtype != np.float32 or not values.min(initial=1) > 0:
         return np.argsort(-values, kind="stable")
     # Such numbers are ordered as their bits are. With the position below them no two keys are equal, so that the plain
     # sort of integers, which numpy has vectorised, cannot but be stable.

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -107,13 +107,13 @@ def _free_memory() -> int | None:
     return found[0] if found else None
 
 
-_shared: Mapping[str, Workspace] = {}
+_work: Workspace
 """In a process of the pool: the workspace, sent once and not with every task."""
 
 
 def _begin_process(work: Workspace, parent: int) -> None:
-    global _shared
-    _shared = {"work": work}
+    global _work
+    _work = work
     os.setpgrp()  # Ctrl-C reaches the first process alone, which then ends the others, each after its step
     if sys.platform == "linux":  # so that nothing goes on in a folder that the next run will want
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -126,6 +126,6 @@ def _do(task: Task, threads: int) -> Any:
 
     torch.set_num_threads(threads)
     try:
-        return task.call(_shared["work"])
+        return task.call(_work)
     except KeyboardInterrupt:  # the checkpoint is written; a pool's process would wait for the next task
         os._exit(1)

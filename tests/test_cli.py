@@ -335,3 +335,16 @@ def test_every_command_takes_json_and_quiet() -> None:
         if not {"--json", "--quiet"} <= options
     }
     assert lacking == {}
+
+
+def test_waiting_threads_spin_shortly_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    import edgekd.cli
+
+    monkeypatch.setattr(edgekd.cli, "app", lambda **_: None)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    edgekd.cli.main()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("PASSIVE", "7")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    edgekd.cli.main()
+    assert os.environ["GOMP_SPINCOUNT"] == "2000"

@@ -37,6 +37,12 @@ def test_runs_and_tells_what_it_is(model: Path, as_bytes: bool) -> None:
         runtime.run(np.zeros((1, 3, 64, 96), np.float32))
 
 
+def test_threads_spin_within_a_run_and_not_on(model: Path) -> None:
+    with OrtRuntime(model, "cpu", threads=2) as runtime:
+        options = runtime._session.get_session_options()
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_dynamic_axes_are_told(tmp_path: Path) -> None:
     path = write_constant_detector(tmp_path / "d.onnx", ARRAYS, ("batch", 3, "h", "w"))
     runtime = OrtRuntime(path)

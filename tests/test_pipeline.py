@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -282,6 +283,16 @@ def test_progress_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str])
         "latency: 1/1, 0 s",
         "[1/6] teachers",
     ]
+
+
+def test_what_is_said_begins_with_what_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:
+    for terminal in (Terminal(about="amd, seed 3"), pickle.loads(pickle.dumps(Terminal(about="amd, seed 3")))):
+        terminal.note("a note")
+        terminal.warn("look")
+        with terminal.training("net") as listen:
+            listen({"event": "note", "message": "begins"})
+        said = [line.strip() for line in capsys.readouterr().err.splitlines()]
+        assert said == ["amd, seed 3: a note", "warning: amd, seed 3: look", "amd, seed 3: net: begins"]
 
 
 def test_quiet_shows_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:
