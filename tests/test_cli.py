@@ -341,7 +341,8 @@ def test_waiting_threads_spin_shortly_unless_the_user_says_otherwise(monkeypatch
     import edgekd.cli
 
     monkeypatch.setattr(edgekd.cli, "app", lambda **_: None)
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is put back as it was
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     edgekd.cli.main()
     assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("PASSIVE", "7")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgekd.artifact import atomic_path
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, SoftTargets, Targets
 from edgekd.losses import DistillBatch, TeacherView
@@ -41,7 +42,10 @@ def toy_dataset(root: Path, count: int = 12, seed: int = 0, image_hw: tuple[int,
             boxes.append([x, y, x + side, y + side])
             labels.append(label)
         path = root / f"{index:04d}.png"
-        cv2.imwrite(str(path), image[:, :, ::-1])
+        whole, encoded = cv2.imencode(".png", image[:, :, ::-1])
+        assert whole
+        with atomic_path(path) as temporary:  # tests with several processes make the same set in each
+            temporary.write_bytes(encoded.tobytes())
         no = np.zeros(len(boxes), bool)
         records.append(
             ImageRecord(path.stem, path, image_hw, np.array(boxes, np.float32), np.array(labels, np.int64), no, no)
