@@ -42,11 +42,14 @@ class Selection:
         score_threshold: candidates must score more than this.
         nms_iou: boxes of one class that overlap a better one by more than this go; not used after a detector's own NMS.
         max_detections: the best that are kept for an image.
+        box_voting: overlap from which suppressed boxes move the one that is kept, see `postprocess.select`; None for
+            none. Not used after a detector's own NMS, nor for candidates that are fused or taught.
     """
 
     score_threshold: float = 0.001
     nms_iou: float = 0.5
     max_detections: int = 100
+    box_voting: float | None = None
 
 
 DEFAULT_SELECTION = Selection()
@@ -105,12 +108,14 @@ class Predictor:
             RuntimeFailure: the outputs are not finite, or not of the format that was recognised.
         """
         boxes, scores = self.candidates(raw, item)
+        nms_iou = self._nms_iou(self.selection.nms_iou)
         found = select(
             boxes,
             scores,
             score_threshold=self.selection.score_threshold,
-            nms_iou=self._nms_iou(self.selection.nms_iou),
+            nms_iou=nms_iou,
             max_detections=self.selection.max_detections,
+            box_voting=self.selection.box_voting if nms_iou < 1 else None,
         )
         placed = geometry.to_source(found.boxes_xyxy)
         inside = (placed[:, 2:] > placed[:, :2]).all(1)
@@ -257,6 +262,7 @@ def load_predictor(
     score_threshold: float = 0.001,
     nms_iou: float = 0.5,
     max_detections: int = 100,
+    box_voting: float | None = None,
     options: OnnxTeacher | None = None,
     cuda_graph: bool = False,
 ) -> Predictor:
@@ -270,6 +276,7 @@ def load_predictor(
         score_threshold: candidates must score more than this.
         nms_iou: overlap above which the worse of two boxes of a class goes.
         max_detections: the best that are kept for an image.
+        box_voting: overlap from which suppressed boxes move the one that is kept; None for none.
         options: what is declared of a foreign ONNX file.
         cuda_graph: engines only: capture an inference's work and launch it as a whole.
 
@@ -279,7 +286,7 @@ def load_predictor(
         MissingDependencyError: the runtime or provider is not there. RuntimeFailure: the provider fell back.
     """
     path = Path(path)
-    selection = Selection(score_threshold, nms_iou, max_detections)
+    selection = Selection(score_threshold, nms_iou, max_detections, box_voting)
     choice = _runtime_for(path, runtime)
     if choice == "onnxruntime":
         engine: OnnxEngine = "openvino" if runtime == "openvino" else "onnxruntime"

@@ -354,6 +354,9 @@ class BenchConfig(_Section):
     score_threshold: float = Field(0.001, ge=0, lt=1, description="For mAP.")
     nms_iou: float = Field(0.5, gt=0, lt=1)
     max_detections: int = Field(100, ge=1)
+    box_voting: float | None = Field(
+        None, gt=0, lt=1, description="Candidates that overlap a kept box by more than this move it, each by its score."
+    )
 
 
 class Recipe(_Section):

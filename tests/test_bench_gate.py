@@ -148,6 +148,7 @@ def test_without_its_answers_the_baseline_is_compared_unpaired_and_that_is_said(
         {"device__gpu": {"name": "a GPU"}},
         {"data__fingerprint": "0" * 64},
         {"settings__score_threshold": 0.2},
+        {"settings__box_voting": 0.6},
     ],
 )
 def test_other_conditions_are_refused_unless_the_old_file_is_there(place: Path, tmp_path: Path, change: dict) -> None:
@@ -175,6 +176,17 @@ def test_across_conditions_compares_and_says_so(place: Path, tmp_path: Path) -> 
     assert result.exit_code == 3
     assert "under other conditions" in data["gate"]["pairs"][0]["latency"]["basis"]
     assert "another processor" in result.stdout
+
+
+def test_a_baseline_from_before_box_voting_had_none(place: Path, tmp_path: Path) -> None:
+    baseline = moved(place, tmp_path / "old")
+    data = json.loads(baseline.read_text())
+    assert data["settings"].pop("box_voting") is None
+    baseline.write_text(json.dumps(data))
+    result, data = gated(place, "good.onnx", tmp_path / "new.json", "--box-voting", 0.6, baseline=baseline)
+    assert result.exit_code == 2, result.output
+    assert "box_voting: unknown, now 0.6" in " ".join(result.output.split())
+    assert not data
 
 
 def test_another_runtime_is_refused(place: Path, tmp_path: Path) -> None:

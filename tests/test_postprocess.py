@@ -153,6 +153,29 @@ def test_select_equals_the_reference_and_honours_the_limit() -> None:
     np.testing.assert_array_equal(found.boxes_xyxy, boxes[rows][kept])
 
 
+def test_box_voting_equals_the_paper_one_by_one() -> None:
+    rng = np.random.default_rng(8)
+    boxes, _, _ = crowd(rng, 150)
+    boxes[7, 2:] = boxes[7, :2]  # without extent: it overlaps nothing, itself included
+    scores = (rng.random((150, 4)) ** 4).astype(np.float32)
+    scores[7] = 0.9
+    settings = {"score_threshold": 0.3, "nms_iou": 0.5, "max_detections": 100}
+    plain, voted = select(boxes, scores, **settings), select(boxes, scores, **settings, box_voting=0.4)
+    np.testing.assert_array_equal(voted.scores, plain.scores)
+    np.testing.assert_array_equal(voted.labels, plain.labels)
+    moved = 0
+    for before, after, label in zip(plain.boxes_xyxy, voted.boxes_xyxy, plain.labels, strict=True):
+        near = [i for i in range(150) if scores[i, label] > 0.3 and plain_iou(boxes[i], before) > 0.4]
+        votes = np.array([scores[i, label] for i in near], np.float64)
+        expected = votes @ boxes[near] / votes.sum() if near else before
+        np.testing.assert_allclose(after, expected, rtol=1e-5, atol=1e-4)
+        moved += len(near) > 1
+    assert 10 < moved < len(plain)
+    without = select(boxes, scores, **settings, box_voting=0.999)
+    np.testing.assert_allclose(without.boxes_xyxy, plain.boxes_xyxy, rtol=1e-6)
+    assert len(select(boxes[:0], scores[:0], **settings, box_voting=0.4)) == 0
+
+
 def test_a_crowded_head_at_a_tiny_threshold_stays_small_and_quick() -> None:
     rng = np.random.default_rng(0)
     low = rng.uniform(0, 600, (8400, 2))

@@ -120,6 +120,18 @@ def test_thresholds_can_be_changed(tmp_path: Path) -> None:
     assert len(predictor.with_selection(score_threshold=0.5, nms_iou=0.999).detect(IMAGE)) == 2
 
 
+def test_box_voting_moves_a_detection_but_not_what_is_taught(tmp_path: Path) -> None:
+    path = ours(tmp_path / "m.onnx")
+    plain, voting = load_predictor(path), load_predictor(path, box_voting=0.6)
+    before, after = plain.detect(IMAGE), voting.detect(IMAGE)
+    cat = (0.9 * BOXES[0] + 0.6 * BOXES[1]) / 1.5
+    expected = (cat - [16, 0, 16, 0]) * 2  # out of the letterbox, to the image's pixels
+    np.testing.assert_allclose(after.boxes_xyxy[0], expected, atol=1e-3)
+    assert not np.allclose(after.boxes_xyxy[0], before.boxes_xyxy[0], atol=0.1)
+    np.testing.assert_array_equal(after.scores, before.scores)
+    np.testing.assert_array_equal(voting.answer(IMAGE).boxes_xyxy, plain.answer(IMAGE).boxes_xyxy)
+
+
 def test_finished_detections_see_no_second_nms(tmp_path: Path) -> None:
     boxes = np.array([[0, 0, 40, 40], [1, 0, 40, 40]], np.float32)
     arrays = {"boxes": boxes, "scores": np.array([0.9, 0.8], np.float32), "labels": np.array([1, 1])}
@@ -128,6 +140,8 @@ def test_finished_detections_see_no_second_nms(tmp_path: Path) -> None:
     predictor = load_predictor(path, options=options)
     assert len(predictor.detect(IMAGE)) == 2
     assert len(predictor.answer(IMAGE)) == 2
+    voting = load_predictor(path, options=options, box_voting=0.6)
+    np.testing.assert_array_equal(voting.detect(IMAGE).boxes_xyxy, predictor.detect(IMAGE).boxes_xyxy)
     # Merging two classes into one can make doubles of what the detector kept apart.
     assert len(predictor.with_classes(("animal",), {"cat": "animal", "dog": "animal"}).detect(IMAGE)) == 1
 

@@ -31,7 +31,7 @@ _NATURAL = {
 }
 _MACHINE = ("cpu", "machine", "cores", "governor", "board", "gpu")
 _BESIDE = {"detections": "detections.npz", "examples": "examples/examples.json"}
-_THRESHOLDS = ("score_threshold", "nms_iou", "max_detections")
+_THRESHOLDS = ("score_threshold", "nms_iou", "max_detections", "box_voting")
 _ROW = ("runtime", "provider", "cuda_graph", "threads")
 
 
@@ -184,7 +184,7 @@ def accuracy_differences(baseline: Baseline, dataset: Dataset, config: BenchConf
     other = baseline.saved is not None and baseline.saved.image_ids != ids
     if not found and (other or old.get("fingerprint") not in (None, fingerprint(dataset))):
         found = [f"images or ground truth of split {dataset.split}"]
-    return found + _changes(_THRESHOLDS, baseline.result["settings"], config.model_dump())
+    return found + _changes(_THRESHOLDS, {"box_voting": None, **baseline.result["settings"]}, config.model_dump())
 
 
 def row_differences(old: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:

@@ -70,6 +70,7 @@ class Opener:
             "score_threshold": self._config.score_threshold,
             "nms_iou": self._config.nms_iou,
             "max_detections": self._config.max_detections,
+            "box_voting": self._config.box_voting,
             "cuda_graph": artifact.cuda_graph,
             "options": options,
         }

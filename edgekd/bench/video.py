@@ -78,6 +78,7 @@ def _open(artifact: BenchArtifact, config: BenchConfig, provider: str | None) ->
         score_threshold=config.score_threshold,
         nms_iou=config.nms_iou,
         max_detections=config.max_detections,
+        box_voting=config.box_voting,
         options=artifact.options,
         cuda_graph=artifact.cuda_graph,
     )

@@ -55,6 +55,7 @@ from edgekd.cli.bundle import (
     precisions_of,
 )
 from edgekd.cli.deploy import (
+    BoxVotingOption,
     ClassesOption,
     DeclareOption,
     FormatOption,
@@ -115,6 +116,7 @@ def bench(
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score that counts for mAP.")] = 0.001,
     iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
     max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
+    box_voting: BoxVotingOption = None,
     threads: ThreadsOption = None,
     runtime: Annotated[
         list[RuntimeName] | None,
@@ -184,7 +186,13 @@ def bench(
     if runtime:
         entries = on_runtimes(entries, [chosen.value for chosen in runtime])
     if video is not None:
-        given = {"score_threshold": score, "nms_iou": iou, "max_detections": max_detections, "threads": threads}
+        given = {
+            "score_threshold": score,
+            "nms_iou": iou,
+            "max_detections": max_detections,
+            "box_voting": box_voting,
+            "threads": threads,
+        }
         on_video = {"realtime": realtime, "max_frames": max_frames, "provider": one_provider(entries, session.device)}
         measure_video(session, entries, video, out, bench_config(**given), on_video)
         return
@@ -205,6 +213,7 @@ def bench(
             score_threshold=score,
             nms_iou=iou,
             max_detections=max_detections,
+            box_voting=box_voting,
         )
         dataset = read_dataset(data, split, format=format, limit=wanted.limit)
         if not quick:

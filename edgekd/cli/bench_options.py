@@ -156,7 +156,7 @@ _ALWAYS = {
 }
 _FOR_VIDEO = {"video", "max_frames", "realtime"}
 _FOR_TARGET = {"target", "target_python", "ssh_config", "time_limit", "precision"}
-_VIDEO_TOO = {"score", "iou", "max_detections", "runtime", "cuda_graph"}
+_VIDEO_TOO = {"score", "iou", "max_detections", "box_voting", "runtime", "cuda_graph"}
 _TARGET_TOO = {"data", "split", "format", "samples", "seconds", "warmup", "energy_seconds"}
 
 

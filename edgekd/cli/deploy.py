@@ -29,6 +29,15 @@ class RuntimeName(str, Enum):
 
 DataOption = Annotated[Path | None, typer.Option("--data", help="A data set (VOC, COCO or YOLO).", metavar="DIR")]
 FormatOption = Annotated[str, typer.Option("--format", help="Of the data set: auto, voc, coco, yolo.", metavar="NAME")]
+BoxVotingOption = Annotated[
+    float | None,
+    typer.Option(
+        "--box-voting",
+        min=0,
+        max=1,
+        help="Suppressed boxes that overlap a kept one by more than this move it, each by its score; 0.6 is usual.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads of one inference; all if not given.")
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from edgekd.cli.deploy import (
+    BoxVotingOption,
     ClassesOption,
     DeclareOption,
     InputSizeOption,
@@ -50,6 +51,7 @@ def predict(
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score shown.")] = 0.3,
     iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
     max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
+    box_voting: BoxVotingOption = None,
     threads: ThreadsOption = None,
     runtime: RuntimeOption = None,
     classes: ClassesOption = None,
@@ -88,6 +90,7 @@ def predict(
         score_threshold=score,
         nms_iou=iou,
         max_detections=max_detections,
+        box_voting=box_voting,
         options=foreign_options(artifact, classes, output, input_size, declare),
     )
     with predictor:

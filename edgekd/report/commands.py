@@ -12,7 +12,8 @@ from edgekd.report.sources import Sources
 _ROLES = {"student_distilled": "distilled"}
 _OPTIONS = {
     "samples": "--samples", "seconds": "--seconds", "warmup_seconds": "--warmup", "threads": "--threads",
-    "score_threshold": "--score", "nms_iou": "--iou", "max_detections": "--max-detections", "seed": "--seed",
+    "score_threshold": "--score", "nms_iou": "--iou", "max_detections": "--max-detections",
+    "box_voting": "--box-voting", "seed": "--seed",
 }  # fmt: skip
 _THROUGHPUT = {"mode": "--mode", "streams": "--streams", "batch": "--batch"}
 _MLPERF = {"mlperf": "--mlperf", "mlperf_seconds": "--mlperf-seconds"}

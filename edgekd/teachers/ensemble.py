@@ -123,6 +123,7 @@ class Ensemble:
             score_threshold=self.selection.score_threshold,
             nms_iou=self.selection.nms_iou,
             max_detections=self.selection.max_detections,
+            box_voting=self.selection.box_voting,
         )
         return Detections(geometry.to_source(found.boxes_xyxy), found.scores, found.labels)
 
