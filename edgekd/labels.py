@@ -38,6 +38,8 @@ def _coco_by_id() -> tuple[str, ...]:
 COCO_BY_ID: tuple[str, ...] = _coco_by_id()
 """Names by COCO category id, 0 to 90, as torchvision's, TensorFlow's and DETR's detectors number them."""
 
+COCO_UNUSED_IDS: tuple[int, ...] = tuple(sorted(_COCO_UNUSED_IDS))
+
 NAMED_LABEL_SETS: Mapping[str, tuple[str, ...]] = {"coco": COCO_CLASSES, "coco91": COCO_BY_ID, "voc": VOC_CLASSES}
 
 _SYNONYMS = (
@@ -85,6 +87,16 @@ class ClassMap:
         used = {label for found in self.sources for label in found}
         return tuple(name for label, name in enumerate(self.source_names) if label not in used)
 
+    def changes(self) -> str:
+        """What it does to classes whose names or places differ, in words."""
+        to = {label: name for name, found in zip(self.target_names, self.sources, strict=True) for label in found}
+        differing = {
+            name: to.get(label, "nothing")
+            for label, name in enumerate(self.source_names)
+            if self.target_names[label : label + 1] != (to.get(label),)
+        }
+        return ", ".join(f"{name} -> {target}" for name, target in differing.items())
+
     def project(self, scores: FloatArray) -> FloatArray:
         """(P, source classes) scores to (P, target classes): the best of the sources, 0 where there is none."""
         if self.is_identity:
@@ -109,17 +121,23 @@ def map_classes(
     Raises:
         ClassMapError: nothing maps, or `class_map` names a class that is not there.
     """
-    explicit = {
-        _find(source, source_names, "teacher"): _find(target, target_names, "student") if target else None
-        for source, target in (class_map or {}).items()
-    }
+    explicit: dict[int, int | None] = {}
+    for source, target in (class_map or {}).items():
+        label = _find(source, source_names, "teacher")
+        if label in explicit:
+            raise ClassMapError(
+                "class_map names a class of the teacher twice",
+                got=", ".join(repr(name) for name in class_map or {} if _key(name) == _key(source)),
+                expected="one line a class",
+            )
+        explicit[label] = _find(target, target_names, "student") if target else None
     by_key = {_key(name): index for index, name in reversed(list(enumerate(target_names)))}
     by_synonym = {_canonical(name): index for index, name in reversed(list(enumerate(target_names)))}
     sources: list[list[int]] = [[] for _ in target_names]
     for label, name in enumerate(source_names):
-        target = explicit[label] if label in explicit else by_key.get(_key(name), by_synonym.get(_canonical(name)))
-        if target is not None:
-            sources[target].append(label)
+        own = explicit[label] if label in explicit else by_key.get(_key(name), by_synonym.get(_canonical(name)))
+        if own is not None:
+            sources[own].append(label)
     if not any(sources):
         raise ClassMapError(
             "none of the teacher's classes is one of the student's",

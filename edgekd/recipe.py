@@ -184,9 +184,11 @@ class OnnxTeacher(_Section):
         "auto",
         "xyxy",
         "cxcywh",
+        "xywh",
         "yxyx",
         "xyxy-normalised",
         "cxcywh-normalised",
+        "xywh-normalised",
         "yxyx-normalised",
         "cxcywh-rotated",
         "grid-offsets",
@@ -257,6 +259,12 @@ class EnsembleConfig(_Section):
     weights: Literal["given", "learned"] = Field(
         "given", description="learned: fitted to mAP on held-out training images."
     )
+
+    @model_validator(mode="after")
+    def _learnable(self) -> EnsembleConfig:
+        if self.fusion == "mean-outputs" and self.weights == "learned":
+            raise ValueError("weights: learned are fitted on boxes, which mean-outputs has none of; use fusion: wbf")
+        return self
 
 
 class TermConfig(_Section):
@@ -379,4 +387,13 @@ class Recipe(_Section):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError(f"teachers need different names, got {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _fusible(self) -> Recipe:
+        if self.ensemble.fusion == "mean-outputs" and self.distill.answers == "online" and len(self.teachers) > 1:
+            raise ValueError(
+                "ensemble.fusion: mean-outputs averages raw outputs, and distill.answers: online fuses boxes at every step; "
+                "use fusion: wbf, or answers: image"
+            )
         return self

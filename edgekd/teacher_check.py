@@ -35,6 +35,7 @@ RARER = 0.02
 """AP50 by which a corner must win over the middle."""
 POOR = 0.1
 """AP50 below which a teacher is hardly one."""
+_PLAIN = {"xyxy", "yxyx", "cxcywh", "xywh"}
 RESIZE_MODES: tuple[ResizeMode, ...] = ("stretch", "letterbox", "letterbox-corner")
 _IMAGENET = (0.485, 0.456, 0.406)
 # (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; Caffe's, OpenCV's,
@@ -106,6 +107,10 @@ def other_forms(now: OutputFormat) -> dict[str, OutputFormat]:
     if now.kind == "detections":
         start: Background = "none" if now.background == "first" else "first"
         found[f"background: {start}"] = replace(now, background=start)
+        if now.box_format.partition("-")[0] in _PLAIN:
+            for other in _PLAIN - {now.box_format.partition("-")[0], "yxyx"}:
+                coded = cast(BoxFormat, now.box_format.replace(now.box_format.partition("-")[0], other))
+                found[f"box_format: {coded}"] = replace(now, box_format=coded, unit_unseen=False)
     swapped = {"xyxy": "yxyx", "yxyx": "xyxy"}.get(now.box_format[:4])
     if swapped is not None:
         box_format = cast(BoxFormat, swapped + now.box_format[4:])

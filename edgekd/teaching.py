@@ -17,13 +17,22 @@ from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.errors import ArtifactError, DistillationSetupError
-from edgekd.recipe import CacheConfig, CheckpointTeacher, OnnxTeacher, TeacherConfig, TrainedTeacher
+from edgekd.recipe import (
+    CacheConfig,
+    CheckpointTeacher,
+    ModuleTeacher,
+    OnnxTeacher,
+    TeacherConfig,
+    TorchvisionTeacher,
+    TrainedTeacher,
+)
 from edgekd.runtimes.model_files import sha256_model
 from edgekd.teacher_check import check_readings
 from edgekd.teachers import build_teacher
 from edgekd.teachers.answers import collect_answers
 from edgekd.teachers.cache import GIB, Recording, estimate, fill_fused, make_room
 from edgekd.teachers.ensemble import Ensemble, learn_weights
+from edgekd.teachers.module import module_content
 from edgekd.teachers.native import NativeTeacher
 from edgekd.teachers.predicted import PredictorTeacher
 from edgekd.training_setup import frozen_layers, initial_detector
@@ -268,4 +277,10 @@ def teacher_identity(config: TeacherConfig) -> dict[str, Any]:
         if not Path(config.onnx).is_file():
             raise ArtifactError(f"{config.onnx}: no such file", expected=f"the ONNX file of teacher {config.name}")
         identity["sha256"] = sha256_model(Path(config.onnx))
+    elif isinstance(config, ModuleTeacher):
+        identity["content"] = module_content(config)
+    elif isinstance(config, TorchvisionTeacher) and config.weights is not None:
+        weights = Path(os.path.expanduser(config.weights))
+        if weights.is_file():
+            identity["sha256"] = sha256_file(weights)
     return identity

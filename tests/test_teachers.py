@@ -21,6 +21,7 @@ from edgekd.errors import (
 from edgekd.preprocess import normalise
 from edgekd.recipe import CheckpointTeacher, ModelConfig, ModuleTeacher, OnnxTeacher, TorchvisionTeacher, TrainedTeacher
 from edgekd.teachers import build_teacher
+from edgekd.teaching import teacher_identity
 from edgekd.types import PreprocessSpec
 from tests.toy import CLASSES, toy_detector
 from tests.toy_onnx import write_constant_detector
@@ -160,16 +161,36 @@ class Adapter:
             return [(torch.zeros(1, 4), torch.zeros(1, 3)) for _ in images]
         if self.fault == "count":
             return []
+        if self.fault == "none":
+            return None
+        if self.fault == "dictionaries":
+            return [{"boxes": torch.zeros(1, 4), "labels": torch.ones(1), "scores": torch.ones(1)} for _ in images]
         box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
-        return [(box, np.array([[self.score, float(image.mean())]], np.float32)) for image in images]
+        brightness = [float((image.mean() + 1) / 2) for image in images]
+        return [(box, np.array([[self.score, value]], np.float32)) for value in brightness]
 
 class Tapped(Adapter):
     tap_specs = {"mean": TapSpec("mean", "neck", 3, (1, 1))}
 
     def call_with_taps(self, images, taps):
-        return self(images), {"mean": images.mean((2, 3), keepdim=True)}
+        mean = images.mean((2, 3), keepdim=True)
+        if self.fault == "tap-raise":
+            raise KeyError("f")
+        if self.fault == "tap-alone":
+            return mean
+        maps = {
+            "": {"mean": mean},
+            "tap-none": {},
+            "tap-channels": {"mean": mean[:, :2]},
+            "tap-nan": {"mean": mean * float("nan")},
+        }
+        return self(images), maps[self.fault]
 
-def tapped(): return Tapped()
+def tapped(fault=""): return Tapped(fault=fault)
+def nameless():
+    adapter = Adapter()
+    adapter.class_names = [1, 2]
+    return adapter
 class Reversed(Tapped):
     preprocess = PreprocessSpec((64, 96), "stretch", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), channels="bgr")
 
@@ -227,6 +248,7 @@ def test_online_too_a_bgr_teacher_gets_blue_first(adapters: str, tmp_path: Path)
         ("my_adapters:Adaptr", {}, "Adapter"),
         ("my_adapters:refuses", {}, "no licence"),
         ("my_adapters:nothing", {}, "did not return an adapter"),
+        ("my_adapters:nameless", {}, "no list of texts"),
         ("my_adapters:Adapter", {"scores": 1}, "factory failed"),
     ],
 )
@@ -239,14 +261,60 @@ def test_a_factory_that_does_not_work(adapters: str, module: str, args: dict[str
     ("fault", "error", "words"),
     [
         ("raise", RuntimeFailure, "broken inside"),
-        ("classes", UserError, "wrong shape"),
-        ("count", UserError, "wrong shape"),
+        ("classes", UserError, r"Tensor \(1, 3\)"),
+        ("count", UserError, "not of the adapter's form"),
+        ("none", UserError, "NoneType"),
+        ("dictionaries", UserError, "labels instead of class_probs"),
     ],
 )
 def test_an_adapter_that_answers_wrongly(adapters: str, fault: str, error: type[Exception], words: str) -> None:
     teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:Adapter", args={"fault": fault}), NAMES)
     with pytest.raises(error, match=words):
         teacher.respond(torch.zeros((1, 3, 64, 96), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("score", [90.0, -0.2, float("nan")])
+def test_an_adapter_s_scores_must_be_probabilities(adapters: str, score: float) -> None:
+    teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:Adapter", args={"score": score}), NAMES)
+    with pytest.raises(UserError, match=r"no probabilities|not finite"):
+        teacher.answer(np.zeros((128, 192, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("tap-raise", RuntimeFailure, "KeyError"),
+        ("tap-alone", UserError, "an answer and maps"),
+        ("tap-none", UserError, r"got:      none"),
+        ("tap-channels", UserError, r"\(1, 2, 1, 1\)\n  expected: a tensor \(1, 3, 1, 1\)"),
+        ("tap-nan", UserError, "not finite"),
+    ],
+)
+def test_an_adapter_with_wrong_taps(adapters: str, fault: str, error: type[Exception], words: str) -> None:
+    teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:tapped", args={"fault": fault}), NAMES)
+    with pytest.raises(error, match=words):
+        teacher.respond(torch.zeros((1, 3, 64, 96), dtype=torch.uint8), ["mean"])
+
+
+def test_a_module_teacher_is_known_by_its_source_and_its_files(adapters: str, tmp_path: Path) -> None:
+    weights = tmp_path / "w.pt"
+    weights.write_bytes(b"1")
+    config = ModuleTeacher(name="t", module=f"{adapters}:Adapter", args={"files": [str(weights)]})
+    first = teacher_identity(config)
+    assert teacher_identity(config) == first
+    weights.write_bytes(b"2")
+    second = teacher_identity(config)
+    assert second != first
+    (tmp_path / "my_adapters.py").write_text(ADAPTER + "# changed")
+    assert teacher_identity(config) != second
+    package = tmp_path / "pack"
+    package.mkdir()
+    for name in ("__init__", "net"):
+        (package / f"{name}.py").write_text("")
+    inside = ModuleTeacher(name="t", module="pack:make")
+    before = teacher_identity(inside)
+    (package / "net.py").write_text("layers = 3")
+    assert teacher_identity(inside) != before
 
 
 class _BrokenFinder:

@@ -30,10 +30,14 @@ _EPS = 1e-6
 
 
 def robust_weights(student: Tensor, teacher: Tensor, prototypes: Prototypes) -> Tensor:
-    """(N, C_s) and (N, C_t) L2-normalised objects to (N,) in [-1, 1]: r = 1 - |max cos(s, P_s) - max cos(t, P_t)|."""
+    """(N, C_s) and (N, C_t) L2-normalised objects to (N,) in [0, 1]: r = 1 - |max cos(s, P_s) - max cos(t, P_t)|.
+
+    Cosines of standardised maps can be negative, as those of published, rectified ones cannot, so that r could fall below
+    0, where it would push the student away from its teacher: it ends at 0.
+    """
     s = (student @ prototypes.student.T).amax(1)
     t = (teacher @ prototypes.teacher.T).amax(1)
-    return 1 - (s - t).abs()
+    return (1 - (s - t).abs()).clamp(min=0)
 
 
 def soften(scores: Tensor, temperature: float) -> Tensor:

@@ -96,8 +96,8 @@ def dense_response_losses(
     """Row-by-row (class, box) losses between two detectors of equal layout.
 
     Class: KL(teacher || student) at `temperature`, times its square; for sigmoid heads the binary KL summed over
-    classes. Box: smooth L1 on the raw coding. Both are means weighted by the teacher's foreground confidence, to
-    which the class part adds `background`.
+    classes. Objectness, where there is one, is not softened. Box: smooth L1 on the raw coding. Both are means weighted
+    by the teacher's foreground confidence, to which the class part adds `background`.
     """
     s_logits, t_logits = student.cls_logits.float(), teacher.cls_logits.float().detach()
     if activation == "softmax":
@@ -110,6 +110,7 @@ def dense_response_losses(
         entropy = functional.binary_cross_entropy_with_logits(t_logits / temperature, t_prob, reduction="none")
         kl = (cross - entropy).sum(-1)
         confidence = torch.sigmoid(t_logits).amax(-1)
+    kl = kl * temperature**2
     if teacher.objectness is not None and student.objectness is not None:
         t_obj = torch.sigmoid(teacher.objectness.float().detach())
         obj = functional.binary_cross_entropy_with_logits(student.objectness.float(), t_obj, reduction="none")
@@ -117,7 +118,7 @@ def dense_response_losses(
         kl = kl * t_obj + obj - functional.binary_cross_entropy(t_obj, t_obj, reduction="none")
         confidence = confidence * t_obj
     weight = confidence + background
-    cls_loss = (weight * kl).sum() / normaliser(weight.sum(), least=1.0) * temperature**2
+    cls_loss = (weight * kl).sum() / normaliser(weight.sum(), least=1.0)
     difference = functional.smooth_l1_loss(
         student.bbox_regression.float(), teacher.bbox_regression.float().detach(), reduction="none"
     ).mean(-1)
@@ -141,4 +142,10 @@ def _require_equal_layouts(pair: Pair) -> None:
                 got=", ".join(native.spec.class_names),
                 expected=", ".join(pair.student.spec.class_names),
                 fix="use mode: boxes",
+            )
+        if teacher.class_map is not None:
+            raise DistillationSetupError(
+                f"response with mode: priors reads raw outputs, which no class map reaches; {teacher.name} has one",
+                got=teacher.class_map.changes(),
+                fix="use mode: boxes, or leave `class_map` out",
             )

@@ -25,8 +25,10 @@ from edgekd.types import FloatArray
 
 _FACTOR_WORDS = ("obj", "centerness", "centreness")
 """In the names of values that class scores are to be multiplied by: YOLO's objectness, FCOS's centre-ness."""
+_UNLIKELY = -1.0
+"""A logit that a sigmoid head gives nearly every candidate less than, and a softmax's background more than."""
 _WINS = 0.5
-"""Of candidates: nearly every one of a detector is background, so its column wins nearly everywhere."""
+"""Of candidates: nearly every one of a detector is background, so its column wins nearly everywhere, and clearly."""
 
 
 def boxes_scores(
@@ -100,9 +102,12 @@ def _activation_and_background(
 ) -> tuple[Activation, Background]:
     columns, by_id = scores.shape[1], coco_by_id(class_names)
     has_background = _has_background(columns, class_names, declared)
-    activation = activation_of(scores, declared)
+    activation = activation_of(probe, scores, declared)
     if activation == "sigmoid" and declared.score_activation == "auto" and (has_background or by_id):
-        activation = "softmax" if _winner(activate(scores, "softmax")) is not None else "sigmoid"
+        end = _winner(activate(scores, "softmax"))
+        # Sigmoids' logits are far below 0 for what is no object, in a column that was never used too (Deformable DETR's).
+        stands_out = end is not None and float(np.median(scores[:, 0 if end == "first" else -1])) > _UNLIKELY
+        activation = "softmax" if stands_out else "sigmoid"
     probs = activate(scores, activation)
     if columns == 91 and by_id and declared.background == "auto":
         has_background = _winner(probs) == "first"  # else id 0 is a column like any other
@@ -118,12 +123,14 @@ def _has_background(columns: int, class_names: tuple[str, ...], declared: OnnxTe
 
 
 def _winner(probs: FloatArray) -> Background | None:
-    """The end at which a column wins nearly everywhere, if one does."""
+    """The end at which a column wins nearly everywhere, and clearly, if one does: not just that of the commonest class."""
     best = probs.argmax(1)
-    first, last = float((best == 0).mean()), float((best == probs.shape[1] - 1).mean())
-    if max(first, last) < _WINS:
+    first, last = best == 0, best == probs.shape[1] - 1
+    end: Background = "first" if first.mean() >= last.mean() else "last"
+    wins = first if end == "first" else last
+    if wins.mean() < _WINS or np.median(probs[wins, 0 if end == "first" else -1]) < _WINS:
         return None
-    return "first" if first >= last else "last"
+    return end
 
 
 def _background(probe: Probe, probs: FloatArray, class_names: Sequence[str], declared: OnnxTeacher) -> Background:

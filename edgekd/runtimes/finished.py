@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.labels import NAMED_LABEL_SETS
+from edgekd.labels import COCO_UNUSED_IDS, NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.output_format import NORMALISED_BELOW, Activation, Background, BoxFormat, OutputFormat
@@ -22,11 +22,16 @@ from edgekd.runtimes.probe import (
     named,
 )
 from edgekd.runtimes.rows import LAYOUTS, fitting, in_words
+from edgekd.types import FloatArray
 
 MOST_FINISHED = 1000
 """Rows beyond this are candidates that no NMS has thinned."""
 _TENSORFLOW = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
 """What TensorFlow's Object Detection API calls its outputs."""
+_REVERSED = 0.2
+"""Of the rows: more whose corners are in the wrong order are no corners."""
+_OVER = 0.03
+"""How far, of its side, boxes may reach over the picture's edge."""
 _COCO, _COCO_BY_ID = NAMED_LABEL_SETS["coco"], NAMED_LABEL_SETS["coco91"]
 _Origin = Literal["tensorflow", "torchvision", "SSD", "unknown-start", "other"]
 Roles = tuple[tuple[str, ...], tuple[int, ...]]
@@ -75,6 +80,7 @@ def finished(
         background,
         columns=columns,
         unit_unseen=unit_unseen,
+        unused_labels=COCO_UNUSED_IDS if names == _COCO_BY_ID else (),
         overlapping=overlapping,
     )
     unit = "pixels or shares as each image shows" if unit_unseen else box_format
@@ -157,10 +163,36 @@ def _boxes(
         array = rows_of(array, 0)
         columns = columns or LAYOUTS[min(array.shape[-1], 7)][0]
     boxes = np.asarray(array, np.float32)[..., list(columns[:4] if len(outputs) == 1 else (0, 1, 2, 3))].reshape(-1, 4)
-    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]  # padding, of zeros or -1, says nothing of the unit
+    real = boxes[~((boxes == boxes[:, :1]).all(1))]  # padding, of zeros or -1
+    if len(real) and float((real[:, 2:] < real[:, :2]).any(1).mean()) > _REVERSED:
+        return _with_extent(probe, real), False
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]  # the rest says nothing of the unit
     normalised = len(boxes) > 0 and float(np.abs(boxes).max()) <= NORMALISED_BELOW
     axes = "yxyx" if probe.channels_last and array.shape[-1] == 7 else "xyxy"  # EfficientDet's rows
     return cast(BoxFormat, axes + ("-normalised" if normalised else "")), not len(boxes) and axes == "xyxy"
+
+
+def _with_extent(probe: Probe, boxes: FloatArray) -> BoxFormat:
+    """How boxes that are no corners are read: by what leaves them in the picture, a centre or a corner before the extent.
+
+    Raises:
+        UserError: both do, or neither.
+    """
+    normalised = float(np.abs(boxes).max()) <= NORMALISED_BELOW
+    height, width = (1.0, 1.0) if normalised else (float(extent) for extent in probe.input_hw)
+    size = np.array([width, height], np.float32)
+    inside = {}
+    for name, share in (("cxcywh", 0.5), ("xywh", 0.0)):
+        low = boxes[:, :2] - share * boxes[:, 2:]
+        fits = (boxes[:, 2:] >= 0) & (low >= -_OVER * size) & (low + boxes[:, 2:] <= (1 + _OVER) * size)
+        inside[name] = float(fits.all(1).mean())
+    best, other = sorted(inside, key=lambda name: -inside[name])
+    if inside[best] < 0.9 or inside[other] > inside[best] - 0.1:
+        raise probe.unclear(
+            "boxes of finished detections whose second corner does not lie behind their first",
+            "declare `box_format`: cxcywh (centre and extent), xywh (corner and extent) or yxyx",
+        )
+    return cast(BoxFormat, best + ("-normalised" if normalised else ""))
 
 
 def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, certain: bool) -> Roles | None:

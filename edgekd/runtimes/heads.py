@@ -58,7 +58,7 @@ def yolo(probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tup
     box_format = _yolo_box_format(probe, boxes, declared, layout, last)
     scores = values[:, : layout.classes] if last else values[:, layout.box_values : values.shape[1] - layout.extra]
     _refuse_other_values(probe, scores, declared, layout)
-    activation = activation_of(scores, declared)
+    activation = activation_of(probe, scores, declared)
     form = OutputFormat(
         layout.kind,
         tuple(outputs),
@@ -185,11 +185,22 @@ def _bounded(scores: FloatArray) -> bool:
     return scores.size == 0 or (float(scores.min()) >= -1e-4 and float(scores.max()) <= 1.0 + 1e-3)
 
 
-def activation_of(scores: FloatArray, declared: OnnxTeacher) -> Activation:
-    """Values outside [0, 1] are logits, of sigmoids unless something else tells of a softmax."""
+def activation_of(probe: Probe, scores: FloatArray, declared: OnnxTeacher) -> Activation:
+    """Values outside [0, 1] are logits, of sigmoids unless something else tells of a softmax.
+
+    Raises:
+        UserError: none is below 0, as of logits most are.
+    """
     if declared.score_activation != "auto":
         return declared.score_activation
-    return "none" if _bounded(scores) else "sigmoid"
+    if _bounded(scores):
+        return "none"
+    if float(scores.min()) >= 0:
+        raise probe.unclear(
+            f"scores from {float(scores.min()):g} to {float(scores.max()):g}: neither probabilities nor logits; percent, perhaps",
+            "export it with scores up to 1, or declare `score_activation` if they are logits all the same",
+        )
+    return "sigmoid"
 
 
 # --- one array, or a pair, a level ---------------------------------------------------------------------------------
@@ -254,7 +265,7 @@ def _anchored(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None
     outputs = tuple(name for _, name in levels_found)
     raw, _ = candidates_of([probe.arrays[name] for name in outputs], 0, 5 + classes, probe.input_hw)
     class_names, notes = names_or_error(probe, names, classes)
-    activation = activation_of(raw if anchors.squared else raw[:, 4:], declared)
+    activation = activation_of(probe, raw if anchors.squared else raw[:, 4:], declared)
     form = OutputFormat(
         "yolo-objectness",
         outputs,
@@ -288,7 +299,7 @@ def _pairs(
     class_names, notes = names_or_error(probe, names, classes)
     channels_first = probe.arrays[score_names[0]].ndim == 4
     scores = table_of([probe.arrays[name] for name in score_names], 0, channels_first)
-    activation = activation_of(np.asarray(scores, np.float32), declared)
+    activation = activation_of(probe, np.asarray(scores, np.float32), declared)
     box_format: BoxFormat = "grid-distances" if declared.box_format == "auto" else declared.box_format
     form = OutputFormat(
         "boxes-scores", (*box_names, *score_names), classes, box_format, activation, "none", channels_first

@@ -9,9 +9,11 @@ OutputKind = Literal["boxes-scores", "yolo", "yolo-objectness", "detections"]
 BoxFormat = Literal[
     "xyxy",
     "cxcywh",
+    "xywh",
     "yxyx",
     "xyxy-normalised",
     "cxcywh-normalised",
+    "xywh-normalised",
     "yxyx-normalised",
     "cxcywh-rotated",
     "grid-offsets",
@@ -36,7 +38,7 @@ class OutputFormat:
             detections: (boxes, scores, labels) or (boxes, scores, labels, count), or (boxes with scores, labels), or one
             array of rows. yolo: one array, or one a level.
         num_classes: K, without background.
-        box_format: coding of the boxes; "normalised" means shares of the input's width and height; "rotated" ones have
+        box_format: coding of the boxes; "xywh" has the upper left corner and the extent, as COCO; "normalised" means shares of the input's width and height; "rotated" ones have
             an angle in the last column and count as the upright box around them; "grid-..." is undecoded: "offsets"
             YOLOX's, "distances" YOLOv8's, "distances-corner" NanoDet-Plus's (`runtimes.grids`), "anchors" in maps
             (`runtimes.anchored`).
@@ -45,6 +47,7 @@ class OutputFormat:
         channels_first: values run along the second to last axis, candidates along the last.
         columns: "detections" in one array: the columns of (x1, y1, x2, y2, score, label); empty where no row was seen
             yet, so that each image's rows tell.
+        unused_labels: "detections": labels of no class, such as COCO's unused category ids.
         unit_unseen: `box_format` is "xyxy" because nothing was found on the probe picture: an image whose boxes all end
             within `NORMALISED_BELOW` has them as shares.
         extra: "yolo": values after the scores that are neither (mask coefficients, keypoints, an angle).
@@ -63,6 +66,7 @@ class OutputFormat:
     channels_first: bool = False
     columns: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     unit_unseen: bool = False
+    unused_labels: tuple[int, ...] = ()
     extra: int = 0
     boxes_last: bool = False
     overlapping: bool = False

@@ -15,6 +15,8 @@ from edgekd.runtimes.rows import HIGHEST_SCORE, layout_of
 from edgekd.types import Array, FloatArray, IntArray
 
 Arrays = Mapping[str, Array]
+_SURE = 0.5
+"""Scores above it are no noise: a detector never gives one to a label that it was never taught."""
 
 
 def decode(
@@ -51,6 +53,13 @@ def decode(
             "a detector gave boxes or scores that are not finite",
             got=f"{int((~np.isfinite(boxes)).sum())} box values, {int((~np.isfinite(scores)).sum())} scores",
             fix="a reduced precision that overflows is the usual cause: compare with the fp32 file",
+        )
+    if form.activation == "none" and (highest := float(scores.max(initial=0.0))) > HIGHEST_SCORE:
+        raise ArtifactError(
+            "a detector gives scores above 1",
+            got=f"{highest:g}",
+            expected="probabilities, as its outputs were read",
+            fix="declare `score_activation: sigmoid` or `softmax` where they are logits; percent must be exported anew",
         )
     return boxes, scores
 
@@ -202,6 +211,13 @@ def _labelled(boxes: Array, confidence: FloatArray, labels: Array, form: OutputF
             fix="declare all of its classes in label order (`class_names`, --classes), or `background` where labels start "
             "at 1",
         )
+    if (unused := classes[real & (confidence > _SURE) & np.isin(classes, form.unused_labels)]).size:
+        raise ArtifactError(
+            "a detector is sure of objects whose labels are COCO category ids that no class has",
+            got="label " + ", ".join(str(label) for label in np.unique(unused)[:5].tolist()),
+            expected="COCO's category ids, as its labels were read",
+            fix="declare `background: first` if label 1 is the first of 80 classes in a row, or `background: none` if label 0 is",
+        )
     probs = np.zeros((int(real.sum()), form.num_classes), np.float32)
     probs[np.arange(len(probs)), classes[real]] = confidence[real]
     return boxes[real], probs
@@ -254,6 +270,8 @@ def _to_pixels(boxes: FloatArray, box_format: BoxFormat, input_hw: tuple[int, in
         raise ValueError(f"{boxes.shape[1:]} values a box")
     if box_format.startswith("cxcywh"):
         boxes = xyxy_from_cxcywh(boxes)
+    elif box_format.startswith("xywh"):
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
     elif box_format.startswith("yxyx"):
         boxes = boxes[:, [1, 0, 3, 2]]
     if box_format.endswith("normalised"):

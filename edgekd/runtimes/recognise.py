@@ -52,7 +52,15 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
         if in_levels is not None:
             return in_levels
     if kind != "boxes-scores" and (head := _head(arrays, heads, names)) is not None:
-        return yolo(probe, [head], declared, names)
+        found = yolo(probe, [head], declared, names)
+        one_more = found_names is not None and len(found_names) == found.form.num_classes + 1
+        if found.form.kind == "yolo-objectness" and kind == "auto" and one_more:
+            raise probe.unclear(
+                f"{found.form.num_classes} class names are declared, the file itself names {len(found_names or ())}, and the "
+                "value between would be an objectness with the former and a class with the latter",
+                "leave `class_names` out, or declare `output` too",
+            )
+        return found
     if kind in ("yolo", "yolo-objectness"):
         raise probe.unclear(f"output: {kind} needs one array of candidates", "declare another `output`")
     if len(heads) > 1 and len({arrays[name].shape for name in heads}) == 1:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgekd.errors import DistillationSetupError
+from edgekd.errors import ClassMapError, DistillationSetupError
 from edgekd.recipe import CheckpointTeacher, ModuleTeacher, OnnxTeacher, TeacherConfig, TorchvisionTeacher
 
 if TYPE_CHECKING:
@@ -32,6 +32,14 @@ def build_teacher(
         MissingDependencyError: a package that it needs is not there. UserError: something must be declared.
         DistillationSetupError: the teacher has still to be trained.
     """
+    try:
+        return _built(config, class_names, device, threads)
+    except ClassMapError as error:
+        what = f"teacher {config.name!r}: {error.what}"
+        raise ClassMapError(what, got=error.got, expected=error.expected, fix=error.fix) from error
+
+
+def _built(config: TeacherConfig, class_names: Sequence[str], device: str, threads: int | None) -> PredictorTeacher:
     if isinstance(config, CheckpointTeacher):
         from edgekd.teachers.native import native_teacher
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # an ensemble of ONNX files or engines is deployed without to
     from torch import Tensor
 
     from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, TapSpec
+    from edgekd.labels import ClassMap
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Teacher(Protocol):
         name: unique among the recipe's teachers.
         preprocess: how it wants its images.
         student_class_names: the label set its answers come in.
+        class_map: from its own classes to these; None where both are the same.
         unknown_classes: those of them that it does not know, so that its silence says nothing about them.
         tap_specs: what `taps` may name; empty for a black box without declared taps.
         detector: the native detector behind it, or None. Row-by-row distillation needs it.
@@ -44,6 +46,7 @@ class Teacher(Protocol):
     name: str
     preprocess: PreprocessSpec
     student_class_names: tuple[str, ...]
+    class_map: ClassMap | None
     unknown_classes: tuple[str, ...]
     tap_specs: Mapping[str, TapSpec]
     detector: Detector | None

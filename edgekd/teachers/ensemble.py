@@ -258,6 +258,15 @@ def _alike(teachers: Sequence[PredictorTeacher]) -> tuple[Detector, ...]:
         "preprocessing": lambda detector: detector.spec.preprocess,
     }
     first = detectors[0]
+    for teacher in teachers:
+        if teacher.class_map != teachers[0].class_map:
+            maps = [one.class_map.changes() if one.class_map else "none" for one in (teacher, teachers[0])]
+            raise DistillationSetupError(
+                f"mean-outputs: {teachers[0].name!r} and {teacher.name!r} differ in their class map",
+                got=maps[0],
+                expected=maps[1],
+                fix="use `fusion: wbf`, which works on boxes",
+            )
     for what, aspect in aspects.items():
         for teacher, detector in zip(teachers, detectors, strict=True):
             if aspect(detector) != aspect(first):

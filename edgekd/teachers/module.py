@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgekd.artifact import sha256_file
 from edgekd.detectors.base import TapSpec
 from edgekd.errors import RuntimeFailure, UserError
 from edgekd.predictor import Predictor
@@ -24,6 +27,7 @@ from edgekd.teachers.base import TeacherOutput
 from edgekd.teachers.predicted import PredictorTeacher, soft_targets_from
 from edgekd.types import FloatArray, PreprocessSpec
 
+_ROUNDING = 1e-3
 AdapterAnswer = Sequence[tuple[Any, Any]]
 """One (boxes_xyxy (n, 4) input pixels, class_probs (n, classes) in [0, 1]) an image, as tensors or arrays."""
 
@@ -95,20 +99,86 @@ class AdapterRuntime:
             raise RuntimeFailure(f"{self.label} failed", got=f"{type(error).__name__}: {error}") from error
         return self.checked(answers, len(images))
 
-    def checked(self, answers: AdapterAnswer, images: int) -> list[dict[str, FloatArray]]:
-        """The same as numpy, or an error that says what is wrong with it."""
-        found = [tuple(_as_array(value) for value in answer) for answer in answers]
-        shapes = [tuple(value.shape for value in answer) for answer in found]
-        for answer in found:
-            if len(answer) != 2 or answer[0].shape[1:] != (4,) or answer[1].shape != (len(answer[0]), self._classes):
-                found = []
-        if len(found) != images:
+    @torch.no_grad()
+    def ask_with_taps(
+        self, images: Tensor, taps: Sequence[str]
+    ) -> tuple[list[dict[str, FloatArray]], dict[str, Tensor]]:
+        """Like `ask`, with the checked maps of these taps, each (B, C, H, W)."""
+        if not isinstance(self.adapter, TappedAdapter):
+            raise RuntimeFailure(f"{self.label}: this adapter is closed, or has no taps")
+        try:
+            both = self.adapter.call_with_taps(images, taps)
+        except Exception as error:  # foreign code: whatever it raises
+            raise RuntimeFailure(f"{self.label} failed", got=f"{type(error).__name__}: {error}") from error
+        if not isinstance(both, tuple) or len(both) != 2 or not isinstance(both[1], Mapping):
             raise UserError(
-                f"{self.label}: its answer has the wrong shape",
-                got=f"for {images} images: {shapes}",
-                expected=f"one (boxes (n, 4), class_probs (n, {self._classes})) an image",
+                f"{self.label}: call_with_taps did not return an answer and maps",
+                got=_described(both),
+                expected="(answer, {tap: map (B, C, H, W)})",
             )
-        return [{"boxes": boxes, "scores": scores} for boxes, scores in found]
+        answers, maps = both
+        return self.checked(answers, len(images)), {
+            tap: self._checked_map(maps, self.adapter.tap_specs[tap], len(images)) for tap in taps
+        }
+
+    def _checked_map(self, maps: Mapping[str, Any], spec: TapSpec, images: int) -> Tensor:
+        expected = (images, spec.channels, *spec.grid_hw)
+        found = maps.get(spec.name)
+        if not isinstance(found, Tensor) or tuple(found.shape) != expected:
+            raise UserError(
+                f"{self.label}: its map of tap {spec.name!r} is not what `tap_specs` says",
+                got="none" if found is None else _described(found),
+                expected=f"a tensor {expected}",
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise UserError(
+                f"{self.label}: its map of tap {spec.name!r} is not finite",
+                got=f"{int((~torch.isfinite(found)).sum())} of {found.numel()} values are NaN or infinite",
+                expected="finite features",
+            )
+        return found
+
+    def checked(self, answers: AdapterAnswer, images: int) -> list[dict[str, FloatArray]]:
+        """The same as numpy.
+
+        Raises:
+            UserError: it is not one (boxes, class_probs) an image, or has values that cannot be.
+        """
+        found = self._pairs(answers)
+        if found is None or len(found) != images:
+            raise UserError(
+                f"{self.label}: its answer is not of the adapter's form",
+                got=f"for {images} images: {_described(answers)}",
+                expected=f"one (boxes (n, 4), class_probs (n, {self._classes})) an image",
+                fix="see edgekd.teachers.module.ModuleAdapter; torchvision's dictionaries have labels instead of class_probs",
+            )
+        for boxes, scores in found:
+            if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+                raise UserError(
+                    f"{self.label}: its answer is not finite",
+                    got=f"{int((~np.isfinite(boxes)).sum())} box values, {int((~np.isfinite(scores)).sum())} probabilities",
+                    expected="finite boxes and class_probs",
+                )
+            if scores.size and not (scores.min() >= -_ROUNDING and scores.max() <= 1 + _ROUNDING):
+                raise UserError(
+                    f"{self.label}: its class_probs are no probabilities",
+                    got=f"{scores.min():g} to {scores.max():g}",
+                    expected="0 to 1",
+                    fix="apply the detector's own sigmoid or softmax, or divide percentages by 100",
+                )
+        return [{"boxes": boxes, "scores": scores.clip(0, 1)} for boxes, scores in found]
+
+    def _pairs(self, answers: Any) -> list[tuple[FloatArray, FloatArray]] | None:
+        """The (boxes, class_probs) of an answer; None if it has another form."""
+        pairs = []
+        try:
+            for answer in answers:
+                boxes, scores = answer
+                pairs.append((_as_array(boxes), _as_array(scores)))
+        except (TypeError, ValueError):
+            return None
+        fits = all(b.shape == (len(b), 4) and s.shape == (len(b), self._classes) for b, s in pairs if b.ndim == 2)
+        return pairs if fits and all(boxes.ndim == 2 for boxes, _ in pairs) else None
 
     def close(self) -> None:
         """Let go of the adapter; further calls raise."""
@@ -121,6 +191,18 @@ class AdapterRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _described(value: Any) -> str:
+    """What foreign code gave, by type and shape."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{type(value).__name__} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_described(part)}" for key, part in list(value.items())[:4]) + "}"
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(_described(part) for part in value[:4]) + (", ..." if len(value) > 4 else "")
+        return f"({shown})" if isinstance(value, tuple) else f"[{shown}]"
+    return type(value).__name__
 
 
 def _as_array(value: Any) -> FloatArray:
@@ -160,7 +242,6 @@ class AdapterTeacher(PredictorTeacher):
         specs = adapter.tap_specs if isinstance(adapter, TappedAdapter) else {}
         super().__init__(name, predictor, student_class_names, class_map, tap_specs=specs)
         self._runtime = runtime
-        self._adapter = adapter
 
     def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
         """Answer a batch: images (B, 3, h, w) uint8 RGB, already at `preprocess.input_hw`.
@@ -173,17 +254,11 @@ class AdapterTeacher(PredictorTeacher):
         scale, bias = (torch.from_numpy(values).to(device) for values in normalisation(self.preprocess))
         pixels = images_u8.flip(1) if self.preprocess.channels == "bgr" else images_u8
         images = pixels.to(device, torch.float32).mul_(scale).add_(bias)
-        maps: Mapping[str, Tensor] = {}
-        if taps and isinstance(self._adapter, TappedAdapter):
-            with torch.no_grad():
-                given, maps = self._adapter.call_with_taps(images, taps)
-            answers = self._runtime.checked(given, len(images))
-        else:
-            answers = self._runtime.ask(images)
+        answers, maps = self._runtime.ask_with_taps(images, taps) if taps else (self._runtime.ask(images), {})
         soft = [
             self._answering.soft_candidates({key: value[None] for key, value in answer.items()}) for answer in answers
         ]
-        return TeacherOutput(soft_targets_from(soft, images_u8.device), taps=dict(maps))
+        return TeacherOutput(soft_targets_from(soft, images_u8.device), taps=maps)
 
 
 def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: str) -> AdapterTeacher:
@@ -209,29 +284,81 @@ def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: st
             expected="preprocess: PreprocessSpec, class_names, and __call__(images) -> [(boxes, class_probs), ...]",
             fix="see edgekd.teachers.module.ModuleAdapter",
         )
+    names = adapter.class_names
+    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"teacher {config.name!r}: its class names are no list of texts",
+            got=repr(names)[:200],
+            expected="class_names: a sequence of str, in the order of class_probs",
+        )
     if isinstance(adapter, torch.nn.Module):
         adapter.to(device).eval().requires_grad_(False)
     facts = {"module": config.module, "args": dict(config.args)}
     return AdapterTeacher(config.name, adapter, class_names, config.class_map, device=device, facts=facts)
 
 
+def module_content(config: ModuleTeacher) -> dict[str, str]:
+    """What such a teacher is, by content: a hash of the module's source, and of each file that its arguments name.
+
+    Of a module in a package all of the package's Python files count; what it imports from elsewhere does not.
+    """
+    content: dict[str, str] = {}
+    with _working_directory_first():
+        try:
+            found = importlib.util.find_spec(config.module.partition(":")[0])
+        except (ImportError, ValueError):  # said better where the factory is imported
+            found = None
+    if found is not None and found.origin is not None and Path(found.origin).is_file():
+        source = Path(found.origin)
+        within_package = "." in found.name or found.submodule_search_locations is not None
+        files = sorted(source.parent.rglob("*.py")) if within_package else [source]
+        content |= {f"source:{file.relative_to(source.parent)}": sha256_file(file) for file in files}
+    named = [value for value in _texts(config.args) if _is_file(value)]
+    return content | {f"file:{name}": sha256_file(Path(name).expanduser()) for name in named}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _texts(part)
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # a text that is no path
+        return False
+
+
+@contextlib.contextmanager
+def _working_directory_first() -> Iterator[None]:
+    """The command `edgekd`, unlike `python -m`, does not look for modules in the working directory."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
 def _factory(reference: str) -> Callable[..., Any]:
     module_name, _, function_name = reference.partition(":")
     if not module_name or not function_name:
         raise UserError("a module teacher is named by its factory", got=reference, expected="package.module:function")
-    # The command `edgekd`, unlike `python -m`, does not look for modules in the working directory.
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        with _working_directory_first():
+            module = importlib.import_module(module_name)
     except Exception as error:  # foreign code: whatever it raises
         raise UserError(
             f"module {module_name!r} cannot be imported",
             got=f"{type(error).__name__}: {error}",
             expected="a module in the working directory or installed beside edgekd",
         ) from error
-    finally:
-        sys.path.remove(here)
     factory = getattr(module, function_name, None)
     if not callable(factory):
         functions = sorted(name for name, value in vars(module).items() if callable(value) and name[0] != "_")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgekd.detectors.base import Detector, SoftTargets, TapSpec
+    from edgekd.labels import ClassMap
 
 ANSWER_THRESHOLD = 0.01
 """Candidates below this do not teach; on VOC that costs an ensemble no AP50 and halves the rows."""
@@ -37,6 +38,7 @@ class PredictorTeacher:
 
     Attributes:
         predictor: the same detector, answering in the student's classes.
+        class_map: from its own classes to the student's; None where both are the same.
         unknown_classes: student classes that this teacher does not know, so that its silence says nothing about them.
         known: (classes,) bool, False for these.
 
@@ -61,7 +63,8 @@ class PredictorTeacher:
         self.student_class_names = tuple(student_class_names)
         self.tap_specs: Mapping[str, TapSpec] = dict(tap_specs or {})
         self.detector: Detector | None = None
-        mapped = self.predictor.class_map
+        self.class_map: ClassMap | None = self.predictor.class_map
+        mapped = self.class_map
         self.unknown_classes: tuple[str, ...] = mapped.unknown_classes if mapped is not None else ()
         self.known: BoolArray = mapped.known if mapped is not None else np.ones(len(self.student_class_names), np.bool_)
         self._tap_tensors = dict(tap_tensors or {})
