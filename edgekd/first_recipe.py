@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Asked:
 
     Attributes:
         root: the data set. out: the recipe's file. teachers: ONNX files, checkpoints, run folders.
+        declared: keys of a recipe's ONNX teacher, of every ONNX file among the teachers that is none of edgekd's.
         format: of the data set. train, val: its splits, found out where None.
         on_gpu: whether the recipe is for a GPU.
     """
@@ -61,6 +62,7 @@ class Asked:
     root: Path
     out: Path
     teachers: tuple[Path, ...] = ()
+    declared: Mapping[str, Any] = field(default_factory=dict)
     student: str = STUDENT
     input_size: int = 320
     format: str = "auto"
@@ -77,7 +79,7 @@ def propose(asked: Asked, terminal: Terminal) -> RecipeDraft:
             cannot be used as it is. RecipeError: no such student.
     """
     found = RecipeDraft({"name": _safe(os.path.basename(os.path.abspath(asked.root)), "mine")})
-    teachers = teacher_entries(asked.teachers)
+    teachers = teacher_entries(asked.teachers, asked.declared)
     train = _put_data(found, asked)
     student = ModelConfig(model=asked.student, input_size=asked.input_size)
     spec_for(student, train.class_names)  # a model or a size that cannot be is told before all else
@@ -108,8 +110,13 @@ def epochs_for(images: int, batch_size: int, on_gpu: bool) -> int:
     return max(least, min(most, round(steps * batch_size / images)))
 
 
-def teacher_entries(paths: Sequence[Path]) -> list[OnnxTeacher | CheckpointTeacher]:
+def teacher_entries(
+    paths: Sequence[Path], declared: Mapping[str, Any] | None = None
+) -> list[OnnxTeacher | CheckpointTeacher]:
     """A recipe's entry for each file or run folder, named after it; no two names are the same.
+
+    Args:
+        declared: further keys of each ONNX file's entry.
 
     Raises:
         UserError: one that is neither, or is given twice.
@@ -136,7 +143,7 @@ def teacher_entries(paths: Sequence[Path]) -> list[OnnxTeacher | CheckpointTeach
         of_run = Path(place).parent if path.suffix == ".pt" and path.stem in ("model", "best") else Path(place)
         name = _unused(_safe(of_run.name if of_run.is_dir() else of_run.stem, "teacher"), taken)
         if path.suffix.lower() == ".onnx":
-            entries.append(OnnxTeacher(name=name, onnx=place))
+            entries.append(OnnxTeacher(name=name, onnx=place, **(declared or {})))
         else:
             entries.append(CheckpointTeacher(name=name, checkpoint=place))
     return entries
@@ -246,7 +253,9 @@ def _put_teachers(
             teacher.close()
         key = "onnx" if isinstance(entry, OnnxTeacher) else "checkpoint"
         place = _relative(Path(getattr(entry, key)), out)
-        found.values["teachers"].append({"name": entry.name, key: place})
+        foreign = is_foreign(teacher)  # edgekd's own files say themselves what can be declared of others
+        declared = entry.model_dump(mode="json", exclude_unset=True, exclude={"name", key}) if foreign else {}
+        found.values["teachers"].append({"name": entry.name, key: place, **declared})
         found.reasons["teachers", number, key] = why
     if unknown:
         named = [name for name in classes if name in unknown]

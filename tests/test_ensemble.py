@@ -154,6 +154,9 @@ def test_mean_outputs_of_heads_that_differ_says_in_what(tmp_path: Path) -> None:
         Ensemble([native(0, "a"), native(1, "b", input_size=128)], config)
     with pytest.raises(DistillationSetupError, match="layout"):
         Ensemble([native(0, "a"), native(1, "b", model="yolo-nano")], config)
+    swapping = NativeTeacher("s", toy_detector(seed=1), CLASSES, {CLASSES[0]: CLASSES[1], CLASSES[1]: CLASSES[0]})
+    with pytest.raises(DistillationSetupError, match="class map"):
+        Ensemble([native(0, "a"), swapping], config)
     with pytest.raises(DistillationSetupError, match="black boxes: c"):
         Ensemble([native(0, "a"), _as_toy(black_box(tmp_path, "c", [([1, 1, 9, 9], [0.5, 0.1])]))], config)
 

@@ -190,6 +190,26 @@ def test_a_teacher_that_cannot_teach_is_told_now(tmp_path: Path, make: Any, mess
     assert not out.exists()
 
 
+def test_what_a_file_does_not_say_can_be_declared(tmp_path: Path) -> None:
+    root, out = voc(tmp_path / "set"), tmp_path / "mine.yaml"
+    arrays = {
+        "boxes": np.array([[8, 8, 40, 40]], np.float32),
+        "scores": np.ones(1, np.float32),
+        "labels": np.ones(1, np.int64),
+    }
+    file = write_constant_detector(tmp_path / "t.onnx", arrays, (1, 3, 64, 64))
+    refused = init(root, "--out", out, "-t", file)
+    assert refused.exit_code == 2
+    assert "declare `class_names`" in refused.stderr
+    declared = ("--classes", "dog,cat", "--declare", "background=none", "--declare", "mean=[0.5,0.5,0.5]")
+    result = init(root, "--out", out, "-t", file, *declared)
+    assert result.exit_code == 0, result.output
+    (entry,) = written(out)["teachers"]
+    assert entry["class_names"] == ["dog", "cat"]
+    assert (entry["background"], entry["mean"]) == ("none", [0.5, 0.5, 0.5])
+    assert init(root, "--out", out, "--force", *declared).exit_code == 2
+
+
 def test_names_of_teachers(tmp_path: Path) -> None:
     run = tmp_path / "Ours"
     run.mkdir()

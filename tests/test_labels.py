@@ -61,6 +61,18 @@ def test_projection_takes_the_best_source_and_leaves_the_unknown_at_zero() -> No
     assert not map_classes(["b", "a"], ["a", "b"]).is_identity
 
 
+def test_a_class_that_is_mapped_twice_is_refused_whatever_its_spelling() -> None:
+    with pytest.raises(ClassMapError, match="twice"):
+        map_classes(["car"], ["vehicle", "person"], {"Car": "vehicle", "car": "person"})
+
+
+def test_what_a_map_changes_in_words() -> None:
+    assert map_classes(["a", "b"], ["a", "b"]).changes() == ""
+    assert map_classes(["cat", "dog", "cow"], ["dog", "animal"], {"cow": "animal"}).changes() == (
+        "cat -> nothing, dog -> dog, cow -> animal"
+    )
+
+
 def test_nothing_in_common_lists_both_sides() -> None:
     with pytest.raises(ClassMapError) as caught:
         map_classes(["person"], ["rbc", "wbc"])

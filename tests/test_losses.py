@@ -26,6 +26,7 @@ from edgekd.losses.pkd import PKDTerm
 from edgekd.losses.prototypes import Prototypes, density, joint_matching_pursuit, search_prototypes
 from edgekd.losses.response import dense_response_losses
 from edgekd.recipe import TermConfig
+from edgekd.teachers.native import NativeTeacher
 from tests.toy import BlackBox, ToyTeacher, toy_batch, toy_detector
 
 PAIRS = {
@@ -136,6 +137,29 @@ def test_a_wrong_parameter_is_named(config: TermConfig, words: str) -> None:
 def test_response_on_priors_needs_equal_layouts() -> None:
     with pytest.raises(DistillationSetupError, match="layout"):
         build_term(TermConfig(loss="response", params={"mode": "priors"}), make_pair("YOLO teacher, SSD student"))
+
+
+def test_response_on_priors_refuses_a_class_map() -> None:
+    """Raw outputs go past it: class 0 of a teacher would teach class 0, whatever its name."""
+    detector = toy_detector(seed=2)
+    names = detector.spec.class_names
+    teacher = NativeTeacher("t", detector, names, {names[0]: names[1], names[1]: names[0]})
+    config = TermConfig(loss="response", params={"mode": "priors"})
+    with pytest.raises(DistillationSetupError, match=f"{names[0]} -> {names[1]}, {names[1]} -> {names[0]}"):
+        build_term(config, Pair(toy_detector(seed=1), [teacher]))
+    build_term(config, Pair(toy_detector(seed=1), [NativeTeacher("t", detector, names)]))
+
+
+def test_objectness_is_not_softened_on_priors() -> None:
+    torch.manual_seed(0)
+    teacher = DetectorOutput(torch.randn(1, 5, 2), torch.zeros(1, 5, 4), torch.randn(1, 5))
+    gradients = []
+    for temperature in (1.0, 4.0):
+        objectness = torch.zeros(1, 5, requires_grad=True)
+        student = DetectorOutput(teacher.cls_logits.clone(), teacher.bbox_regression, objectness)
+        dense_response_losses(student, teacher, "sigmoid", temperature, 0.02)[0].backward()
+        gradients.append(objectness.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 @pytest.mark.parametrize(
@@ -501,6 +525,7 @@ def test_robust_weight_is_one_where_both_spaces_agree() -> None:
     both, odd = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0.0, 1, 0]])
     assert float(robust_weights(both, both, prototypes)) == 1.0
     assert float(robust_weights(both, odd, prototypes)) == 0.0
+    assert float(robust_weights(both, -both, prototypes)) == 0.0, "below 0 it would push the student away"
 
 
 def test_gkd_finds_prototypes_after_the_first_epoch_and_fades() -> None:

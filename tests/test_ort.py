@@ -238,7 +238,7 @@ def test_a_second_input_for_original_sizes_is_filled(monkeypatch: pytest.MonkeyP
         def get_modelmeta(self) -> SimpleNamespace:
             return SimpleNamespace(custom_metadata_map={})
 
-        def run(self, names: object, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        def run(self, names: object, feed: dict[str, np.ndarray], options: object) -> list[np.ndarray]:
             return [feed["orig_target_sizes"]]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)

@@ -189,6 +189,12 @@ CASES = {
         "2:19: distill.terms.0",
         "give weight or gradient_ratio, not both",
     ),
+    "learned weights of raw outputs": (
+        "name: good",
+        "name: good\nensemble: {fusion: mean-outputs, weights: learned}",
+        "2:11: ensemble",
+        "weights: learned are fitted on boxes, which mean-outputs has none of; use fusion: wbf",
+    ),
     "loss": (
         "name: good",
         "name: good\ndistill: {terms: [{loss: respons}]}",
@@ -361,6 +367,12 @@ def test_files_are_looked_for_when_they_are_needed(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "box.onnx").touch()
     load_recipe(write(tmp_path, GOOD), needs=("data", "student", "teachers"))
+
+
+def test_outputs_cannot_be_averaged_at_every_step(tmp_path: Path) -> None:
+    text = GOOD + "ensemble: {fusion: mean-outputs}\ndistill: {answers: online}\n"
+    (problem,) = problems(tmp_path, text)
+    assert "use fusion: wbf, or answers: image" in problem
 
 
 def test_distilling_needs_teachers(tmp_path: Path) -> None:

@@ -192,6 +192,16 @@ def test_coco_by_category_id(columns: int) -> None:
         np.testing.assert_array_equal(read_scores, scores[:, :91])
 
 
+def test_a_detector_that_is_sure_of_an_unused_category_id_was_read_wrongly() -> None:
+    arrays = {"boxes": FINISHED_BOXES, "labels": np.array([12, 3, 1]), "scores": np.array([0.9, 0.5, 0.3], np.float32)}
+    with pytest.raises(ArtifactError, match="label 12"):
+        read(arrays, None, class_names="coco")
+    _, _, scores = read(arrays | {"scores": np.array([0.1, 0.5, 0.3], np.float32)}, None, class_names="coco")
+    assert scores.argmax(1).tolist() == [12, 3, 1]  # noise on it is no evidence
+    _, _, scores = read(arrays, None, class_names="coco", background="first")
+    assert scores.argmax(1).tolist() == [11, 2, 0]
+
+
 def test_eighty_columns_are_coco_where_nothing_else_is_known() -> None:
     boxes, scores = truth(80)
     head = np.concatenate([cxcywh_from_xyxy(boxes), scores], 1).T[None]
@@ -325,6 +335,72 @@ def test_what_is_unclear_says_what_to_declare(case: str) -> None:
     assert word in str(caught.value)
     for name, array in arrays.items():
         assert f"{name} {array.shape}" in str(caught.value)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_sigmoids_over_a_first_column_that_is_never_used(classes: int) -> None:
+    """Deformable DETR's and DINO's heads: no column is background, whichever wins most often."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-4, 0.5, (300, classes + 1)).astype(np.float32)
+    logits[:, 0] = -9
+    logits[:, -1] += 1.5  # the commonest class stands last
+    logits[5, 1] = 3
+    arrays = {"pred_logits": logits[None], "pred_boxes": CENTRES[None] / SHARES}
+    with pytest.raises(UserError, match="background: first"):
+        read(arrays, NAMES[:classes])
+    found, _, scores = read(arrays, NAMES[:classes], background="first")
+    assert found.form.activation == "sigmoid"
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits[:, 1:])), rtol=1e-5)
+    probs = {"scores": 1 / (1 + np.exp(-logits))[None], "boxes": BOXES[None]}
+    with pytest.raises(UserError, match="background: first"):
+        read(probs, NAMES[:classes])
+
+
+def test_percent_are_no_logits() -> None:
+    with pytest.raises(UserError, match="percent"):
+        read({"boxes": BOXES[None], "scores": 100 * SCORES[None]})
+    with pytest.raises(UserError, match="percent"):
+        read({"o": np.concatenate([CENTRES, 100 * SCORES], 1)[None]})
+    form = OutputFormat("boxes-scores", ("boxes", "scores"), 3)  # the probe picture may show less than one percent
+    with pytest.raises(ArtifactError, match="scores above 1"):
+        decode({"boxes": BOXES[None], "scores": 100 * SCORES[None]}, form, HW)
+
+
+MANY = truth(rows=60)[0].clip(0, [HW[1], HW[0]] * 2)
+
+
+@pytest.mark.parametrize("unit", ["", "-normalised"])
+@pytest.mark.parametrize("padding", [None, 0, -1])
+def test_finished_boxes_with_their_extent(unit: str, padding: int | None) -> None:
+    scale = SHARES if unit else np.ones(4, np.float32)
+    scores, labels = np.full(len(MANY), 0.5, np.float32), np.zeros(len(MANY), np.int64)
+    for name, values in (
+        ("cxcywh", cxcywh_from_xyxy(MANY)),
+        ("xywh", np.concatenate([MANY[:, :2], MANY[:, 2:] - MANY[:, :2]], 1)),
+    ):
+        boxes = (values / scale).astype(np.float32)
+        arrays = {"boxes": boxes[None], "scores": scores[None], "labels": labels[None]}
+        if padding is not None:
+            arrays["boxes"] = np.concatenate([boxes, np.full((40, 4), padding, np.float32)])[None]
+            arrays["scores"] = np.concatenate([scores, np.zeros(40, np.float32)])[None]
+            arrays["labels"] = np.concatenate([labels, np.full(40, -1)])[None]
+        found, read_boxes, _ = read(arrays)
+        assert found.form.box_format == name + unit
+        np.testing.assert_allclose(read_boxes, MANY, atol=1e-3)
+
+
+def test_finished_boxes_that_are_neither_corners_nor_inside() -> None:
+    boxes = np.tile(np.array([[90, 60, 30, 30], [5, 5, 3, 3]], np.float32), (5, 1))[None]
+    arrays = {"boxes": boxes, "scores": np.full((1, 10), 0.5, np.float32), "labels": np.zeros((1, 10), np.int64)}
+    with pytest.raises(UserError, match="box_format"):
+        read(arrays)
+    assert read(arrays, box_format="xywh")[1][0].tolist() == [90, 60, 120, 90]
+
+
+def test_one_declared_name_too_few_does_not_make_an_objectness() -> None:
+    with pytest.raises(UserError, match="leave `class_names` out"):
+        read({"output0": YOLO}, class_names=NAMES[:2])
+    assert read({"output0": YOLO}, class_names=NAMES[:2], output="yolo-objectness")[0].form.num_classes == 2
 
 
 def test_what_is_declared_wins() -> None:

@@ -126,6 +126,27 @@ def test_a_teacher_that_knows_nothing_of_the_students_classes(tmp_path: Path) ->
         build_teacher(onnx_config(onnx_file(tmp_path / "t.onnx")), ("rbc",))
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["answers for the first image only", "fails on two"])
+def test_a_batch_that_is_dynamic_in_name_only(tmp_path: Path, fails: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """As of exports with an NMS or a reshape for one image inside."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    arrays = {"boxes": BOXES[None], "scores": SCORES[None]}
+    path = write_constant_detector(tmp_path / "t.onnx", arrays, ("batch", 3, 64, 96))
+    if fails:
+        model = onnx.load(str(path))
+        model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3, 64, 96]), "one_image"))
+        model.graph.node.insert(0, helper.make_node("Reshape", ["images", "one_image"], ["reshaped"]))
+        for node in model.graph.node[1:]:
+            node.input[:] = ["reshaped" if name == "images" else name for name in node.input]
+        onnx.save(model, str(path))
+    teacher = build_teacher(onnx_config(path), NAMES)
+    output = teacher.respond(torch.zeros((3, 3, 64, 96), dtype=torch.uint8))
+    assert [len(boxes) for boxes in output.soft.boxes_xyxy] == [len(output.soft.boxes_xyxy[0])] * 3
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "config",
     [CheckpointTeacher(name="t", checkpoint="nowhere"), OnnxTeacher(name="t", onnx="nowhere.onnx")],

@@ -60,6 +60,7 @@ class ToyTeacher:
         self.name, self.detector = name, detector.eval()
         self.preprocess = detector.spec.preprocess
         self.student_class_names = detector.spec.class_names
+        self.class_map = None
         self.unknown_classes: tuple[str, ...] = ()
         self.tap_specs = detector.tap_specs
 

@@ -280,7 +280,17 @@ def provider_of(artifact: Path, device: str | None) -> str | None:
     return device.partition(":")[0] if artifact.suffix.lower() == ".onnx" else device
 
 
-_DECLARABLE = ("resize", "channels", "mean", "std", "box_format", "score_activation", "background", "anchors")
+_DECLARABLE = (
+    "resize",
+    "channels",
+    "mean",
+    "std",
+    "box_format",
+    "score_activation",
+    "background",
+    "anchors",
+    "input_size",
+)
 
 
 def foreign_options(

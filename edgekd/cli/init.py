@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgekd.cli.data import FormatOption
+from edgekd.cli.deploy import ClassesOption, DeclareOption, OutputOption, foreign_options
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
 from edgekd.errors import UserError
 
@@ -29,6 +30,9 @@ def init(
     input_size: Annotated[
         int, typer.Option("--input-size", min=64, max=1280, help="Side of the student's input, pixels.")
     ] = 320,
+    classes: ClassesOption = None,
+    output: OutputOption = None,
+    declare: DeclareOption = None,
     format: FormatOption = "auto",
     train: Annotated[str | None, typer.Option("--train", help="Split to train on.", metavar="NAME")] = None,
     val: Annotated[str | None, typer.Option("--val", help="Split to measure on.", metavar="NAME")] = None,
@@ -40,7 +44,8 @@ def init(
     """Look at a data set and at detectors that may teach, and write the short recipe that suits them.
 
     Says now what `edgekd run` would say in an hour: a set without splits, a teacher that is not recognised, read wrongly,
-    or knows none of the classes. Without teachers the recipe trains two of its own.
+    or knows none of the classes. What an ONNX file does not say of itself is declared with --classes, --output and
+    --declare, for every ONNX file given. Without teachers the recipe trains two of its own.
     """
     session = session_of(context)
     from edgekd.artifact import require_file
@@ -53,7 +58,12 @@ def init(
         raise UserError(f"{out} is there already", fix="give another --out, or --force to overwrite it")
     terminal = Terminal(session.quiet)
     on_gpu = uses_gpu(session.device or "auto")
-    found = propose(Asked(data, out, tuple(teacher or ()), student, input_size, format, train, val, on_gpu), terminal)
+    options = foreign_options(Path("teacher.onnx"), classes, output, None, declare)
+    declared = {} if options is None else options.model_dump(exclude_unset=True, exclude={"name", "onnx"})
+    asked = Asked(data, out, tuple(teacher or ()), declared, student, input_size, format, train, val, on_gpu)
+    if declared and not any(path.suffix.lower() == ".onnx" for path in asked.teachers):
+        raise UserError("nothing to declare", got="no ONNX file among the teachers", fix="give one with --teacher")
+    found = propose(asked, terminal)
     for note in found.notes:
         terminal.note(note)
     for warning in found.warnings:

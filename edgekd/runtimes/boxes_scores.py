@@ -140,6 +140,7 @@ def _background(probe: Probe, probs: FloatArray, class_names: Sequence[str], dec
     if found is None:
         raise probe.unclear(
             f"{probs.shape[1]} score columns for {len(class_names)} classes, and neither end looks like background",
-            "declare `background: first`, `last` or `none`, and the class names that go with it",
+            "declare `background: first` (a first column that is never used, as Deformable DETR's, too), `last` or `none`, and "
+            "the class names that go with it",
         )
     return found

@@ -197,7 +197,7 @@ def activation_of(probe: Probe, scores: FloatArray, declared: OnnxTeacher) -> Ac
         return "none"
     if float(scores.min()) >= 0:
         raise probe.unclear(
-            f"scores from {float(scores.min()):g} to {float(scores.max()):g}: neither probabilities nor logits; percent, perhaps",
+            f"scores from {scores.min():g} to {scores.max():g}, neither probabilities nor logits: percent, perhaps",
             "export it with scores up to 1, or declare `score_activation` if they are logits all the same",
         )
     return "sigmoid"

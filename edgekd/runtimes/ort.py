@@ -64,12 +64,13 @@ class OrtRuntime(OnnxRuntime):
         source = source_name(model)
         session = _open_session(model, PROVIDERS.get(provider.lower(), provider), threads, source, profile)
         self._session: Any = session
+        self._options = _run_options()
         inputs, outputs = ([_info(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
         metadata = session.get_modelmeta().custom_metadata_map
         super().__init__(source, str(session.get_providers()[0]), inputs, outputs, metadata, input_hw)
 
     def _compute(self, feed: Feed) -> Sequence[NDArray[np.generic]]:
-        values: Sequence[NDArray[np.generic]] = self._session.run(None, feed)
+        values: Sequence[NDArray[np.generic]] = self._session.run(None, feed, self._options)
         return values
 
     def end_profile(self) -> Path:
@@ -129,6 +130,15 @@ def _open_session(
             fix="see `edgekd doctor` for providers that really start here",
         )
     return session
+
+
+def _run_options() -> Any:
+    """Options of a run that prints nothing: what fails is raised."""
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return options
 
 
 def has_provider(provider: str) -> bool:

@@ -38,10 +38,10 @@ class OutputFormat:
             detections: (boxes, scores, labels) or (boxes, scores, labels, count), or (boxes with scores, labels), or one
             array of rows. yolo: one array, or one a level.
         num_classes: K, without background.
-        box_format: coding of the boxes; "xywh" has the upper left corner and the extent, as COCO; "normalised" means shares of the input's width and height; "rotated" ones have
-            an angle in the last column and count as the upright box around them; "grid-..." is undecoded: "offsets"
-            YOLOX's, "distances" YOLOv8's, "distances-corner" NanoDet-Plus's (`runtimes.grids`), "anchors" in maps
-            (`runtimes.anchored`).
+        box_format: coding of the boxes; "xywh" has the upper left corner and the extent, as COCO's; "normalised" means
+            shares of the input's width and height; "rotated" ones have an angle in the last column and count as the
+            upright box around them; "grid-..." is undecoded: "offsets" YOLOX's, "distances" YOLOv8's,
+            "distances-corner" NanoDet-Plus's (`runtimes.grids`), "anchors" in maps (`runtimes.anchored`).
         activation: what turns the scores into probabilities.
         background: where a score column for "no object" stands; in "detections", "first" means labels start at 1.
         channels_first: values run along the second to last axis, candidates along the last.

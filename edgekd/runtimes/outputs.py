@@ -211,12 +211,13 @@ def _labelled(boxes: Array, confidence: FloatArray, labels: Array, form: OutputF
             fix="declare all of its classes in label order (`class_names`, --classes), or `background` where labels start "
             "at 1",
         )
-    if (unused := classes[real & (confidence > _SURE) & np.isin(classes, form.unused_labels)]).size:
+    sure = classes[real & (confidence > _SURE)]
+    if form.unused_labels and (unused := sure[np.isin(sure, form.unused_labels)]).size:
         raise ArtifactError(
             "a detector is sure of objects whose labels are COCO category ids that no class has",
             got="label " + ", ".join(str(label) for label in np.unique(unused)[:5].tolist()),
             expected="COCO's category ids, as its labels were read",
-            fix="declare `background: first` if label 1 is the first of 80 classes in a row, or `background: none` if label 0 is",
+            fix="declare `background: first` if label 1 is the first of 80 classes in a row, `background: none` if label 0 is",
         )
     probs = np.zeros((int(real.sum()), form.num_classes), np.float32)
     probs[np.arange(len(probs)), classes[real]] = confidence[real]
