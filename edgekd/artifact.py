@@ -15,13 +15,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgekd import __version__
-from edgekd.errors import ArtifactError, is_refusal, refusal
+from edgekd.errors import ArtifactError, UserError, is_refusal, refusal
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = "edgekd.manifest/1"
@@ -29,12 +29,24 @@ _FULL_BYTES = 1 << 16
 """Free bytes below which a writer that failed has filled the disk."""
 
 
-def require_file(path: Path) -> None:
+def require_file(path: Path, suffixes: Sequence[str] = ()) -> None:
     """Refuse what can never be written as a file; for long work to ask before it begins.
 
+    Args:
+        path: to be written, over what is there.
+        suffixes: of files of the kind; what is there under another one was hardly meant to be replaced.
+
     Raises:
-        ArtifactError: a folder, or something below a file. UserError: this user may not write there.
+        ArtifactError: a folder, or something below a file. UserError: this user may not write there, or a file of
+            another kind is there.
     """
+    if suffixes and path.is_file() and path.suffix.lower() not in suffixes:
+        raise UserError(
+            f"{path} is there, and what is to be written is of another kind",
+            got=path.suffix or "no suffix",
+            expected=" or ".join(suffixes),
+            fix="give it another name, or move that file away",
+        )
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder", expected="a file to write", fix=f"such as {path / 'NAME'}")
     over = next(parent for parent in path.absolute().parents if parent.exists())
@@ -78,6 +90,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftovers_of(path: Path) -> list[Path]:
+    """Temporary files that `atomic_path` began for `path` in processes that were killed, or in one that still writes."""
+    return [found for found in path.parent.glob(f".{path.stem}.*{path.suffix}") if found.is_file()]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -212,6 +229,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and "schema" not in data:
+            raise ArtifactError(f"{path} is not edgekd's", fix="choose another folder, or move that file away")
         if data["schema"] != SCHEMA:
             raise ArtifactError(f"{path}: unknown schema", got=data["schema"], expected=SCHEMA)
         return Manifest(data["kind"], data["inputs"], data["files"], data["facts"])

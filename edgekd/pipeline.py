@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import is_current, write_manifest, write_text
+from edgekd.artifact import is_current, write_manifest
 from edgekd.bench.entries import ArtifactRole, BenchArtifact, BenchEnsemble
 from edgekd.bench.result import read_result
 from edgekd.bench.runner import bench_artifacts
@@ -22,10 +22,10 @@ from edgekd.chain_tasks import Exports, chain_tasks, wanted_exports
 from edgekd.console import Terminal
 from edgekd.errors import EdgeKDError
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher, Recipe, TeacherConfig
-from edgekd.recipe_file import dump_recipe
+from edgekd.recipe_file import write_recipe
 from edgekd.runtimes.model_files import sha256_model
 from edgekd.side_by_side import run_side_by_side, tasks_at_once
-from edgekd.stages import RECIPE_FILE, distill_student, ready_teachers, train_student
+from edgekd.stages import distill_student, ready_teachers, train_student
 from edgekd.summary import summary_text
 from edgekd.teaching import check_setup, ensemble_weights, teacher_identity
 from edgekd.workspace import Workspace, is_synthetic, open_workspace
@@ -80,7 +80,7 @@ class _Chain:
     def run(self) -> ChainResult:
         work, out = self.work, self.out
         check_setup(work)
-        write_text(out / RECIPE_FILE, dump_recipe(work.recipe, out))
+        write_recipe(work.recipe, out)
         self._begin(0)
         exports = Exports(out / "export")
         if self._side_by_side(exports):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgekd.artifact import is_current, read_manifest, sha256_file, write_manifest, write_text
+from edgekd.artifact import is_current, read_manifest, sha256_file, write_manifest
 from edgekd.checkpoint import MODEL_FILE, checkpoint_facts, detector_file, load_detector, save_detector
 from edgekd.data.loader import TrainLoader
 from edgekd.errors import UserError
 from edgekd.export.images import PreparedImages, spread
 from edgekd.export.qat import fine_tune
-from edgekd.recipe_file import dump_recipe
-from edgekd.stages import RECIPE_FILE
+from edgekd.recipe_file import write_recipe
 from edgekd.train import RunResult
 from edgekd.training_state import refuse_foreign
 from edgekd.workspace import Workspace, resolved_device
@@ -75,6 +74,6 @@ def quantize_run(work: Workspace, source: Path, out: Path) -> RunResult:
     metrics = {"loss": [round(loss, 4) for loss in result.losses]}
     facts = {**checkpoint_facts(source), **result.facts, "inputs": inputs}
     save_detector(out / MODEL_FILE, result.detector, facts)
-    write_text(out / RECIPE_FILE, dump_recipe(recipe, out))
+    write_recipe(recipe, out)
     write_manifest(out, KIND, inputs, [MODEL_FILE], {"metrics": metrics, "seed": recipe.seed})
     return RunResult(out, out / MODEL_FILE, metrics)

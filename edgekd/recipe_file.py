@@ -5,17 +5,22 @@ Each mistake comes with file, line and column, the key, what was found, what was
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgekd.errors import RecipeError
+from edgekd.artifact import write_text
+from edgekd.errors import RecipeError, UserError
 from edgekd.recipe import LOSSES, MODELS, Recipe
 from edgekd.recipe_problems import schema_problems
 from edgekd.yaml_document import MAX_BYTES, Document, DocumentError, KeyPath, Place, Problem, read_document
 
+RECIPE_FILE = "recipe.yaml"
+"""What a run calls its recipe."""
+_WRITTEN = "# Written by edgekd: the whole recipe of what lies here, with every default.\n"
 SCHEMA_URL = "https://json-schema.org/draft/2020-12/schema"
 WEIGHT_NAMES = ("imagenet",)
 """What `weights` may say besides a path."""
@@ -56,6 +61,37 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs: Colle
     if problems or recipe is None:
         _raise(path, problems)
     return recipe
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Put the whole recipe beside what is made from it.
+
+    Raises:
+        UserError: see `refuse_own_recipe`.
+    """
+    refuse_own_recipe(folder)
+    write_text(folder / RECIPE_FILE, _WRITTEN + dump_recipe(recipe, folder))
+
+
+def refuse_own_recipe(folder: Path) -> None:
+    """A recipe of the user's in the folder that a run works in is never overwritten by the run's.
+
+    Raises:
+        UserError: there is one.
+    """
+    file = folder / RECIPE_FILE
+    if not file.is_file():
+        return
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if text.startswith(_WRITTEN) or not text.strip():
+        return
+    with contextlib.suppress(UserError):  # no recipe at all, then
+        if text == dump_recipe(load_recipe(file), folder):
+            return
+    raise UserError(
+        f"{file} is a file of yours, and the run's own recipe would take its place",
+        fix="choose another --out; a folder below it will do",
+    )
 
 
 def dump_recipe(recipe: Recipe, folder: Path) -> str:

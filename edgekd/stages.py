@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import ranks
-from edgekd.artifact import is_current, read_manifest, sha256_file, sha256_json, write_text
+from edgekd.artifact import is_current, read_manifest, sha256_file, sha256_json
 from edgekd.checkpoint import LAST_FILE
 from edgekd.detectors.base import Detector
 from edgekd.detectors.prior_fit import prior_advice
 from edgekd.distill import Distiller
 from edgekd.recipe import CheckpointTeacher, DistillConfig, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
-from edgekd.recipe_file import dump_recipe
+from edgekd.recipe_file import write_recipe
 from edgekd.teaching import gather_teachers, record_views, teacher_identity
 from edgekd.train import RunResult, TrainJob, train_detector
 from edgekd.training_state import read_state
 from edgekd.workspace import Workspace
-
-RECIPE_FILE = "recipe.yaml"
 
 
 def train_student(work: Workspace, out: Path) -> RunResult:
@@ -157,7 +155,7 @@ def _train(work: Workspace, job: TrainJob, label: str) -> RunResult:
     work.terminal.note(f"{label}: {'unchanged' if result.skipped else 'trained'}{figures}")
     # Beside the run, so that its export finds images to calibrate and to compare on without being told.
     if ranks.rank() == 0:
-        write_text(job.out / RECIPE_FILE, dump_recipe(work.recipe, job.out))
+        write_recipe(work.recipe, job.out)
     return result
 
 

@@ -41,7 +41,7 @@ from edgekd.training_setup import (
     make_optimizer,
     moving_average,
 )
-from edgekd.training_state import RunState, refuse_foreign
+from edgekd.training_state import RunState, clear_leftovers, refuse_foreign
 from edgekd.types import Dataset
 from edgekd.validate import ResizedImages, detect_dataset
 
@@ -103,6 +103,8 @@ def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult
         assert manifest is not None
         return RunResult(job.out, job.out / MODEL_FILE, dict(manifest.facts.get("metrics", {})), skipped=True)
     refuse_foreign(job.out, job.inputs)
+    if ranks.rank() == 0:
+        clear_leftovers(job.out)
     trainer = _Trainer(job)
     on_gpu = trainer.fabric.device.type == "cuda"
     with (

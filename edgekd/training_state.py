@@ -11,8 +11,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from edgekd import ranks
-from edgekd.artifact import MANIFEST_NAME, atomic_path, read_manifest, sha256_json
-from edgekd.checkpoint import LAST_FILE, MODEL_FILE, STATE_SCHEMA, read_payload
+from edgekd.artifact import MANIFEST_NAME, atomic_path, leftovers_of, read_manifest, sha256_json
+from edgekd.checkpoint import BEST_FILE, DETECTOR_SCHEMA, LAST_FILE, MODEL_FILE, STATE_SCHEMA, read_payload
 from edgekd.errors import ArtifactError
 from edgekd.learning import LearningStep, PullGuard
 
@@ -99,8 +99,26 @@ def read_state(path: Path) -> dict[str, Any]:
         return read_payload(path, STATE_SCHEMA)
     except ArtifactError as error:
         raise ArtifactError(
-            f"{path}: the run cannot go on from it", got=error.got, fix="delete it, and training begins anew"
+            f"{path}: the run cannot go on from it", got=error.got, fix="move it away, and training begins anew"
         ) from error
+
+
+def _foreign(path: Path) -> list[str]:
+    """The file's name, if it is there and no detector of edgekd's."""
+    if not path.is_file():
+        return []
+    try:
+        read_payload(path, DETECTOR_SCHEMA)
+    except ArtifactError:
+        return [path.name]
+    return []
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote a checkpoint has left; nobody else may work in the folder."""
+    for name in (LAST_FILE, BEST_FILE, MODEL_FILE):
+        for left in leftovers_of(folder / name):
+            left.unlink(missing_ok=True)
 
 
 def refuse_foreign(folder: Path, inputs: Mapping[str, Any]) -> None:
@@ -116,10 +134,13 @@ def refuse_foreign(folder: Path, inputs: Mapping[str, Any]) -> None:
         held = sha256_json(manifest.inputs) if manifest is not None else None
     elif state.is_file():
         held = read_state(state).get("inputs")
-    elif (folder / MODEL_FILE).is_file():  # a run writes it last of all
-        raise ArtifactError(
-            f"{folder} holds a {MODEL_FILE} that no run there wrote", fix="choose another --out, or move that file away"
-        )
+    else:  # a run writes its model last of all, and its best detector before it can be taken up
+        theirs = [MODEL_FILE] if (folder / MODEL_FILE).is_file() else _foreign(folder / BEST_FILE)
+        if theirs:
+            raise ArtifactError(
+                f"{folder} holds a {theirs[0]} that no run there wrote",
+                fix="choose another --out, or move that file away",
+            )
     if held is not None and held != sha256_json(inputs):
         raise ArtifactError(
             f"{folder} holds a run that was made with another recipe, data or seed",

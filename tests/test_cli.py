@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from edgekd import __version__
 from edgekd.cli import app
 from edgekd.errors import ExportError
+from edgekd.recipe_file import dump_recipe, load_recipe, write_recipe
 from edgekd.train import RunResult
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,37 @@ def test_make_and_check(scenes: Path, tmp_path: Path) -> None:
     assert result.exit_code == (0 if report["ok"] else 2)
     assert sheet.is_file()
     assert report["contact_sheet"] == str(sheet)
+
+
+@pytest.mark.parametrize("name", ["script.py", "image"])
+def test_a_contact_sheet_replaces_no_file_of_another_kind(scenes: Path, tmp_path: Path, name: str) -> None:
+    taken = next(scenes.rglob("*.png")) if name == "image" else tmp_path / name
+    if name != "image":
+        taken.write_text("mine")
+    before = taken.read_bytes()
+    result = edgekd("data", "check", scenes, "--sheet", taken)
+    assert result.exit_code == 2
+    assert ("is an image of the data set" if name == "image" else "of another kind") in result.stderr
+    assert taken.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["train", "distill", "run"])
+def test_a_recipe_of_the_users_own_is_not_replaced_by_the_runs(recipe: Path, command: str) -> None:
+    before = recipe.read_text()
+    result = edgekd(command, recipe, "--out", recipe.parent)
+    assert result.exit_code == 2
+    assert "is a file of yours" in result.stderr
+    assert recipe.read_text() == before
+
+
+def test_a_run_s_recipe_may_be_replaced(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    checked = load_recipe(recipe)
+    (out / "recipe.yaml").write_text(dump_recipe(checked, out))  # as runs wrote it before it had a first line
+    write_recipe(checked, out)
+    write_recipe(checked.model_copy(update={"seed": 5}), out)
+    assert load_recipe(out / "recipe.yaml").seed == 5
 
 
 def test_check_exits_2_on_a_bad_set(tmp_path: Path) -> None:

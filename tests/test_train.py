@@ -91,12 +91,40 @@ def test_a_model_of_someone_else_is_left_alone(tmp_path: Path) -> None:
     assert (job.out / "model.pt").read_text() == "mine"
 
 
+def test_a_best_checkpoint_of_another_tool_is_left_alone(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1)
+    job.out.mkdir(exist_ok=True)
+    (job.out / "best.pt").write_bytes(b"ultralytics")
+    with pytest.raises(ArtifactError, match=r"holds a best\.pt that no run there wrote"):
+        train_detector(job)
+    assert (job.out / "best.pt").read_bytes() == b"ultralytics"
+
+
+def test_a_manifest_of_another_tool_is_not_called_damaged(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1)
+    job.out.mkdir(exist_ok=True)
+    (job.out / "manifest.json").write_text('{"name": "app"}')
+    with pytest.raises(ArtifactError, match="is not edgekd's") as caught:
+        train_detector(job)
+    assert "move that file away" in str(caught.value)
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_is_cleared(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1)
+    job.out.mkdir(exist_ok=True)
+    (job.out / ".last.abc123.pt").write_bytes(b"half")
+    (job.out / ".notes.pt").write_bytes(b"mine")
+    train_detector(job)
+    assert not list(job.out.glob(".last.*"))
+    assert (job.out / ".notes.pt").is_file()
+
+
 def test_a_damaged_state_says_how_to_begin_anew(tmp_path: Path) -> None:
     job = make_job(tmp_path, epochs=1)
     train_detector(job)
     (job.out / "manifest.json").unlink()
     (job.out / "last.pt").write_bytes((job.out / "last.pt").read_bytes()[:1000])
-    with pytest.raises(ArtifactError, match="delete it, and training begins anew"):
+    with pytest.raises(ArtifactError, match="move it away, and training begins anew"):
         train_detector(job)
     (job.out / "last.pt").unlink()
     (job.out / "model.pt").unlink()

@@ -242,7 +242,8 @@ def check_out(out: Path, baseline: Path | None, tables: Sequence[Path] | None, s
 
     for file in tables or ():
         require_format(file.suffix)
-    for file in (out, *(tables or ()), *(() if summary is None else (summary,))):
+    require_file(out, (".json",))
+    for file in (*(tables or ()), *(() if summary is None else (summary,))):
         require_file(file)
     if baseline is None:
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, session_of
-from edgekd.errors import DataError
+from edgekd.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from edgekd.data.check import CheckReport
@@ -62,9 +62,12 @@ def check(
 ) -> None:
     """Count and measure a data set and name every bad file; exits 2 if training on it would be wrong."""
     session = session_of(context)
+    from edgekd.artifact import require_file
     from edgekd.console import Terminal
     from edgekd.data.check import check_dataset
 
+    if sheet is not None:
+        require_file(sheet, (".png", ".jpg", ".jpeg", ".webp"))
     names = [name.strip() for name in classes.split(",")] if classes else None
     terminal = Terminal(session.quiet)
     with terminal.counting("images") as progress:
@@ -90,7 +93,16 @@ def _draw_sheet(report: CheckReport, path: Path, seed: int) -> Path:
 
     largest = max(report.splits, key=lambda split: split.images).name
     dataset = read_dataset(report.root, largest, format=report.format, class_names=report.class_names)
+    if path.exists() and any(_same_file(path, split.name, report) for split in report.splits):
+        raise UserError(f"--sheet {path} is an image of the data set", fix="give it a name of its own")
     return write_contact_sheet(dataset, path, seed=seed)
+
+
+def _same_file(path: Path, split: str, report: CheckReport) -> bool:
+    from edgekd.data import read_dataset
+
+    dataset = read_dataset(report.root, split, format=report.format, class_names=report.class_names)
+    return any(path.name == record.path.name and path.samefile(record.path) for record in dataset.records)
 
 
 @app.command()

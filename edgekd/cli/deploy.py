@@ -107,13 +107,13 @@ def quantize(
     session = session_of(context)
     from edgekd.errors import ArtifactError
     from edgekd.quantize import quantize_run
-    from edgekd.recipe_file import load_recipe
-    from edgekd.stages import RECIPE_FILE
+    from edgekd.recipe_file import RECIPE_FILE, load_recipe, refuse_own_recipe
     from edgekd.workspace import open_workspace
 
     if recipe is None and not source.is_dir():
         raise ArtifactError(f"{source} is no run folder", expected="one that `edgekd train` or `distill` wrote")
     checked = load_recipe(recipe or source / RECIPE_FILE, session.overrides, needs=("data",))
+    refuse_own_recipe(out)
     with open_workspace(checked, out, device=session.device or "auto", quiet=session.quiet) as work:
         result = quantize_run(work, source, out)
     found = {"folder": str(out), "model": str(result.model), "metrics": result.metrics, "skipped": result.skipped}

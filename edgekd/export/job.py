@@ -26,7 +26,6 @@ from edgekd.recipe import ExportConfig
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-RECIPE_FILE = "recipe.yaml"
 PARITY_KEY = "edgekd.parity"
 """Metadata: JSON list of the parity reports that the file passed."""
 
@@ -136,7 +135,7 @@ def complete_path(out: Path) -> Path:
 def data_of_run(source: Path) -> tuple[ExportData | None, list[str]]:
     """The data set that a run's own recipe names, or None with a note why not."""
     from edgekd.data import read_dataset
-    from edgekd.recipe_file import load_recipe
+    from edgekd.recipe_file import RECIPE_FILE, load_recipe
 
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     recipe_file = folder / RECIPE_FILE
