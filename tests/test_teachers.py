@@ -317,6 +317,21 @@ def test_an_adapter_with_wrong_taps(adapters: str, fault: str, error: type[Excep
         teacher.respond(torch.zeros((1, 3, 64, 96), dtype=torch.uint8), ["mean"])
 
 
+def test_the_documented_adapter_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "teachers.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "my_teacher.py").write_text(code)
+    torch.manual_seed(0)
+    torch.save(torch.nn.Conv2d(3, 6, 3, stride=32).state_dict(), tmp_path / "mine.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_teacher", raising=False)
+    config = ModuleTeacher(name="mine", module="my_teacher:build", args={"weights": "mine.pt"})
+    answer = build_teacher(config, ("dog", "bird", "cat")).answer(np.full((240, 320, 3), 200, np.uint8))
+    assert len(answer) > 0
+    assert answer.class_probs[:, 1].max() == 0  # it knows no bird
+    assert answer.class_probs[:, [0, 2]].min() > 0
+
+
 def test_a_module_teacher_is_known_by_its_source_and_its_files(adapters: str, tmp_path: Path) -> None:
     weights = tmp_path / "w.pt"
     weights.write_bytes(b"1")
