@@ -180,9 +180,10 @@ def examine(
     elif now < POOR and searched and (other := _other_reading(predictor.form, lambda form: measure(spec, form))):
         says = f"{who} may be read wrongly: {where}, but {100 * other[1]:.1f} with `{other[0]}`; declare that for it"
     elif now < POOR:
+        look = " (`edgekd predict` draws what it finds)" if searched else ""
         says = (
             f"{who} agrees with hardly any label: {where}; its class names and map, box format or the labels "
-            "may be wrong (`edgekd predict` draws what it finds), or it does not know such pictures"
+            f"may be wrong{look}, or it does not know such pictures"
         )
     else:
         besides = f"; {len(tried)} other ways to prepare its pictures do no better" if tried else ""

@@ -211,6 +211,17 @@ def test_a_damaged_file_cannot_be_tapped(model: Path) -> None:
         with_extra_outputs(model, ["inner"])
 
 
+def test_weights_that_are_missing_beside_a_file_are_told_of(model: Path, tmp_path: Path) -> None:
+    import onnx
+
+    apart = tmp_path / "apart.onnx"
+    onnx.save(onnx.load(str(model)), str(apart), save_as_external_data=True, location="w.data", size_threshold=0)
+    (tmp_path / "w.data").unlink()
+    for opened in (lambda: with_extra_outputs(apart, ["inner"]), lambda: OrtRuntime(apart)):
+        with pytest.raises(ArtifactError, match="put the file of weights"):
+            opened()
+
+
 def test_taps_without_onnx(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingDependencyError, match="pip install onnx"):

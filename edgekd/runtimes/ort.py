@@ -23,10 +23,12 @@ PROVIDERS: Mapping[str, str] = {
 """Short names that are accepted beside ONNX Runtime's own."""
 
 
+_WEIGHTS_APART = "put the file of weights (often NAME.onnx.data) into the same folder, under the name it was saved with"
 _LOADING: Mapping[str, str] = {
     "IR version": "pip install -U onnxruntime, or save the file with a lower `ir_version`",
     "opset": "pip install -U onnxruntime, or export it with a lower opset",
-    "xternal data": "put the file of weights (often NAME.onnx.data) into the same folder, under the name it was saved with",
+    "xternal data": _WEIGHTS_APART,
+    "should be stored in": _WEIGHTS_APART,  # onnx's own words for it
     "_TRT": "export it without TensorRT's NMS plugin, which only TensorRT has: with decoded boxes and scores, or ONNX's NMS",
     "not a registered function/op": "export it with standard operators, without plugins of another runtime",
 }
@@ -170,7 +172,8 @@ def read_graph(model: Path) -> Any:
     except FileNotFoundError as error:
         raise ArtifactError(f"{model}: no such file", expected="an ONNX file") from error
     except Exception as error:  # protobuf's errors depend on its implementation
-        raise ArtifactError(f"{model}: not a readable ONNX file", got=first_line(error)) from error
+        fix = next((fix for word, fix in _LOADING.items() if word in str(error)), None)
+        raise ArtifactError(f"{model}: not a readable ONNX file", got=first_line(error), fix=fix) from error
 
 
 def with_extra_outputs(model: Path, tensors: Sequence[str]) -> bytes:
