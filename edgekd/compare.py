@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from edgekd.checkpoint import MODEL_FILE, load_detector
 from edgekd.comparison import ALONE, Evaluated, summary, table_markdown
 from edgekd.console import Terminal
 from edgekd.errors import RecipeError, UserError
+from edgekd.predictor import DEFAULT_SELECTION, Selection
 from edgekd.recipe import Recipe, TrainedTeacher
 from edgekd.side_by_side import Task, run_side_by_side, tasks_at_once
 from edgekd.stages import distill_student, ready_teachers, train_student, train_teacher
@@ -226,11 +227,13 @@ def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
         differing = [
             key for key in ("data", "student", "train", "augment") if getattr(first, key) != getattr(other, key)
         ]
+        if Selection.of(first.bench) != Selection.of(other.bench):
+            differing.append("thresholds in bench")
         if differing:
             raise RecipeError(
                 f"recipes {first.name} and {other.name} differ in more than their method",
                 got=f"different {', '.join(differing)}",
-                expected="equal data, student, train and augment, so that only the method can explain a difference",
+                expected="equal data, student, train, augment and thresholds, so that only the method can explain a difference",
             )
 
 
@@ -238,7 +241,9 @@ def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
 
 
 def _evaluation_inputs(work: Workspace, folder: Path) -> dict[str, Any]:
-    return {"model": sha256_file(folder / MODEL_FILE), "val": work.data_identity["val"]}
+    inputs = {"model": sha256_file(folder / MODEL_FILE), "val": work.data_identity["val"]}
+    selection = Selection.of(work.recipe.bench)
+    return inputs if selection == DEFAULT_SELECTION else {**inputs, "selection": asdict(selection)}
 
 
 def _evaluate(work: Workspace, run_folder: Path, run: Run) -> None:
@@ -249,7 +254,7 @@ def _evaluate(work: Workspace, run_folder: Path, run: Run) -> None:
     detector = load_detector(run_folder)
     images = ResizedImages(val, detector, cache_mib=0)
     with work.terminal.counting(f"evaluate {run}") as progress:
-        found = detect_dataset(detector, images, score_threshold=0.001, progress=progress)
+        found = detect_dataset(detector, images, selection=Selection.of(work.recipe.bench), progress=progress)
     figures = evaluate(val.records, found, val.class_names).to_dict()
     figures.pop("curves")
     folder.mkdir(parents=True, exist_ok=True)

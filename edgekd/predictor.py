@@ -15,7 +15,7 @@ from edgekd.errors import ArtifactError, UserError
 from edgekd.labels import ClassMap, map_classes
 from edgekd.postprocess import select, select_soft
 from edgekd.preprocess import Geometry
-from edgekd.recipe import OnnxTeacher
+from edgekd.recipe import BenchConfig, OnnxTeacher
 from edgekd.runtimes.base import Runtime
 from edgekd.runtimes.model_files import external_files, sha256_model
 from edgekd.runtimes.onnx_file import OnnxEngine, open_onnx
@@ -50,6 +50,11 @@ class Selection:
     nms_iou: float = 0.5
     max_detections: int = 100
     box_voting: float | None = None
+
+    @classmethod
+    def of(cls, config: BenchConfig) -> Selection:
+        """What a recipe measures with."""
+        return cls(config.score_threshold, config.nms_iou, config.max_detections, config.box_voting)
 
 
 DEFAULT_SELECTION = Selection()

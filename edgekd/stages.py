@@ -18,6 +18,7 @@ from edgekd.checkpoint import LAST_FILE
 from edgekd.detectors.base import Detector
 from edgekd.detectors.prior_fit import prior_advice
 from edgekd.distill import Distiller
+from edgekd.predictor import Selection
 from edgekd.recipe import CheckpointTeacher, DistillConfig, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
 from edgekd.recipe_file import write_recipe
 from edgekd.teaching import gather_teachers, record_views, teacher_identity
@@ -126,6 +127,7 @@ def _job(
         seed=seed,
         inputs=inputs,
         device=work.device,
+        selection=Selection.of(work.recipe.bench),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from edgekd.data.images import load_image
 from edgekd.detectors.base import Detector
 from edgekd.postprocess import select
+from edgekd.predictor import DEFAULT_SELECTION, Selection
 from edgekd.preprocess import Geometry, geometry_for, normalisation, resize
 from edgekd.types import Dataset, Detections, ImageArray
 
@@ -38,9 +39,7 @@ def detect_dataset(
     images: ResizedImages,
     *,
     batch_size: int = 16,
-    score_threshold: float = 0.01,
-    nms_iou: float = 0.5,
-    max_detections: int = 100,
+    selection: Selection = DEFAULT_SELECTION,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Detections]:
     """Detections of every image, in the data set's order and the original images' pixels."""
@@ -61,9 +60,10 @@ def detect_dataset(
                 kept = select(
                     image_boxes,
                     image_scores,
-                    score_threshold=score_threshold,
-                    nms_iou=nms_iou,
-                    max_detections=max_detections,
+                    score_threshold=selection.score_threshold,
+                    nms_iou=selection.nms_iou,
+                    max_detections=selection.max_detections,
+                    box_voting=selection.box_voting,
                 )
                 found.append(Detections(geometry.to_source(kept.boxes_xyxy), kept.scores, kept.labels))
             if progress is not None:

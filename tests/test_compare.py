@@ -94,6 +94,9 @@ def recipe(root: Path, name: str, **changes: object) -> Recipe:
 
 def test_recipes_that_differ_in_more_than_the_method_are_refused(tmp_path: Path) -> None:
     a, b = recipe(tmp_path, "a"), recipe(tmp_path, "b", train={"epochs": 2, "batch_size": 4})
+    other = recipe(tmp_path, "b", bench={"nms_iou": 0.4})
+    with pytest.raises(RecipeError, match="thresholds in bench"):
+        CompareJob((a, other), (0,), tmp_path)
     with pytest.raises(RecipeError, match="differ in more than their method"):
         CompareJob((a, b), (0,), tmp_path / "out")
 

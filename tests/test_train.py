@@ -19,10 +19,12 @@ from edgekd.checkpoint import load_detector
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, Targets
 from edgekd.errors import ArtifactError, NonFiniteLossError, RecipeError, UserError
+from edgekd.predictor import Selection
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
 from edgekd.train import TrainJob, lr_factor, train_detector
 from edgekd.training_setup import fitting_threads, make_optimizer
+from edgekd.validate import detect_dataset
 from tests.toy import toy_dataset
 
 MODEL = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
@@ -62,6 +64,19 @@ def test_a_run_learns_logs_and_leaves_a_detector(tmp_path: Path) -> None:
     assert detector.spec.class_names == job.dataset.class_names
     assert result.metrics["images"] == len(job.dataset)
     assert not detector.training
+
+
+def test_a_run_is_measured_with_its_recipe_s_thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Selection] = []
+
+    def detect(*arguments: object, **options: object) -> object:
+        asked.append(options["selection"])  # type: ignore[arg-type]
+        return detect_dataset(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("edgekd.train.detect_dataset", detect)
+    wanted = Selection(0.001, 0.4, 7, 0.6)
+    train_detector(replace(make_job(tmp_path, epochs=1), selection=wanted))
+    assert asked == [replace(wanted, score_threshold=0.01)]
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:

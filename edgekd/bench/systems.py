@@ -124,5 +124,5 @@ def ensemble_of(
     from edgekd.teachers.predicted import PredictorTeacher
 
     teachers = [PredictorTeacher(m.name, m.predictor, class_names, m.class_map) for m in members]
-    selection = Selection(config.score_threshold, config.nms_iou, config.max_detections, config.box_voting)
+    selection = Selection.of(config)
     return Ensemble(teachers, ensemble.config, ensemble.weights, selection=selection)
