@@ -26,6 +26,7 @@ from edgekd.data.images import decode_image  # noqa: E402
 from edgekd.postprocess import select  # noqa: E402
 from edgekd.preprocess import prepare  # noqa: E402
 from edgekd.types import PreprocessSpec  # noqa: E402
+from tests.conftest import shared  # noqa: E402
 
 TRTEXEC = """
 [11/21/2025-10:00:00] [I] Latency: min = 0.9 ms, max = 2.5 ms, mean = 1.0 ms, median = 1.01 ms, percentile(90%) = 1.1 ms
@@ -142,3 +143,27 @@ def test_one_command(tmp_path: Path) -> None:
     measured = [bar["what"] for bar in result["bars"] if "ratio" in bar]
     assert [any(start in what for what in measured) for start in ("fp32", "int8", "preprocessing", "NMS")] == [True] * 4
     assert page.markdown(result) == (tmp_path / "peers.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "shape"), [("yolo11n", (2, 3, 96, 128)), ("yolov8n", (1, 3, 640, 640))])
+def test_a_published_network_can_be_taken_apart_and_written_again(name: str, shape: tuple[int, ...]) -> None:
+    """With its batch norms put back it computes what it did, and with new classes it has as many scores."""
+    import onnxruntime
+    import torch
+    from finetune import Peer, load_peer
+
+    model = load_peer(shared(f"weights/onnx_teachers/{name}.onnx"))
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    peer = Peer(model)
+    peer.restore_norms(images)
+
+    def answer(proto) -> np.ndarray:  # type: ignore[no-untyped-def]
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+
+    before = answer(model)
+    np.testing.assert_allclose(answer(peer.write(model, [str(i) for i in range(80)])), before, rtol=1e-3, atol=1e-2)
+    peer.train()
+    assert sum(float(cls.sum()) for _, cls in peer(images)) != pytest.approx(float(before[:, 4:].sum()))
+    peer.new_classes(3)
+    assert answer(peer.write(model, ["a", "b", "c"])).shape == (shape[0], 7, before.shape[2])

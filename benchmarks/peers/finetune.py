@@ -153,14 +153,12 @@ class Peer(nn.Module):
                 weight, bias = _folded(self.convs[_key(node.output[0])])
                 put(node.input[1], weight.numpy())
                 put(node.input[2], bias.numpy())
-        before = self.published_classes
-        for name, array in self.constants.items():
-            if array.dtype != np.int64:
-                continue
-            if array.tolist() == [4 * _BINS, before]:
+        whole, new = 4 * _BINS + self.published_classes, 4 * _BINS + len(class_names)
+        for name, array in self.constants.items():  # the head's reshapes and splits
+            if array.dtype == np.int64 and array.tolist() == [4 * _BINS, self.published_classes]:
                 put(name, np.array([4 * _BINS, len(class_names)], np.int64))
-            elif array.tolist() == [4 * _BINS + before]:
-                put(name, np.array([4 * _BINS + len(class_names)], np.int64))
+            elif array.dtype == np.int64 and array.ndim == 1 and whole in array:
+                put(name, np.where(array == whole, new, array))
         out.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 4 + len(class_names)
         for entry in out.metadata_props:
             if entry.key == "names":
@@ -284,6 +282,11 @@ def main() -> None:
 
     model = load_peer(options.onnx)
     recipe = load_recipe(options.recipe, ["student.model=yolo-nano", *options.set], needs=("data", "student"))
+    fixed = [axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim[2:]]
+    if any(fixed) and fixed != [recipe.student.input_size] * 2:
+        raise SystemExit(
+            f"{options.onnx} takes {fixed[0]} px only: --set student.input_size={fixed[0]}, or export it with dynamic axes"
+        )
     with open_workspace(recipe, options.out) as work:
         pictures = [record.path for record in work.train.records[:_IMAGES_FOR_STATISTICS]]
         DETECTORS["yolo-nano"] = lambda spec: PeerDetector(spec, model, pictures)
