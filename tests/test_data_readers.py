@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from edgekd.data import detect_format, list_splits, read_dataset
-from edgekd.data.layout import find_split
+from edgekd.data.layout import find_split, usual_split
 from edgekd.errors import DataError
 from tests.data_layouts import make_coco, make_voc, make_yolo, picture, voc_xml
 
@@ -451,6 +451,16 @@ def test_a_split_is_found_by_the_name_it_usually_has(asked: str, there: tuple[st
         return
     with pytest.raises(DataError, match=f"has no split '{asked}'"):
         find_split(asked, there, Path("d"))
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [(("Train", "Validation"), "Validation"), (("test", "valid"), "valid"), (("Test",), "Test"), (("train",), None)],
+)
+def test_the_usual_split_to_measure_on_is_found_however_it_is_written(
+    there: tuple[str, ...], found: str | None
+) -> None:
+    assert usual_split(("val", "test"), there, Path("d")) == found
 
 
 def test_official_coco_names_are_found(tiny_coco: Path) -> None:
