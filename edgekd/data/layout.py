@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -217,6 +218,23 @@ def files_under(folder: Path) -> Iterator[Path]:
         for name in sorted(names):
             if not name.startswith("."):
                 yield Path(base, name)
+
+
+def some_files(folder: Path, most: int = 1000) -> list[Path]:
+    """Some files below a folder, in no order: enough to tell their kind, where listing all would take seconds."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    folders = [folder]
+    while folders and len(found) < most:
+        base = folders.pop()
+        stat = base.stat()
+        if (stat.st_dev, stat.st_ino) in seen:  # as in `files_under`
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        with contextlib.suppress(OSError), os.scandir(base) as entries:
+            for entry in itertools.islice((e for e in entries if not e.name.startswith(".")), most):
+                (folders if entry.is_dir() else found).append(Path(entry.path))
+    return found
 
 
 def is_regular(path: Path) -> bool:

@@ -23,6 +23,7 @@ from edgekd.data.layout import (
     is_part,
     numbered_lines,
     require_split,
+    some_files,
     stem_of,
     tails,
     unread_message,
@@ -283,7 +284,10 @@ def _is_class_list(split: str, path: Path, files: Mapping[str, Path]) -> bool:
 
 def _annotation_folder(folder: Path) -> Path | None:
     for name in _ANNOTATIONS:
-        if (folder / name).is_dir() and any(path.suffix.lower() == ".xml" for path in files_under(folder / name)):
+        if not (folder / name).is_dir():
+            continue
+        files = some_files(folder / name) if name == "labels" else files_under(folder / name)  # YOLO's, most likely
+        if any(path.suffix.lower() == ".xml" for path in files):
             return folder / name
     return folder if any(path.suffix.lower() == ".xml" for path in folder.iterdir()) else None
 

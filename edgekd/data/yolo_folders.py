@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekd.data.layout import files_under, is_image, is_part, numbered_lines, tails
+from edgekd.data.layout import is_image, is_part, numbered_lines, some_files, tails
 from edgekd.data.problems import printable
 from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names, find_yaml
 from edgekd.errors import DataError
@@ -73,7 +73,7 @@ def _has_labels_apart(folder: Path) -> bool:
     """Whether there are images/ and labels/, with text files in it; other tools keep XML files in a folder of that name."""
     if not ((folder / "images").is_dir() and (folder / "labels").is_dir()):
         return False
-    return any(map(is_label, files_under(folder / "labels")))
+    return any(map(is_label, some_files(folder / "labels")))
 
 
 def _is_whole(folder: Path) -> bool:
