@@ -18,7 +18,7 @@ import numpy as np
 from edgekd.artifact import atomic_path
 from edgekd.console import Terminal
 from edgekd.data import read_dataset
-from edgekd.data.layout import PARTS, find_split
+from edgekd.data.layout import find_split, split_advice
 from edgekd.data.problems import printable
 from edgekd.data.reading import open_source
 from edgekd.detectors import spec_for
@@ -168,8 +168,8 @@ def _put_data(found: RecipeDraft, asked: Asked) -> Dataset:
     source = open_source(asked.root, asked.format)
     splits = source.splits()
     names = {
-        "train": _split_for(asked.train, ("train", "trainval"), splits, source.root),
-        "val": _split_for(asked.val, ("val", "test"), splits, source.root),
+        "train": _split_for(asked.train, ("train", "trainval"), splits, asked.root),
+        "val": _split_for(asked.val, ("val", "test"), splits, asked.root),
     }
     train, val = (read_dataset(asked.root, name, format=asked.format) for name in names.values())
     require_objects(train, difficult=False)
@@ -201,14 +201,11 @@ def _split_for(asked: str | None, names: Sequence[str], splits: tuple[str, ...],
             return name
     if asked is not None:
         find_split(asked, splits, root)
-    first = f", after {splits[0]!r} has been renamed as it says," if splits and splits[0] in PARTS else ""
     raise DataError(
         f"{printable(root)} has no split {' or '.join(map(repr, names))}",
         got=f"the splits {', '.join(splits)}" if splits else "no split",
         expected="a split to train on, and another one to measure on",
-        fix=f"`edgekd data split {printable(root)} --val 0.2`{first} draws them"
-        if len(splits) == 1
-        else "name them: --train NAME --val NAME",
+        fix=split_advice(root, splits) if len(splits) == 1 else "name them: --train NAME --val NAME",
     )
 
 

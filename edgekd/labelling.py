@@ -11,7 +11,7 @@ from typing import Any
 from edgekd.artifact import sha256_json, write_json
 from edgekd.data import detect_format
 from edgekd.data.images import load_image
-from edgekd.data.layout import files_under, is_image
+from edgekd.data.layout import files_under, is_image, unread_images, unread_message
 from edgekd.errors import DataError, DistillationSetupError, EdgeKDError, TeacherError
 from edgekd.recipe import Recipe
 from edgekd.teachers import build_teacher
@@ -62,12 +62,13 @@ def label_images(
             expected="a list of class names that the teachers know",
             fix="in the recipe's data section, such as classes: [cat, dog]",
         )
-    paths = [path for path in files_under(root) if is_image(path)]
+    files = list(files_under(root))
+    paths = [path for path in files if is_image(path)]
     built = [build_teacher(config, classes, device=resolved_device(device)) for config in recipe.teachers]
     ensemble = Ensemble(built, recipe.ensemble, [config.weight for config in recipe.teachers])
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    failures: dict[str, str] = {}
+    failures = {str(path): unread_message(path) for path in unread_images(files)}
     for done, path in enumerate(paths, 1):
         try:
             picture = load_image(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgekd.artifact import atomic_path, write_json
 from edgekd.data.images import load_image
-from edgekd.data.layout import IMAGE_SUFFIXES, is_image
+from edgekd.data.layout import IMAGE_SUFFIXES, is_image, unread_images, unread_message
 from edgekd.draw import draw_detections
 from edgekd.errors import EdgeKDError, UserError
 from edgekd.predictor import Predictor
@@ -39,16 +39,22 @@ class Predictions:
         return {"schema": SCHEMA, "detector": dict(self.detector), "images": self.images, "failures": self.failures}
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, whatever they are called; folders as all the images in them (and below); each once, in order."""
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Files as they are, whatever they are called; folders as all the images in them (and below); each once, in order.
+
+    The second list has those in the folders that are of a kind which is not read.
+    """
     found: dict[Path, Path] = {}
+    unread: dict[Path, Path] = {}
     for path in paths:
         inside = [path]
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if is_image(file) and not file.is_dir())
+            files = sorted(file for file in path.rglob("*") if not file.is_dir())
+            inside = [file for file in files if is_image(file)]
+            unread.update((_real(file), file) for file in unread_images(files))
         for file in inside:
             found.setdefault(_real(file), file)
-    return list(found.values())
+    return list(found.values()), list(unread.values())
 
 
 def _real(path: Path) -> Path:
@@ -89,11 +95,15 @@ def predict_images(
     Raises:
         UserError: there are no images, or an output would overwrite one.
     """
-    images = find_images(paths)
+    images, unread = find_images(paths)
     if not images:
         given = ", ".join(str(path) for path in paths)
         raise UserError(
-            "there are no images to look at", got=given, expected=f"images: {' '.join(sorted(IMAGE_SUFFIXES))}"
+            "there are no images to look at",
+            got=f"{given}: {len(unread)} images of a kind that is not read, such as {unread[0].name}"
+            if unread
+            else given,
+            expected=f"images: {' '.join(sorted(IMAGE_SUFFIXES))}",
         )
     targets = [out / f"{name}.jpg" for name in output_names(images)]
     own = {_real(path) for path in images}
@@ -102,6 +112,7 @@ def predict_images(
             raise UserError("--out would overwrite an image", got=target, fix="choose another folder for --out")
     out.mkdir(parents=True, exist_ok=True)
     found = Predictions(out / JSON_NAME, predictor.describe())
+    found.failures.update((str(path), unread_message(path)) for path in unread)
     for done, (image, target) in enumerate(zip(images, targets, strict=True), 1):
         try:
             picture = load_image(image)

@@ -107,7 +107,7 @@ def _problem(document: Document, path: KeyPath, details: list[ErrorDetails]) -> 
 
 
 def _literals(detail: ErrorDetails) -> list[str]:
-    return re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
+    return [text or number for text, number in re.findall(r"'([^']*)'|(-?\d+)", str(detail["ctx"]["expected"]))]
 
 
 def _expected(detail: ErrorDetails) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from tests.data_layouts import make_coco, make_voc, make_yolo, picture, voc_xml
@@ -370,6 +371,14 @@ def jpeg_with(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return spoil
 
 
+def of_12_bits(path: Path) -> None:
+    Image.fromarray(np.full((40, 60), 4000, np.uint16)).save(path)
+
+
+def heic(form: str) -> Spoil:
+    return image(form, lambda path: path.rename(path.with_suffix(".HEIC")))
+
+
 IMAGE_CASES: dict[str, tuple[Spoil, str, str]] = {
     "image of zero bytes": (lambda path: path.write_bytes(b""), "bad-image", "a.png"),
     "image of text": (lambda path: path.write_text("hi"), "bad-image", "a.png"),
@@ -381,14 +390,18 @@ IMAGE_CASES: dict[str, tuple[Spoil, str, str]] = {
         "extraneous",
     ),
     "JPEG with padding": (jpeg_with(lambda data: data[:-2] + bytes(40) + b"\xff\xd9"), "odd-pixels", "extraneous"),
+    "image of 12 bits": (of_12_bits, "dark-images", "exceeds 4000 of 65535"),
     "image of Git LFS": (lambda path: path.write_text("version https://git-lfs"), "bad-image", "git-lfs"),
     "image again": (lambda path: shutil.copy(path, path.with_name("b.png")), "duplicate-image", "b.png"),
 }
 
-BROKEN: dict[str, Case] = {
-    f"{case.form} {name}": case for cases in (VOC_CASES, COCO_CASES, YOLO_CASES) for name, case in cases.items()
-} | {
-    f"{form} {name}": Case(form, image(form, change), kind, where)
-    for form in MAKERS
-    for name, (change, kind, where) in IMAGE_CASES.items()
-}
+HEIC = {f"{form} photograph": Case(form, heic(form), "unread-image", "a.HEIC is of a kind") for form in ("voc", "yolo")}
+BROKEN: dict[str, Case] = (
+    HEIC
+    | {f"{case.form} {name}": case for cases in (VOC_CASES, COCO_CASES, YOLO_CASES) for name, case in cases.items()}
+    | {
+        f"{form} {name}": Case(form, image(form, change), kind, where)
+        for form in MAKERS
+        for name, (change, kind, where) in IMAGE_CASES.items()
+    }
+)

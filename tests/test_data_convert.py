@@ -188,6 +188,30 @@ def test_the_same_stems_in_one_split_stay_two_images(tmp_path: Path) -> None:
         assert_same(source, tmp_path / str(step), names=False)
 
 
+def test_coco_keeps_names_that_differ_in_their_suffix_alone(tmp_path: Path) -> None:
+    names = [f"a.{suffix}" for suffix in ("jpg", "png", "bmp", "webp")]
+    source = make_coco(tmp_path / "0", {"train": {name: [("dog", (1, 1, 9, 9))] for name in names}}, {"dog": 1})
+    path = source / "annotations" / "instances_train.json"
+    for name in names:
+        Image.open(source / "train" / f"{name}.png").save(source / "train" / name)
+        path.write_text(path.read_text().replace(f"{name}.png", name))
+    for to, kept in (("coco", names), ("yolo", ["a.jpg", "a_train.png", "a_train_2.bmp", "a_train_3.webp"])):
+        convert_dataset(source, tmp_path / to, to)
+        assert [record.path.name for record in read_dataset(tmp_path / to, "train").records] == kept
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 2), (0, 7, 90), (-1, 3, 4)])
+def test_category_ids_stay_wherever_they_begin(tmp_path: Path, ids: tuple[int, ...]) -> None:
+    categories = dict(zip(("dog", "bird", "cat"), ids, strict=True))
+    make_coco(tmp_path / "0", {"train": {"a": [("bird", (1, 1, 9, 9))]}}, categories)
+    for step, to in enumerate(("coco", "voc", "coco"), 1):
+        convert_dataset(tmp_path / str(step - 1), tmp_path / str(step), to)
+        if to == "coco":
+            data = json.loads((tmp_path / str(step) / "annotations" / "instances_train.json").read_text())
+            assert {entry["name"]: entry["id"] for entry in data["categories"]} == categories
+            assert data["annotations"][0]["category_id"] == categories["bird"]
+
+
 def test_hostile_names_stay_inside(tmp_path: Path) -> None:
     source = make_coco(tmp_path / "in" / "0", {"train": {"a": [], "b": [], "c": [], "d": []}}, {"dog": 1})
     names = ["../../../up.png", ".hidden.png", "back\\slash.png", " no suffix "]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from edgekd.data import detect_format, list_splits, read_dataset
-from edgekd.data.layout import find_split
+from edgekd.data.layout import find_split, some_files, usual_split
 from edgekd.errors import DataError
 from tests.data_layouts import make_coco, make_voc, make_yolo, picture, voc_xml
 
@@ -453,6 +453,16 @@ def test_a_split_is_found_by_the_name_it_usually_has(asked: str, there: tuple[st
         find_split(asked, there, Path("d"))
 
 
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [(("Train", "Validation"), "Validation"), (("test", "valid"), "valid"), (("Test",), "Test"), (("train",), None)],
+)
+def test_the_usual_split_to_measure_on_is_found_however_it_is_written(
+    there: tuple[str, ...], found: str | None
+) -> None:
+    assert usual_split(("val", "test"), there, Path("d")) == found
+
+
 def test_official_coco_names_are_found(tiny_coco: Path) -> None:
     assert read_dataset(tiny_coco, "val", limit=1).split == "val2017"
 
@@ -460,3 +470,13 @@ def test_official_coco_names_are_found(tiny_coco: Path) -> None:
 def test_a_data_set_without_splits_says_how_to_make_them() -> None:
     with pytest.raises(DataError, match=r"edgekd data split d --val 0\.2"):
         find_split("train", ("all",), Path("d"))
+
+
+def test_some_files_are_enough_to_tell_their_kind(tmp_path: Path) -> None:
+    for index in range(30):
+        (tmp_path / f"{index}.txt").touch()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "back").symlink_to(tmp_path)
+    (tmp_path / "deep" / "x.xml").touch()
+    assert len(some_files(tmp_path, 10)) == 10
+    assert sorted(some_files(tmp_path)) == sorted(path for path in tmp_path.rglob("*.*") if path.is_file())

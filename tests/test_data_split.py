@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from edgekd.cli import app
 from edgekd.data import detect_format, list_splits, read_dataset
 from edgekd.data.check import check_dataset
+from edgekd.data.layout import split_folder
 from edgekd.data.split import split_dataset, stratify
 from edgekd.errors import DataError, UserError
 from tests.data_layouts import picture, voc_xml
@@ -225,9 +228,12 @@ def test_a_layout_that_cannot_take_split_files_is_left_as_it_was(tmp_path: Path)
     root = tmp_path / "data"
     flat_voc(root / "export")
     before = contents(root)
-    with pytest.raises(DataError, match="name the folder that holds the annotations"):
+    with pytest.raises(DataError, match=f"--out {root}-split writes a new data set instead; or name the folder"):
         split_dataset(root, val=0.2)
     assert contents(root) == before
+    assert not (root / "ImageSets").exists()
+    split_dataset(root, val=0.2, out=tmp_path / "data-split")
+    assert list_splits(tmp_path / "data-split") == ("train", "val")
     split_dataset(root / "export", val=0.2)
 
 
@@ -360,13 +366,130 @@ def test_images_without_annotations_are_told_apart_from_nothing(tmp_path: Path) 
         detect_format(tmp_path)
 
 
-@pytest.mark.parametrize(("spoil", "way"), [("list", "move train.txt away"), ("folder", "rename the folder train")])
-def test_how_to_divide_what_is_called_train(tmp_path: Path, spoil: str, way: str) -> None:
-    for name in "abc":
-        picture(tmp_path / "train" / f"{name}.png")
-        (tmp_path / "train" / f"{name}.txt").write_text("0 0.5 0.5 0.5 0.5")
-    (tmp_path / "classes.txt").write_text("dog")
-    if spoil == "list":
-        (tmp_path / "train.txt").write_text("train/a.png\n")
-    with pytest.raises(DataError, match=way):
-        split_dataset(tmp_path, val=0.4)
+# -- sets that have a split to train on and nothing else ----------------------------------------------------------
+
+
+def roboflow_yolo(root: Path) -> Path:
+    yolo(root / "train")
+    (root / "train" / "classes.txt").unlink()
+    places = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
+    (root / "data.yaml").write_text(f"{places}nc: 3\nnames: [{', '.join(NAMES)}]\n")
+    return root
+
+
+def cvat_yolo(root: Path) -> Path:
+    yolo(root)
+    (root / "Train.txt").write_text("".join(f"data/images/{stem}.png\n" for stem in stems()))
+    return root
+
+
+def lone_folder(root: Path) -> Path:
+    flat_yolo(root / "train")
+    (root / "train" / "classes.txt").rename(root / "classes.txt")
+    return root
+
+
+def roboflow_coco(root: Path) -> Path:
+    flat_coco(root / "train")
+    return root
+
+
+def roboflow_voc(root: Path) -> Path:
+    flat_voc(root / "train")
+    return root
+
+
+def voc_lists(root: Path) -> Path:
+    voc(root)
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for name, found in {"train": stems()[:24], "test": stems()[24:], "trainval": stems()[:24]}.items():
+        (root / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in found))
+    return root
+
+
+PARTIAL: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "roboflow yolo": (roboflow_yolo, ("val", "test")),
+    "cvat yolo": (cvat_yolo, ()),
+    "a folder train": (lone_folder, ()),
+    "roboflow coco": (roboflow_coco, ()),
+    "roboflow voc": (roboflow_voc, ()),
+    "voc with a test split": (voc_lists, ("trainval",)),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_the_advice_for_a_set_with_a_training_split_alone_works(tmp_path: Path, name: str) -> None:
+    make, left_out = PARTIAL[name]
+    root = make(tmp_path / "my data ü")
+    before = contents(root)
+    refused = CliRunner().invoke(app, ["data", "split", str(root)])
+    assert refused.exit_code == 2
+    assert "has splits already" in refused.stderr
+    advice = re.search("`edgekd (.*)`", refused.stderr)
+    assert advice is not None
+    made = CliRunner().invoke(app, [*shlex.split(advice[1]), "--json"])
+    assert made.exit_code == 0, made.output
+    assert tuple(json.loads(made.stdout)["left_out"]) == left_out
+    assert contents(root) == before, "nothing of the user's is touched"
+    new, whole = tmp_path / "my data ü-split", read_dataset(root, "train")
+    test = ["test"] if name == "voc with a test split" else []
+    assert sorted(list_splits(new)) == sorted(["train", "val", *test])
+    parts = {split: read_dataset(new, split) for split in list_splits(new)}
+    assert [len(parts[split]) for split in ("train", "val")] == [
+        len(whole) - len(parts["val"]),
+        round(0.2 * len(whole)),
+    ]
+    boxes = {record.path.stem: record.boxes_xyxy.tolist() for record in whole.records}
+    found = {r.path.stem: r.boxes_xyxy.tolist() for split in ("train", "val") for r in parts[split].records}
+    assert found == boxes
+    assert all(part.class_names == whole.class_names for part in parts.values())
+    if test:
+        assert [record.path.stem for record in parts["test"].records] == stems()[24:]
+    assert check_dataset(new).ok, check_dataset(new).text()
+    again = split_dataset(root, val=0.2, part="train", out=tmp_path / "again", dry_run=True)
+    assert not (tmp_path / "again").exists()
+    assert again.images == {split: len(parts[split]) for split in ("train", "val")}
+
+
+def test_advice_for_a_set_that_has_been_divided(tmp_path: Path) -> None:
+    root = yolo_with_yaml(tmp_path / "data")
+    split_dataset(root, val=0.2)
+    with pytest.raises(DataError, match="--from all --val"):  # its data.yaml still names that
+        split_dataset(root, val=0.2)
+    report = split_dataset(root, val=0.3, part="all", out=tmp_path / "new")
+    assert (report.left_out, report.images) == (("train", "val"), {"train": 21, "val": 9})
+    with pytest.raises(DataError, match="use them as they are"):
+        split_dataset(tmp_path / "new", val=0.2)
+
+
+def test_what_cannot_be_divided_from_a_part(tmp_path: Path) -> None:
+    root = voc(tmp_path / "data")
+    split_dataset(root, val=0.2)
+    with pytest.raises(DataError, match="has a split 'val' already"):
+        split_dataset(root, val=0.2, part="train", out=tmp_path / "new")
+    with pytest.raises(DataError, match="--from needs --out"):
+        split_dataset(root, val=0.2, part="train")
+    with pytest.raises(DataError, match="no split 'day'"):
+        split_dataset(root, val=0.2, part="day", out=tmp_path / "new")
+    with pytest.raises(DataError, match="lies within"):
+        split_dataset(root, val=0.2, part="train", out=root / "new")
+    shutil.copytree(root, other := tmp_path / "other")
+    (other / "ImageSets" / "Main" / "val.txt").rename(other / "ImageSets" / "Main" / "test.txt")
+    with pytest.raises(DataError, match=r"has a split 'test' already[\s\S]*leave --test away"):
+        split_dataset(other, val=0.2, test=0.1, part="train", out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_split_that_the_yaml_names_and_nobody_exported_is_told_how_to_be_made(tmp_path: Path) -> None:
+    root = roboflow_yolo(tmp_path / "data")
+    with pytest.raises(DataError, match=r"not there; without it, `edgekd data split \S* --from train --val 0\.2 --out"):
+        read_dataset(root, "val")
+
+
+def test_the_advice_names_a_folder_beside_the_set_however_that_is_called(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    assert split_folder(Path()) == tmp_path / "data-split"
+    assert split_folder(tmp_path / "data" / "..") == tmp_path.parent / f"{tmp_path.name}-split"
+    Path("set.yaml").touch()
+    assert split_folder(Path("set.yaml")) == Path("set-split")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from edgekd.data import list_splits, read_dataset
+from edgekd.data import detect_format, list_splits, read_dataset
 from edgekd.data.check import check_dataset
+from edgekd.data.images import load_image
+from edgekd.data.split import split_dataset
 from edgekd.errors import DataError
 from tests.data_layouts import picture, voc_xml
 
@@ -91,6 +95,36 @@ def roboflow_darknet(root: Path) -> None:
     put(root / "train" / "_darknet.labels", "cat\n")
 
 
+def cvat_with_capitals(root: Path, form: str) -> None:
+    for split in ("Train", "Validation"):
+        if form == "coco":
+            coco(root, f"annotations/instances_{split}.json", f"images/{split}")
+        elif form == "voc":
+            voc(root)
+            put(root / f"ImageSets/Main/cat_{split}.txt", "a 1\n")
+        else:
+            picture(root / "images" / split / "a.png", seed=len(split))
+            put(root / "labels" / split / "a.txt", LINE)
+            put(root / f"{split}.txt", f"data/images/{split}/a.png\n")
+    if form == "voc":
+        (root / "ImageSets/Main/train.txt").rename(root / "ImageSets/Main/Train.txt")
+        (root / "ImageSets/Main/cat_Validation.txt").unlink()
+    elif form == "yaml":
+        put(root / "data.yaml", "Train: Train.txt\nValidation: Validation.txt\nnames: {0: cat}\npath: .\n")
+    elif form == "names":
+        put(root / "obj.names", "cat\n")
+
+
+def fiftyone_voc(root: Path, images: str = "data") -> None:
+    picture(root / "train" / images / "a.png")
+    put(root / "train" / "labels" / "a.xml", XML)
+
+
+def yaml_without_names(root: Path) -> None:
+    yolo(root, "train: images/train\nval: images/val\n")
+    put(root / "classes.txt", "cat\n\n")
+
+
 POLYGON = [[6, 4, 30, 4, 30, 20], [8, 8, 9, 8, 9, 9]]
 WILD: dict[str, Make] = {
     "voc, image in other letters": lambda root: voc(root, image="A.PNG"),
@@ -117,6 +151,13 @@ WILD: dict[str, Make] = {
     "yolo, CVAT for Darknet": cvat_darknet,
     "yolo, Roboflow for Darknet": roboflow_darknet,
     "yolo, labels in UTF-16": lambda root: yolo(root, line=LINE.encode("utf-16")),
+    "voc, FiftyOne": fiftyone_voc,
+    "voc, xml in labels": lambda root: fiftyone_voc(root, "images"),
+    "yolo, data.yaml beside classes.txt": yaml_without_names,
+    "yolo, in a folder": lambda root: yolo(root / "set"),
+    "yolo, in a folder, without yaml": lambda root: (yolo(root / "set", None), put(root / "set/classes.txt", "cat")),
+    "coco, in a folder": lambda root: (coco(root / "coco"), put(root / "__MACOSX/coco/._a.png", "")),
+    **{f"{form}, CVAT's capitals": partial(cvat_with_capitals, form=form) for form in ("coco", "voc", "yaml", "names")},
     "yolo, name with spaces": lambda root: yolo(root, name="my picture (1)"),
 }
 
@@ -124,7 +165,7 @@ WILD: dict[str, Make] = {
 @pytest.mark.parametrize("name", WILD)
 def test_it_is_read(tmp_path: Path, name: str) -> None:
     WILD[name](tmp_path)
-    assert "train" in list_splits(tmp_path)
+    assert "train" in map(str.lower, list_splits(tmp_path))
     assert not {"cat_trainval", "trainval"} & set(list_splits(tmp_path))
     (record,) = read_dataset(tmp_path, "train").records
     assert record.boxes_xyxy.round(4).tolist() == [BOX]
@@ -151,6 +192,84 @@ def test_one_name_of_two_ids_is_one_class_over_all_files(tmp_path: Path) -> None
         dataset = read_dataset(tmp_path, split)
         assert dataset.class_names == ("cat", "dog")
         assert dataset.records[0].labels.tolist() == [0]
+
+
+def test_an_archive_unpacked_into_a_folder_keeps_its_splits(tmp_path: Path) -> None:
+    yolo(tmp_path / "set", "train: images/train\nval: images/val\nnames: [dog]")
+    assert list_splits(tmp_path) == list_splits(tmp_path, "yolo") == ("train", "val")
+    with pytest.raises(DataError, match="use them as they are"):
+        split_dataset(tmp_path, val=0.2)
+    (tmp_path / "set/data.yaml").write_text("train: images/train\nnames: [dog]")
+    with pytest.raises(DataError, match=f"data split {tmp_path} --from train --val 0.2 --out {tmp_path}-split"):
+        read_dataset(tmp_path, "val")
+    coco(tmp_path / "other")
+    with pytest.raises(DataError, match="holds several data sets"):
+        detect_format(tmp_path)
+    assert list_splits(tmp_path, "coco") == ("train",)
+
+
+def test_a_folder_for_each_split_may_have_a_yaml_of_its_own(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        picture(tmp_path / split / "images" / "a.png", seed=len(split))
+        put(tmp_path / split / "labels" / "a.txt", LINE)
+        put(tmp_path / split / "data.yaml", YAML + "[cat]")
+    assert list_splits(tmp_path) == ("train", "val")
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", '{"shapes": []}'), ("_annotations.csv", "filename,width")])
+def test_annotations_of_another_kind_are_no_missing_ones(tmp_path: Path, name: str, content: str) -> None:
+    picture(tmp_path / "a.png")
+    put(tmp_path / name, content)
+    kind = rf"1 {Path(name).suffix} file, of a kind that is not read"
+    says = rf"holds 1 image but no annotations[\s\S]*{kind}[\s\S]*as COCO, VOC or YOLO"
+    with pytest.raises(DataError, match=says):
+        detect_format(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".jp2", ".mpo", ".tga", ".dib", ".pbm"])
+def test_rarer_kinds_of_images_are_read(tmp_path: Path, suffix: str) -> None:
+    yolo(tmp_path)
+    try:
+        Image.open(tmp_path / "images/train/a.png").save(tmp_path / f"images/train/a{suffix}")
+    except (KeyError, OSError):
+        pytest.skip("this Pillow cannot write it")
+    (tmp_path / "images/train/a.png").unlink()
+    (record,) = read_dataset(tmp_path, "train").records
+    assert load_image(record.path).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize(("text", "line"), [("cat\n\ndog\n", 2), ("\ncat\ndog\n", 1), ("cat\n\n\ndog", 2)])
+def test_an_empty_line_among_class_names_does_not_shift_them(tmp_path: Path, text: str, line: int) -> None:
+    yolo(tmp_path, None)
+    put(tmp_path / "classes.txt", text)
+    with pytest.raises(DataError, match=rf"classes.txt: line {line} is empty, and class ids count lines"):
+        read_dataset(tmp_path, "train")
+    put(tmp_path / "classes.txt", "cat\r\ndog\r\n\r\n")
+    assert read_dataset(tmp_path, "train").class_names == ("cat", "dog")
+
+
+def test_no_class_where_no_annotation_can_be_read_names_the_reason(tmp_path: Path) -> None:
+    voc(tmp_path, XML.replace("<xmin>7", "<xmin>7,5"))
+    with pytest.raises(DataError, match=r"no class is annotated[\s\S]*a\.xml:5: <xmin> is no number: '7,5'") as caught:
+        read_dataset(tmp_path, "train")
+    assert "recipe" not in str(caught.value)
+    assert {problem.kind for problem in check_dataset(tmp_path).problems} == {"bad-annotation", "empty-split"}
+    voc(tmp_path, voc_xml([]))
+    with pytest.raises(DataError, match="annotate some images"):
+        read_dataset(tmp_path, "train")
+
+
+def test_classes_asked_for_that_leave_annotated_ones_out(tmp_path: Path) -> None:
+    voc(tmp_path)
+    with pytest.raises(DataError, match=r"data\.classes must name every class that is annotated"):
+        read_dataset(tmp_path, "train", class_names=["dog"])
+
+
+def test_a_label_without_its_image_counts_as_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    yolo(tmp_path)
+    put(tmp_path / "labels/train/b.txt", LINE)
+    read_dataset(tmp_path, "train")
+    assert "1 orphan-label" in caplog.text
 
 
 def test_a_lone_split_under_any_name_is_told_how_to_be_divided(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from edgekd.first_recipe import epochs_for, teacher_entries
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher
 from edgekd.recipe_draft import RecipeDraft
 from edgekd.recipe_file import load_recipe
-from tests.data_layouts import make_coco, make_voc, make_yolo
+from tests.data_layouts import make_coco, make_voc, make_yolo, picture
 from tests.toy_onnx import write_constant_detector
 
 BOX = (5, 5, 25, 25)
@@ -232,7 +234,13 @@ def test_a_set_without_splits_is_told_how_to_get_them(tmp_path: Path) -> None:
     lone = make_yolo(tmp_path / "lone", {"train": {"a": ["0 0.5 0.5 0.4 0.4"]}}, ["cat"])
     result = init(lone, "--out", tmp_path / "mine.yaml")
     assert result.exit_code == 2
-    assert "renamed" in result.stderr
+    advice = re.search("`edgekd (data split .*)`", result.stderr)
+    assert advice is not None
+    for stem in "bc":
+        picture(lone / "images" / "train" / f"{stem}.png")
+        (lone / "labels" / "train" / f"{stem}.txt").write_text("0 0.5 0.5 0.4 0.4")
+    assert CliRunner().invoke(app, shlex.split(advice[1])).exit_code == 0
+    assert init(tmp_path / "lone-split", "--out", tmp_path / "mine.yaml").exit_code == 0
 
 
 def test_splits_of_other_names(tmp_path: Path) -> None:

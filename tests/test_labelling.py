@@ -78,12 +78,13 @@ def test_annotations_that_are_there_stay(tmp_path: Path, photos: Path, checkpoin
 
 def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
     (photos / "0.png").write_bytes(b"")
+    (photos / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
     cut = photos / "2.png"
     cut.write_bytes(cut.read_bytes()[:900])
     result = label(tmp_path, photos, checkpoint, "--score", 0.1, "--json")
     body = json.loads(result.stdout)
     assert body["images"] == 4
-    assert {Path(path).name for path in body["failures"]} == {"0.png", "2.png"}
+    assert {Path(path).name for path in body["failures"]} == {"0.png", "2.png", "phone.heic"}
     assert "0.png" in result.stderr
     assert len(read_dataset(photos, "all")) == 4
 

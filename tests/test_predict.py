@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from edgekd.cli import app
 from edgekd.cli.deploy import foreign_options, provider_of
+from edgekd.data.images import load_image
 from edgekd.data.layout import IMAGE_SUFFIXES
 from edgekd.draw import class_colour, draw_detections
-from edgekd.errors import EdgeKDError, RecipeError, UserError
+from edgekd.errors import DataError, EdgeKDError, RecipeError, UserError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.predict import find_images, output_names
 from edgekd.types import Detections
@@ -110,13 +111,29 @@ def test_a_folder_without_images_is_an_error(checkpoint: Path, tmp_path: Path) -
 
 def test_each_image_once(tmp_path: Path) -> None:
     image = picture(tmp_path / "in" / "x.jpg")
-    assert find_images([tmp_path / "in", image, image]) == [image]
+    assert find_images([tmp_path / "in", image, image]) == ([image], [])
 
 
 def test_a_folder_gives_all_that_data_sets_take_for_images(tmp_path: Path) -> None:
     for suffix in IMAGE_SUFFIXES:
         (tmp_path / f"x{suffix.upper()}").touch()
-    assert len(find_images([tmp_path])) == len(IMAGE_SUFFIXES)
+    assert len(find_images([tmp_path])[0]) == len(IMAGE_SUFFIXES)
+
+
+def test_photographs_of_a_kind_that_is_not_read_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    photos = picture(tmp_path / "photos" / "good.png").parent
+    for name in ("phone.HEIC", "good.nef"):  # the second is the camera's own copy of good.png
+        (photos / name).write_bytes(b"\0\0\0\x18ftypheic")
+    code, body, stderr = predict(checkpoint, photos, "--out", tmp_path / "out")
+    assert code == 2
+    assert [Path(entry["image"]).name for entry in body["images"]] == ["good.png"]  # type: ignore[attr-defined]
+    assert set(body["failures"]) == {str(photos / "phone.HEIC")}  # type: ignore[call-overload]
+    assert "phone.HEIC is of a kind that is not read: convert it" in stderr
+    (photos / "good.png").unlink()
+    _, body, _ = predict(checkpoint, photos, "--out", tmp_path / "out")
+    assert "2 images of a kind that is not read" in body["error"]["message"]  # type: ignore[index]
+    with pytest.raises(DataError, match="convert it to JPEG"):
+        load_image(photos / "phone.HEIC")
 
 
 @pytest.mark.parametrize(

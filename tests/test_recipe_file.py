@@ -99,6 +99,12 @@ CASES = {
         "9:22: teachers.0.class_names.1",
         'got 2, expected a text; write "2" in quotes',
     ),
+    "number of a few": (
+        "name: good",
+        "name: good\ntrain: {freeze_stride: 3}",
+        "2:24: train.freeze_stride",
+        "got 3, expected one of 0, 2, 4, 8",
+    ),
     "bool for int": (
         "name: good",
         "name: good\nseed: true",

@@ -112,14 +112,23 @@ def split(
     val: Annotated[float, typer.Option("--val", min=0, max=1, help="Share of the images for validation.")] = 0.2,
     test: Annotated[float, typer.Option("--test", min=0, max=1, help="Share of the images for the test.")] = 0.0,
     format: FormatOption = "auto",
+    part: Annotated[
+        str | None,
+        typer.Option("--from", help="Divide this split of a set that has some; needs --out.", metavar="NAME"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write a new data set there instead.", metavar="DIR")
+    ] = None,
+    link: Annotated[bool, typer.Option("--link", help="With --out: hard-link the images, not copy them.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; show what would be.")] = False,
     seed: SeedOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Draw splits for a data set without any, every class spread over them and equal pictures kept together.
+    """Draw splits for a data set that lacks them, every class spread over them and equal pictures kept together.
 
-    Writes the files that name the splits and touches nothing else.
+    Writes the files that name the splits and touches nothing else. A set with a split `train` but nothing to measure on:
+    --from train --out NEW writes another one in the same layout, with `train` divided and its other splits as they are.
     """
     session = session_of(context)
     from dataclasses import asdict
@@ -129,7 +138,16 @@ def split(
 
     with Terminal(session.quiet).counting("images") as progress:
         report = split_dataset(
-            root, val=val, test=test, seed=session.seed or 0, format=format, dry_run=dry_run, progress=progress
+            root,
+            val=val,
+            test=test,
+            seed=session.seed or 0,
+            format=format,
+            part=part,
+            out=out,
+            link=link,
+            dry_run=dry_run,
+            progress=progress,
         )
     body = {
         **asdict(report),
@@ -147,6 +165,8 @@ def split(
             typer.echo(f"{name}: {images} images; {objects or 'no objects'}")
         if report.duplicates:
             typer.echo(f"{report.duplicates} images have the pixels of another one: they stay together")
+        if report.left_out:
+            typer.echo(f"left out: {', '.join(report.left_out)} (no images, or some of those divided)")
         typer.echo(f"{'would write' if dry_run else 'written'}: {', '.join(map(str, report.files))}")
 
     session.finish(body, show)

@@ -258,6 +258,7 @@ def _show_engine(result: EngineResult) -> None:
 def export_data(root: Path, split: str | None, format: str) -> ExportData:
     """Splits of `root` for calibration and comparison."""
     from edgekd.data import list_splits, read_dataset
+    from edgekd.data.layout import usual_split
     from edgekd.export import ExportData
 
     if split is not None:
@@ -265,10 +266,8 @@ def export_data(root: Path, split: str | None, format: str) -> ExportData:
         return ExportData(only, only)
     there = list_splits(root, format)
     train, val = (
-        read_dataset(root, next(name for name in names if name in there), format=format)
-        if any(name in there for name in names)
-        else None
-        for names in (("train", "trainval", "train2017"), ("val", "test", "val2017"))
+        read_dataset(root, found, format=format) if (found := usual_split(names, there, root)) else None
+        for names in (("train", "trainval"), ("val", "test"))
     )
     return ExportData(train, val)
 

@@ -157,12 +157,13 @@ def _most_macs(asked: Asked, roof: dict[str, object]) -> float | None:
 def _data_section(root: Path, format: str) -> DataConfig:
     """A recipe's `data` for a folder, with its own names for the splits."""
     from edgekd.data import list_splits
+    from edgekd.data.layout import usual_split
     from edgekd.recipe import DataConfig
 
     there = list_splits(root, format)
     train, val = (
-        next((name for name in names if name in there), there[position])
-        for names, position in ((("train", "trainval", "train2017"), 0), (("val", "test", "val2017"), -1))
+        usual_split(names, there, root) or there[position]
+        for names, position in ((("train", "trainval"), 0), (("val", "test"), -1))
     )
     return DataConfig.model_validate({"root": str(root.resolve()), "format": format, "train": train, "val": val})
 

@@ -22,6 +22,7 @@ from edgekd.types import ImageRecord
 
 __all__ = ["CheckReport", "SplitSummary", "check_dataset", "write_contact_sheet"]
 
+_BRIGHTEST_OF_12_BITS = 4095
 _UNIONS = frozenset({"trainval", "all", "traintest", "trainvaltest"})
 
 
@@ -44,7 +45,7 @@ def check_dataset(
     source = _open(root, format)
     if isinstance(source, CheckReport):
         return source
-    splits = [find_split(split, source.splits(), source.root) for split in splits or ()]
+    splits = [find_split(split, source.splits(), Path(root)) for split in splits or ()]
     problems: list[Problem] = []
     names = _names(source, class_names, problems)
     records: dict[str, list[ImageRecord]] = {}
@@ -119,27 +120,36 @@ def pixel_digests(
         for path in found:
             splits_of.setdefault(path, split)
     digests: dict[Path, str] = {}
+    brightest: dict[str, list[int]] = {}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for done, (path, examined) in enumerate(zip(splits_of, pool.map(_digest, splits_of), strict=True), 1):
             if isinstance(examined, DataError):
                 message = str(examined).replace("\n", ";")
                 problems.append(Problem("broken-pixels", path, message, split=splits_of[path]))
             else:
-                digests[path], oddity = examined
+                digests[path], oddity, value = examined
+                if value is not None:
+                    brightest.setdefault(splits_of[path], []).append(value)
                 if oddity is not None:
                     kind = "damaged-pixels" if oddity.is_damage else "odd-pixels"
                     problems.append(Problem(kind, path, oddity.text, split=splits_of[path]))
             if progress:
                 progress(done, len(splits_of))
+    for split, values in brightest.items():
+        if max(values) <= _BRIGHTEST_OF_12_BITS:
+            first = next(path for path in splits_of if splits_of[path] == split)
+            message = f"no pixel of the {len(values)} 16-bit images of split {split!r} exceeds {max(values)} of 65535"
+            problems.append(Problem("dark-images", first.parent, message, split=split))
     return digests
 
 
-def _digest(path: Path) -> tuple[str, Oddity | None] | DataError:
+def _digest(path: Path) -> tuple[str, Oddity | None, int | None] | DataError:
     try:
-        pixels, oddity = examine_image(path)
+        pixels, oddity, brightest = examine_image(path)
     except DataError as error:
         return error
-    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest(), oddity
+    digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
+    return digest, oddity, brightest
 
 
 def _unions(records: Mapping[str, list[ImageRecord]], digests: Mapping[Path, str]) -> dict[str, frozenset[str]]:
@@ -149,7 +159,7 @@ def _unions(records: Mapping[str, list[ImageRecord]], digests: Mapping[Path, str
     for split, own in pictures.items():
         parts = frozenset(name for name, other in pictures.items() if name != split and other and other < own)
         exact = len(parts) > 1 and set().union(*(pictures[part] for part in parts)) == own
-        if parts and (split in _UNIONS or exact):
+        if parts and (split.casefold() in _UNIONS or exact):
             unions[split] = parts
     return unions
 
@@ -190,7 +200,7 @@ def _alike(root: Path, names: Sequence[str]) -> list[Problem]:
 def _empty(root: Path, records: Mapping[str, list[ImageRecord]], names: Sequence[str]) -> list[Problem]:
     problems = []
     for split, found in records.items():
-        trains = split.startswith(("train", "all"))
+        trains = split.casefold().startswith(("train", "all"))
         if not found:
             problems.append(Problem("empty-split", root, f"split {split!r} has no readable image", split=split))
             continue

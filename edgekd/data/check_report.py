@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.data.layout import PARTS
+from edgekd.data.layout import is_part, split_advice
 from edgekd.data.problems import RULES, Problem, printable
 from edgekd.types import ImageRecord
 
@@ -93,8 +93,8 @@ class CheckReport:
         lines = [f"{printable(self.root)}: {self.format}, {len(self.class_names)} classes"]
         for split in self.splits:
             lines += ["", *_split_lines(split)]
-        if len(self.splits) == 1 and self.splits[0].name not in PARTS:
-            lines += ["", f"no splits yet: `edgekd data split {printable(self.root)} --val 0.2` draws them"]
+        if len(self.splits) == 1 and not is_part(self.splits[0].name):
+            lines += ["", split_advice(self.root, [self.splits[0].name])]
         if self.unions:
             lines += ["", f"made of other splits: {', '.join(self.unions)}"]
         ordered = self.errors + self.warnings

@@ -27,7 +27,7 @@ from edgekd.data.coco_json import (
     stamp,
     whole,
 )
-from edgekd.data.layout import PARTS, Format, RawImage, RawObject, is_regular, require_split, tails
+from edgekd.data.layout import Format, RawImage, RawObject, is_part, is_regular, require_split, tails
 from edgekd.data.problems import Problem, printable
 from edgekd.errors import DataError
 
@@ -61,7 +61,8 @@ def coco_files(root: Path) -> dict[str, Path]:
 def _in_split_folders(root: Path) -> dict[str, Path]:
     """train/labels.json, val/annotations.json, ...: the one such file of each folder that is called like a split."""
     found: dict[str, Path] = {}
-    for folder in sorted(root / name for name in PARTS if (root / name).is_dir()):
+    folders = root.iterdir() if root.is_dir() else ()
+    for folder in sorted(path for path in folders if is_part(path.name) and path.is_dir()):
         paths = [path for path in folder.glob("[!.]*.json") if is_regular(path) and looks_like_coco(path)]
         if len(paths) == 1:
             found[folder.name] = paths[0]

@@ -23,7 +23,7 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
-from edgekd.data.layout import IMAGE_SUFFIXES, Format, require_split
+from edgekd.data.layout import IMAGE_SUFFIXES, Format, RawImage, Source, require_split
 from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.reading import class_names_of, open_source
 from edgekd.data.records import Resolved, resolve
@@ -71,22 +71,55 @@ def convert_dataset(
     source, out = Path(source), Path(out)
     if to not in _WRITERS:
         raise DataError(f"unknown data format {to!r}", expected=", ".join(get_args(Format)))
+    require_new(out, source)
+    opened = open_source(source, format)
+    problems: list[Problem] = []
+    found: dict[str, list[RawImage]] = {}
+    for split in dict.fromkeys(splits or opened.splits()):
+        require_split(split, opened.splits(), source)
+        found[split] = opened.scan(split, problems)
+    return write_dataset(opened, found, out, to, class_names=class_names, link=link, problems=problems)
+
+
+def require_new(out: Path, source: Path) -> None:
+    """Raise unless a data set can be written at `out`, with its images from `source`.
+
+    Raises:
+        DataError: `out` is there and not empty, or within `source`.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{printable(out)} is there already and not empty", fix="name a new folder, or remove this one")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         fix = "choose a folder beside it: one within would be read as a part of it"
         raise DataError(f"{printable(out)} lies within the data set", fix=fix)
-    opened = open_source(source, format)
-    names = class_names_of(opened, class_names)
-    problems: list[Problem] = []
+
+
+def write_dataset(
+    source: Source,
+    splits: Mapping[str, Sequence[RawImage]],
+    out: Path,
+    to: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    link: bool = False,
+    problems: Sequence[Problem] = (),
+) -> ConvertReport:
+    """Write images of `source`, as these splits, in layout `to` at `out` (see `require_new`), all of it or nothing.
+
+    `problems` are those of scanning them.
+
+    Raises:
+        DataError: an image or its annotation cannot be read, or the layout cannot hold a name.
+    """
+    names = class_names_of(source, class_names)
+    judged = list(problems)
     found: dict[str, list[Resolved]] = {}
-    for split in dict.fromkeys(splits or opened.splits()):
-        require_split(split, opened.splits(), source)
+    for split, raws in splits.items():
         _check_split_name(split)
-        found[split] = resolve(opened.scan(split, problems), names, split, problems)
-    raise_if_stopped(problems, printable(source))
-    placed = _place(found, shared=to == "voc")
-    content = Content(names, opened.category_ids(), placed)
+        found[split] = resolve(raws, names, split, judged)
+    raise_if_stopped(judged, printable(source.root))
+    placed = _place(found, to)
+    content = Content(names, source.category_ids(), placed)
     try:
         with _built_beside(out) as folder:
             _put_images(folder, to, content, link)
@@ -98,7 +131,7 @@ def convert_dataset(
         to,  # type: ignore[arg-type]  # checked above
         {split: len(rows) for split, rows in placed.items()},
         {split: sum(len(row.boxes) for row in rows) for split, rows in placed.items()},
-        tuple(problems),
+        tuple(judged),
     )
 
 
@@ -140,12 +173,13 @@ def _put_images(folder: Path, to: str, content: Content, link: bool) -> None:
             first[source] = target
 
 
-def _place(found: Mapping[str, list[Resolved]], shared: bool) -> dict[str, list[Placed]]:
-    """Give every image a safe file name, unique without its suffix within its folder.
+def _place(found: Mapping[str, list[Resolved]], to: str) -> dict[str, list[Placed]]:
+    """Give every image a safe file name, unique within its folder; without its suffix too, where annotations go by that.
 
-    `shared`: all splits lie in one folder (VOC). An image that is in several splits is then one file, if the splits
-    agree on its pixels and its annotation.
+    All splits of VOC lie in one folder. An image that is in several is then one file, if the splits agree on its pixels
+    and its annotation.
     """
+    shared = to == "voc"
     placed: dict[str, list[Placed]] = {}
     taken: dict[str, tuple[str, Resolved]] = {}
     for split, rows in found.items():
@@ -154,14 +188,12 @@ def _place(found: Mapping[str, list[Resolved]], shared: bool) -> dict[str, list[
         for row in rows:
             name = _safe_name(row)
             stem, suffix = os.path.splitext(name)
-            tries = itertools.chain([stem, f"{stem}_{split}"], (f"{stem}_{split}_{n}" for n in itertools.count(2)))
-            for stem in tries:
-                if stem not in taken:
-                    taken[stem] = (stem + suffix, row)
+            for addition in itertools.chain(["", f"_{split}"], (f"_{split}_{n}" for n in itertools.count(2))):
+                name = stem + addition + suffix
+                key = name if to == "coco" else stem + addition
+                if taken.setdefault(key, (name, row))[1] is row or (shared and _same(row, taken[key][1])):
                     break
-                if shared and _same(row, taken[stem][1]):
-                    break
-            placed[split].append(Placed(row.record, row.boxes, taken[stem][0]))
+            placed[split].append(Placed(row.record, row.boxes, taken[key][0]))
     return placed
 
 

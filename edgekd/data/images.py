@@ -16,6 +16,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from edgekd.data.layout import UNREAD_SUFFIXES, unread_message
 from edgekd.data.problems import printable
 from edgekd.errors import DataError
 from edgekd.types import ImageArray
@@ -33,7 +34,7 @@ def load_image(path: Path | str) -> ImageArray:
     Raises:
         DataError: the file is missing, empty, cut off, damaged, no image, or larger than `MAX_PIXELS`.
     """
-    return examine_image(path)[0]
+    return examine_image(path).pixels
 
 
 class Oddity(NamedTuple):
@@ -43,8 +44,22 @@ class Oddity(NamedTuple):
     is_damage: bool
 
 
-def examine_image(path: Path | str) -> tuple[ImageArray, Oddity | None]:
-    """What `load_image` gives, and what the decoder finds odd about the file, if anything.
+class Examined(NamedTuple):
+    """An image, and what there is to say of its file.
+
+    Attributes:
+        pixels: (H, W, 3) uint8 RGB, upright, as `load_image` gives it.
+        oddity: what the decoder finds odd, if anything.
+        brightest_16bit: the largest value of a 16-bit greyscale image, of which `pixels` have the high byte.
+    """
+
+    pixels: ImageArray
+    oddity: Oddity | None = None
+    brightest_16bit: int | None = None
+
+
+def examine_image(path: Path | str) -> Examined:
+    """What `load_image` gives, with what there is to say of the file.
 
     Raises:
         DataError: as `load_image`.
@@ -59,23 +74,24 @@ def decode_image(data: bytes, path: Path | str = "image") -> ImageArray:
     Raises:
         DataError: the bytes are empty, cut off, damaged, no image, or of one larger than `MAX_PIXELS`.
     """
-    return _decode(data, Path(path))[0]
+    return _decode(data, Path(path)).pixels
 
 
-def _decode(data: bytes, path: Path) -> tuple[ImageArray, Oddity | None]:
+def _decode(data: bytes, path: Path) -> Examined:
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(path, image)
             orientation = _orientation(image)
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             pixels, oddity = _jpeg_pixels(data) if plain else (None, None)
+            brightest = None
             if pixels is None:
-                pixels = _pillow_pixels(image)
+                pixels, brightest = _pillow_pixels(image)
     except DataError:
         raise
     except Exception as error:  # decoders raise nearly anything on hostile bytes; to the user it is one thing
         raise _unreadable(path, error) from error
-    return np.ascontiguousarray(_upright(pixels, orientation)), oddity
+    return Examined(np.ascontiguousarray(_upright(pixels, orientation)), oddity, brightest)
 
 
 def image_hw(path: Path | str) -> tuple[int, int]:
@@ -127,6 +143,8 @@ def _unreadable(path: Path, error: Exception) -> DataError:
             return DataError(f"{name}: the image file is empty (0 bytes)")
     except OSError:
         pass
+    if isinstance(error, UnidentifiedImageError) and path.suffix.lower() in UNREAD_SUFFIXES:
+        return DataError(f"{name}: {unread_message(path)}")
     if isinstance(error, UnidentifiedImageError):
         return DataError(f"{name}: not an image, or of a kind that Pillow does not know", got=_beginning(path))
     return DataError(f"{name}: the image cannot be read", got=f"{type(error).__name__}: {error}")
@@ -214,15 +232,18 @@ def _runs_on(data: bytes, warning: str) -> bool:
     return len(set(data[max(0, end - int(found[1])) : end])) > 1
 
 
-def _pillow_pixels(image: Image.Image) -> ImageArray:
+def _pillow_pixels(image: Image.Image) -> tuple[ImageArray, int | None]:
+    """Pixels, and the largest value of what has 16 bits."""
     image.load()
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64)
+        brightest = int(wide.max(initial=0))
         # Mode "I" also holds 8-bit values in some formats; only what exceeds them is taken as 16-bit.
-        gray = wide >> 8 if image.mode != "I" or wide.max(initial=0) > 255 else wide
-        return np.repeat(np.clip(gray, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        is_wide = image.mode != "I" or brightest > 255
+        gray = np.clip(wide >> 8 if is_wide else wide, 0, 255).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2), brightest if is_wide else None
     if image.mode == "F":
         raise ValueError("floating-point images have no agreed range; save it as 8 or 16 bits")
     if image.mode in ("P", "PA", "LA", "La", "RGBa"):
         image = image.convert("RGBA")
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"), np.uint8), None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import itertools
 import os
 import re
+import shlex
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,12 +20,18 @@ from edgekd.errors import DataError
 Format = Literal["voc", "coco", "yolo"]
 
 IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pnm"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpx", ".png", ".apng", ".gif", ".webp"}
+) | {".avif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
+"""What Pillow reads. One without the decoder for a rarer kind says so of the file: nothing is passed over by its name."""
+
+UNREAD_SUFFIXES = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
 )
+"""Photographs of kinds that are not read, and must not go missing silently."""
 
 _VALIDATION = ("val", "valid", "validation")
 PARTS = frozenset({"train", *_VALIDATION, "test", "trainval"})
-"""Names of splits that are a part of a data set; a lone split of another name is the whole of it."""
+"""Names of splits, in small letters, that are a part of a data set; a lone split of another name is the whole of it."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +107,27 @@ class Source(Protocol):
 
 
 def find_split(split: str, splits: tuple[str, ...], root: Path) -> str:
-    """The split of this name, or the only one that means the same: valid for val, train2017 for train.
+    """The split of this name, or the only one that means the same: valid or Validation for val, train2017 for train.
 
     Raises:
         DataError: there is none; the message lists the ones that are.
     """
     if split not in splits:
-        same = _VALIDATION if split in _VALIDATION else (split,)
-        alike = [name for name in splits if name in same or (name[:-4] in same and name[-4:].isdigit())]
+        asked = split.casefold()
+        same = _VALIDATION if asked in _VALIDATION else (asked,)
+        alike = [name for name in splits if _kind(name) in same]
         if len(alike) == 1:
             return alike[0]
     require_split(split, splits, root)
     return split
+
+
+def usual_split(names: Sequence[str], splits: tuple[str, ...], root: Path) -> str | None:
+    """The split of the first of these names that `find_split` finds one for."""
+    for name in names:
+        with contextlib.suppress(DataError):
+            return find_split(name, splits, root)
+    return None
 
 
 def require_split(split: str, splits: tuple[str, ...], root: Path) -> None:
@@ -119,21 +137,72 @@ def require_split(split: str, splits: tuple[str, ...], root: Path) -> None:
         DataError: it is not; the message lists the ones that are.
     """
     if split not in splits:
-        unsplit = len(splits) == 1 and splits[0] not in PARTS
         raise DataError(
             f"{printable(root)} has no split {split!r}",
             expected=", ".join(splits) if splits else "at least one split, but none was found",
-            fix=f"it has no splits yet: `edgekd data split {printable(root)} --val 0.2` draws them"
-            if unsplit
-            else "name one of these: `data.train` and `data.val` in a recipe, --split on the command line"
-            if splits
-            else None,
+            fix=_split_fix(split, splits, root) if splits else None,
         )
 
 
+def _split_fix(split: str, splits: tuple[str, ...], root: Path) -> str:
+    if len(splits) == 1:
+        return split_advice(root, splits)
+    named = "name one of these: `data.train` and `data.val` in a recipe, --split on the command line"
+    lacks = split.casefold() in _VALIDATION and not any(map(is_validation, splits))
+    return f"{named}; or {split_advice(root, splits)}" if lacks else named
+
+
+def split_advice(root: Path, splits: Sequence[str]) -> str:
+    """The command that draws splits for a data set which has these."""
+    command = f"edgekd data split {shlex.quote(printable(root))}"
+    if len(splits) == 1 and not is_part(splits[0]):
+        return f"it has no splits yet: `{command} --val 0.2` draws them"
+    if not any(map(is_validation, splits)):
+        part = next((name for name in splits if name.casefold().startswith("train")), splits[0])
+    else:
+        part = next((name for name in splits if not is_part(name) and not is_validation(name)), "")
+        if not part:
+            return "use them as they are"
+    beside = shlex.quote(printable(split_folder(root)))
+    words = f"`{command} --from {shlex.quote(printable(part))} --val 0.2 --out {beside}`"
+    return f"{words} writes a data set beside it in which {printable(part)!r} is divided"
+
+
+def split_folder(root: Path) -> Path:
+    """Where `split_advice` has the divided data set written: beside `root`."""
+    folder = root if root.name not in ("", "..") else root.resolve()
+    return folder.with_name(f"{folder.stem if folder.is_file() else folder.name}-split")
+
+
+def is_validation(split: str) -> bool:
+    """Whether a split is called like one to validate on: Validation, val2017."""
+    return _kind(split) in _VALIDATION
+
+
+def _kind(split: str) -> str:
+    """A split's name without COCO's year."""
+    return re.sub(r"\d{4}$", "", split.casefold())
+
+
+def is_part(split: str) -> bool:
+    """Whether a split is called like a part of a data set, in whatever letters (CVAT writes Train)."""
+    return split.casefold() in PARTS
+
+
 def is_image(path: Path) -> bool:
-    """Whether the file name says that it is an image."""
+    """Whether the file name says that it is an image that can be read."""
     return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def unread_images(paths: Collection[Path]) -> list[Path]:
+    """Those of the files that are images of a kind that is not read, unless one of the same name that is lies beside."""
+    read = {path.with_suffix("") for path in paths if is_image(path)}
+    return [path for path in paths if path.suffix.lower() in UNREAD_SUFFIXES and path.with_suffix("") not in read]
+
+
+def unread_message(path: Path) -> str:
+    """What to say of one of `unread_images`."""
+    return f"{printable(path.name)} is of a kind that is not read: convert it to JPEG or PNG"
 
 
 def files_under(folder: Path) -> Iterator[Path]:
@@ -149,6 +218,23 @@ def files_under(folder: Path) -> Iterator[Path]:
         for name in sorted(names):
             if not name.startswith("."):
                 yield Path(base, name)
+
+
+def some_files(folder: Path, most: int = 1000) -> list[Path]:
+    """Some files below a folder, in no order: enough to tell their kind, where listing all would take seconds."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    folders = [folder]
+    while folders and len(found) < most:
+        base = folders.pop()
+        stat = base.stat()
+        if (stat.st_dev, stat.st_ino) in seen:  # as in `files_under`
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        with contextlib.suppress(OSError), os.scandir(base) as entries:
+            for entry in itertools.islice((e for e in entries if not e.name.startswith(".")), most):
+                (folders if entry.is_dir() else found).append(Path(entry.path))
+    return found
 
 
 def is_regular(path: Path) -> bool:

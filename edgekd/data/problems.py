@@ -36,7 +36,7 @@ class Rule:
     @property
     def loses(self) -> bool:
         """Whether reading goes on with less, or with other numbers, than the files state."""
-        return self.severity == "error" or self.treatment.endswith(("refused", "ignored", "clipped to it"))
+        return self.severity == "error" or self.treatment.endswith(("refused", "ignored", "left out", "clipped to it"))
 
 
 RULES: dict[str, Rule] = {
@@ -45,10 +45,14 @@ RULES: dict[str, Rule] = {
     "bad-layout": Rule("error", True, "the data set's own description is wrong: reading stops"),
     "missing-annotation": Rule("error", True, "the split names an image without annotation: reading stops"),
     "missing-image": Rule("error", True, "the image is not there: reading stops"),
+    "unread-image": Rule("error", True, "an annotated image is of a kind that is not read: reading stops"),
     "bad-image": Rule("error", True, "the image cannot be opened: reading stops"),
     "broken-pixels": Rule("error", False, "the header is sound, the pixels are not: found by check, stops in training"),
     "damaged-pixels": Rule("error", False, "the JPEG is damaged, a part of the picture is wrong: read as it is"),
     "odd-pixels": Rule("warning", False, "the JPEG is unusual: have a look at it"),
+    "dark-images": Rule(
+        "warning", False, "16-bit images that use 12 bits or fewer are read nearly black: stretch them, or save 8 bits"
+    ),
     "duplicate-id": Rule("error", True, "two images claim one id: reading stops"),
     "repeated-image": Rule("warning", False, "the split lists an image twice: read once"),
     "repeated-category": Rule("warning", False, "two COCO categories have one name: read as one class"),
@@ -153,8 +157,8 @@ def _escape(code: int) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
-def raise_if_stopped(problems: Sequence[Problem], what: str, shown: int = 10) -> None:
-    """Raise for the problems that reading cannot pass over, naming the first `shown`.
+def raise_if_stopped(problems: Sequence[Problem], what: str, shown: int = 10, fix: str | None = None) -> None:
+    """Raise for the problems that reading cannot pass over, naming the first `shown`; `fix`, where `data check` knows none.
 
     Raises:
         DataError: at least one problem's rule says `stops`.
@@ -166,4 +170,4 @@ def raise_if_stopped(problems: Sequence[Problem], what: str, shown: int = 10) ->
     lines += [f"  {problem}" for problem in stopping[:shown]]
     if len(stopping) > shown:
         lines.append(f"  ... and {len(stopping) - shown} more")
-    raise DataError("\n".join(lines), fix="`edgekd data check` lists every problem of the data set")
+    raise DataError("\n".join(lines), fix=fix or "`edgekd data check` lists every problem of the data set")

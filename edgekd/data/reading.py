@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -23,41 +23,95 @@ _log = logging.getLogger("edgekd.data")
 _MOST_LOOKED_AT = 100_000
 """Files in a folder that is no data set, to say what it holds."""
 
+_OTHER_KINDS = frozenset(
+    {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".xml", ".parquet", ".tfrecord", ".record", ".mat"}
+)
+"""Files that other tools keep annotations in."""
+
+_READERS: dict[str, Callable[[Path], Source]] = {"voc": VocSource, "coco": CocoSource, "yolo": YoloSource}
+_LAYOUTS: dict[Format, Callable[[Path], bool]] = {
+    "voc": lambda root: bool(voc_bases(root)),
+    "coco": lambda root: bool(coco_files(root)),
+    "yolo": is_yolo,
+}
+
 NO_CLASS = "no class is annotated in any split"
-_GIVE_NAMES = "give the class names (`data.classes` in a recipe)"
+_NAME_ALL = "data.classes must name every class that is annotated; without it, the data set's own are taken"
+_GIVE_NAMES = "in a recipe, `data.classes` can name the classes"
 
 
 def detect_format(root: Path | str) -> Format:
-    """Which of the three layouts the data set at `root` is in.
+    """Which of the three layouts the data set at `root` is in; see `locate`.
 
     Raises:
-        DataError: `root` is not there, or in no layout, or in several.
+        DataError: as `locate`.
+    """
+    return locate(root)[1]
+
+
+def locate(root: Path | str) -> tuple[Path, Format]:
+    """The folder that holds the data set (`root`, or the only one in it that does, as an unpacked archive has it), and its
+    layout.
+
+    Raises:
+        DataError: `root` is not there, or in no layout, or in several, or holds several data sets.
     """
     root = Path(root)
     if not root.exists():
         raise DataError(f"{printable(root)}: there is no such folder")
-    found: list[Format] = []
-    if voc_bases(root):
-        found.append("voc")
-    if coco_files(root):
-        found.append("coco")
-    if is_yolo(root):
-        found.append("yolo")
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DataError(f"{printable(root)} can be read in several formats: {', '.join(found)}", fix="name the format")
-    images = sum(map(is_image, itertools.islice(files_under(root), _MOST_LOOKED_AT))) if root.is_dir() else 0
-    raise DataError(
-        f"{printable(root)} holds {f'{images} images but no annotations' if images else 'no data set in a known layout'}",
+    places = [root] if formats_at(root) else _nested(root, get_args(Format))
+    if not places:
+        raise _no_data_set(root)
+    found = formats_at(_only(root, places))
+    if len(found) > 1:
+        what = f"{printable(places[0])} can be read in several formats: {', '.join(found)}"
+        raise DataError(what, fix="name the format")
+    return places[0], found[0]
+
+
+def formats_at(root: Path) -> list[Format]:
+    """The layouts that the folder or file itself is in."""
+    return [name for name, is_there in _LAYOUTS.items() if is_there(root)]
+
+
+def _nested(root: Path, formats: Sequence[str]) -> list[Path]:
+    """The folders in `root` that are data sets in one of these layouts."""
+    if not root.is_dir():
+        return []
+    children = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith((".", "__")))
+    return [child for child in children if set(formats) & set(formats_at(child))]
+
+
+def _only(root: Path, places: Sequence[Path]) -> Path:
+    if len(places) > 1:
+        choices = ", ".join(printable(place) for place in places)
+        raise DataError(f"{printable(root)} holds several data sets", expected=f"one of {choices}")
+    return places[0]
+
+
+def _no_data_set(root: Path) -> DataError:
+    """What to say of a folder in no layout: what it holds instead."""
+    files = list(itertools.islice(files_under(root), _MOST_LOOKED_AT)) if root.is_dir() else []
+    images = sum(map(is_image, files))
+    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() in _OTHER_KINDS)
+    kinds = ", ".join(f"{count} {suffix} file{'s' * (count > 1)}" for suffix, count in others.most_common(3))
+    holds = f"{images} image{'s' * (images > 1)} but no annotations" if images else "no data set"
+    fix = "`edgekd data label RECIPE` has the recipe's teachers annotate them" if images else None
+    if others:
+        fix = "if these hold the annotations, have the tool that made them, or FiftyOne, CVAT, Roboflow, Label Studio and "
+        fix += "the like, write them as COCO, VOC or YOLO"
+        fix += "; `edgekd data label RECIPE` is for images that nobody has annotated" if images else ""
+    return DataError(
+        f"{printable(root)} holds {holds} in a known layout",
+        got=f"{kinds}, of a kind that is not read" if others else None,
         expected="VOC (Annotations/*.xml, JPEGImages/, ImageSets/Main/*.txt), COCO (annotations/instances_*.json), YOLO "
         "(data.yaml, or images/ beside labels/ with classes.txt), or a .xml or .txt of its name beside each image",
-        fix="`edgekd data label RECIPE` has the recipe's teachers annotate them" if images else None,
+        fix=fix,
     )
 
 
 def open_source(root: Path | str, format: str = "auto") -> Source:
-    """The data set at `root` before anything is read.
+    """The data set at `root` (see `locate`) before anything is read.
 
     Raises:
         DataError: it is not there, not in this format, or its description is wrong.
@@ -65,14 +119,13 @@ def open_source(root: Path | str, format: str = "auto") -> Source:
     root = Path(root)
     if not root.exists():
         raise DataError(f"{printable(root)}: there is no such folder")
-    name = detect_format(root) if format == "auto" else format
-    if name == "voc":
-        return VocSource(root)
-    if name == "coco":
-        return CocoSource(root)
-    if name == "yolo":
-        return YoloSource(root)
-    raise DataError(f"unknown data format {format!r}", expected=", ".join(("auto", *get_args(Format))))
+    if format == "auto":
+        root, format = locate(root)
+    elif format not in _READERS:
+        raise DataError(f"unknown data format {format!r}", expected=", ".join(("auto", *get_args(Format))))
+    elif not _LAYOUTS[format](root) and (places := _nested(root, [format])):  # type: ignore[index]  # just looked up
+        root = _only(root, places)
+    return _READERS[format](root)
 
 
 def list_splits(root: Path | str, format: str = "auto") -> tuple[str, ...]:
@@ -95,16 +148,28 @@ def class_names_of(source: Source, asked: Sequence[str] | None) -> tuple[str, ..
     if names is None:
         raise DataError(
             f"{root} does not name its classes",
-            fix=f"add classes.txt or data.yaml, or {_GIVE_NAMES}",
+            fix=f"add classes.txt (one name a line) or `names` in data.yaml; {_GIVE_NAMES}",
         )
     if not names:
-        raise DataError(f"{root}: {NO_CLASS}", fix=_GIVE_NAMES)
+        reasons = _reasons(source)
+        raise DataError(f"{root}: {NO_CLASS}{reasons}", fix=None if reasons else f"annotate some images; {_GIVE_NAMES}")
     if len(set(names)) != len(names):
         raise DataError("class names repeat", got=", ".join(names))
     odd = [name for name in names if printable(name) != name or not name.strip()]
     if odd:
         raise DataError(f"{root}: class names that are no text", got=", ".join(map(repr, odd)))
     return names
+
+
+def _reasons(source: Source, shown: int = 5) -> str:
+    """The annotations that cannot be understood, where no class is found: the classes may stand in those."""
+    problems: list[Problem] = []
+    for split in source.splits():
+        source.scan(split, problems)
+    bad = [problem for problem in problems if problem.kind == "bad-annotation"]
+    lines = [f", for {len(bad)} annotation{'s' * (len(bad) > 1)} cannot be read", *map(str, bad[:shown])]
+    lines += [f"... and {len(bad) - shown} more"] if len(bad) > shown else []
+    return "\n  ".join(lines) if bad else ""
 
 
 def read_dataset(
@@ -126,11 +191,13 @@ def read_dataset(
             or unreadable image or annotation, a class that is not in `class_names`, ids that repeat.
     """
     source = open_source(root, format)
-    split = find_split(split, source.splits(), source.root)
+    split = find_split(split, source.splits(), Path(root))
     names = class_names_of(source, class_names)
     problems: list[Problem] = []
     resolved = resolve(source.scan(split, problems, limit), names, split, problems)
-    raise_if_stopped(problems, f"{printable(root)}, split {split!r}")
+    kinds = {problem.kind for problem in problems if problem.rule.stops}
+    fix = _NAME_ALL if class_names is not None and kinds == {"unknown-class"} else None
+    raise_if_stopped(problems, f"{printable(root)}, split {split!r}", fix=fix)
     lost = Counter(problem.kind for problem in problems if problem.rule.loses)
     if lost:
         counts = ", ".join(f"{count} {kind}" for kind, count in lost.most_common())

@@ -15,22 +15,26 @@ from pathlib import Path
 from edgekd.data.layout import (
     IMAGE_SUFFIXES,
     PARTS,
+    UNREAD_SUFFIXES,
     Format,
     RawImage,
     files_under,
     index_by_stem,
+    is_part,
     numbered_lines,
     require_split,
+    some_files,
     stem_of,
     tails,
+    unread_message,
 )
 from edgekd.data.problems import Problem, printable
 from edgekd.data.sidecar import read_sidecar
 from edgekd.data.voc_annotation import AnnotationError, XmlError, read_annotation
 from edgekd.errors import DataError
 
-_ANNOTATIONS = ("Annotations", "annotations", "Annotation", "xml")
-_IMAGES = ("JPEGImages", "Images", "images", "img", "imgs", "PNGImages")
+_ANNOTATIONS = ("Annotations", "annotations", "Annotation", "xml", "labels")
+_IMAGES = ("JPEGImages", "Images", "images", "img", "imgs", "PNGImages", "data")
 
 
 def voc_bases(root: Path) -> list[Path]:
@@ -77,6 +81,7 @@ class VocSource:
         self._folders = {} if self._lists else {folder.name: folder for folder in _split_folders(self.base)}
         self._annotations: dict[Path, dict[str, list[Path]]] = {}
         self._images: dict[Path, dict[str, list[Path]]] = {}
+        self._unread: dict[Path, dict[str, list[Path]]] = {}
         self._folded: dict[Path, dict[str, list[Path]]] = {}
 
     def splits(self) -> tuple[str, ...]:
@@ -154,13 +159,22 @@ class VocSource:
             return None
         image = self._find_image(split, key, file_name, path, problems)
         if image is None:
-            message = f"no image for {key!r} in {printable(self._image_folder(split))}"
-            problems.append(Problem("missing-image", blame[0], message, blame[1], split=split))
+            kind, message = self._missing(self._image_folder(split), key)
+            problems.append(Problem(kind, blame[0], message, blame[1], split=split))
             return None
         note = self._sidecar.note(split, printable(key))
         image_id = note.image_id if note and note.image_id is not None else printable(key)
         name = printable(key + image.suffix)
         return RawImage(image_id, name, image, path, declared, objects)
+
+    def _missing(self, folder: Path, key: str) -> tuple[str, str]:
+        """Kind of problem and message where there is no image that can be read."""
+        if folder not in self._unread:
+            self._unread[folder] = index_by_stem(folder, UNREAD_SUFFIXES)
+        unread = self._unread[folder].get(printable(key))
+        if unread:
+            return "unread-image", unread_message(unread[0])
+        return "missing-image", f"no image for {key!r} in {printable(folder)}"
 
     def _entries(self, split: str) -> list[tuple[str, int | None]]:
         """(image key, line in the split's file) in order."""
@@ -261,7 +275,7 @@ def _split_lists(base: Path) -> dict[str, Path]:
 
 
 def _is_class_list(split: str, path: Path, files: Mapping[str, Path]) -> bool:
-    parts = PARTS | files.keys() if PARTS & files.keys() else files.keys()
+    parts = PARTS | files.keys() if any(map(is_part, files)) else files.keys()
     if "_" not in split or split.rsplit("_", 1)[1] not in parts:
         return False
     lines = numbered_lines(path)
@@ -270,7 +284,10 @@ def _is_class_list(split: str, path: Path, files: Mapping[str, Path]) -> bool:
 
 def _annotation_folder(folder: Path) -> Path | None:
     for name in _ANNOTATIONS:
-        if (folder / name).is_dir() and any(path.suffix.lower() == ".xml" for path in files_under(folder / name)):
+        if not (folder / name).is_dir():
+            continue
+        files = some_files(folder / name) if name == "labels" else files_under(folder / name)  # YOLO's, most likely
+        if any(path.suffix.lower() == ".xml" for path in files):
             return folder / name
     return folder if any(path.suffix.lower() == ".xml" for path in folder.iterdir()) else None
 

@@ -31,7 +31,7 @@ class Placed:
 
     Attributes:
         boxes: (N, 4) float64 xyxy pixels: the record's, before rounding to float32.
-        name: file name within the image folder, with "/" between folders, unique without its suffix.
+        name: file name within the image folder, with "/" between folders, unique; in VOC and YOLO also without its suffix.
     """
 
     record: ImageRecord
@@ -76,9 +76,12 @@ def write_voc(folder: Path, content: Content) -> None:
 
 def write_coco(folder: Path, content: Content) -> None:
     """annotations/instances_SPLIT.json, with object ids counted over the split."""
-    ids = [(content.category_ids or {}).get(name, 0) for name in content.class_names]
-    if ids[0] < 1 or ids != sorted(set(ids)):  # unknown, or the classes are in another order than their ids
-        ids = list(range(1, len(ids) + 1))
+    known = content.category_ids or {}
+    ids = [known[name] for name in content.class_names if name in known]
+    if len(ids) < len(content.class_names) or ids != sorted(
+        set(ids)
+    ):  # or the classes are in another order than theirs
+        ids = list(range(1, len(content.class_names) + 1))
     categories = [
         {"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, content.class_names, strict=True)
     ]

@@ -21,14 +21,18 @@ from edgekd.data.layout import (
     RawObject,
     files_under,
     is_image,
+    is_part,
     numbered_lines,
     require_split,
+    split_advice,
     stem_of,
+    unread_images,
+    unread_message,
 )
 from edgekd.data.problems import Problem, printable
 from edgekd.data.sidecar import read_sidecar
-from edgekd.data.yolo_folders import NO_LABELS, label_path, listed_image, names_beside, plain_splits
-from edgekd.data.yolo_yaml import USUAL_SPLITS, find_yaml, load_yaml, names_of, splits_of
+from edgekd.data.yolo_folders import is_label, label_path, listed_image, names_beside, plain_splits
+from edgekd.data.yolo_yaml import find_yaml, load_yaml, names_of, splits_of
 from edgekd.errors import DataError
 
 
@@ -66,9 +70,11 @@ class YoloSource:
         if self._yaml:
             data = load_yaml(self._yaml)
             self._base, self._splits = splits_of(self._yaml, data)
-            if not set(USUAL_SPLITS) & set(self._splits):
+            if not any(map(is_part, self._splits)):
                 self._splits = {**plain_splits(folder), **self._splits}
             self._names = names_of(self._yaml, data)
+            if self._names is None:
+                self._names = names_beside(folder)
             self._keypoints = data.get("kpt_shape") is not None
         else:
             self._base, self._splits = folder, plain_splits(folder)
@@ -82,7 +88,7 @@ class YoloSource:
         return tuple(self._splits)
 
     def class_names(self) -> tuple[str, ...] | None:
-        """The YAML's names, or classes.txt."""
+        """The YAML's names, or those of classes.txt where it has none."""
         return self._names
 
     def category_ids(self) -> Mapping[str, int] | None:
@@ -126,12 +132,15 @@ class YoloSource:
                 message = f"split {split!r} is at {printable(entry)}, which holds the data set itself"
                 problems.append(Problem("bad-layout", self._yaml or self.root, message, split=split))
             elif os.path.isdir(entry):
-                paths = [path for path in files_under(entry) if is_image(path)]
-                found += [_Listed(path, path.relative_to(entry).as_posix()) for path in paths]
+                paths = list(files_under(entry))
+                found += [_Listed(path, path.relative_to(entry).as_posix()) for path in paths if is_image(path)]
+                for path in unread_images(paths):
+                    if label_path(path).is_file():
+                        problems.append(Problem("unread-image", path, unread_message(path), split=split))
             elif os.path.isfile(entry):
                 found += self._read_list(entry, split, problems)
             else:
-                message = f"split {split!r} is at {printable(entry)}, which is not there"
+                message = f"split {split!r} is at {printable(entry)}, which is not there{self._instead()}"
                 problems.append(Problem("bad-layout", self._yaml or self.root, message, split=split))
         seen: set[Path] = set()
         unique = []
@@ -145,6 +154,11 @@ class YoloSource:
             unique.append(image)
         order = {stem: position for position, stem in enumerate(self._sidecar.order.get(split, ()))}
         return sorted(unique, key=lambda image: order.get(stem_of(image.name), len(order)))
+
+    def _instead(self) -> str:
+        """How to do without a split that was never exported, such as Roboflow's data.yaml names."""
+        there = [name for name, entries in self._splits.items() if is_part(name) and any(map(os.path.exists, entries))]
+        return f"; without it, {split_advice(self.root, there)}" if there else ""
 
     def _read_list(self, listing: Path, split: str, problems: list[Problem]) -> list[_Listed]:
         found: list[tuple[Path, int]] = []
@@ -221,20 +235,20 @@ class YoloSource:
         self, split: str, listed: list[_Listed], lacking: Collection[Path], problems: list[Problem]
     ) -> None:
         """Name label files without an image; only where the split's folders have label folders of their own."""
-        wanted = {label_path(image.path) for image in listed}
+        unread = {problem.path for problem in problems if (problem.kind, problem.split) == ("unread-image", split)}
+        wanted = {label_path(path) for path in {image.path for image in listed} | unread}
         for entry in self._splits[split]:
             if not os.path.isdir(entry) or "images" not in entry.parts or self._is_above(entry):
                 continue
             for path in files_under(label_path(entry / "x.jpg").parent):
-                known = path in wanted or path.name in NO_LABELS or _plain(path) in lacking
-                if path.suffix.lower() == ".txt" and not known:
+                if is_label(path) and path not in wanted and _plain(path) not in lacking:
                     problems.append(Problem("orphan-label", path, "no image in the split has this label", split=split))
 
 
 def _texts(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if path.suffix.lower() == ".txt" and path.name not in NO_LABELS]
+    return [path for path in folder.iterdir() if is_label(path)]
 
 
 def _plain(label: Path) -> Path:

@@ -6,26 +6,36 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekd.data.layout import is_image, numbered_lines, tails
+from edgekd.data.layout import is_image, is_part, numbered_lines, some_files, tails
 from edgekd.data.problems import printable
-from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names
+from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names, find_yaml
 from edgekd.errors import DataError
 
-NO_LABELS = frozenset({"classes.txt", *(f"{split}.txt" for split in USUAL_SPLITS)})
-"""Text files that may lie among labels and are none."""
-
 _NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels", "train/_darknet.labels")
+
+
+def is_label(path: Path) -> bool:
+    """Whether the file name says that it holds labels, and is neither a list of a split's images nor of the classes."""
+    return path.suffix.lower() == ".txt" and path.stem.casefold() != "classes" and not is_part(path.stem)
 
 
 def names_beside(folder: Path) -> tuple[str, ...] | None:
     """Class names from classes.txt or a *.names file, one a line; None where there is no such file.
 
     Raises:
-        DataError: they repeat, or there is none in it.
+        DataError: they repeat, there is none in it, or a line before the last one is empty: that would shift the ids.
     """
     for path in [folder / name for name in _NAME_FILES] + sorted(folder.glob("*.names")):
         if path.is_file():
-            return distinct_names(path, tuple(printable(text) for _, text in numbered_lines(path)))
+            lines = numbered_lines(path)
+            for expected, (number, _) in enumerate(lines, 1):
+                if number != expected:
+                    raise DataError(
+                        f"{printable(path)}: line {expected} is empty, and class ids count lines",
+                        expected="one class name a line",
+                        fix="name the class whose id that line is, or take the line out if the labels do not count it",
+                    )
+            return distinct_names(path, tuple(printable(text) for _, text in lines))
     return None
 
 
@@ -36,21 +46,40 @@ def plain_splits(root: Path) -> dict[str, list[Path]]:
     labels/SPLIT; images beside labels ("all"); SPLIT/images beside SPLIT/labels; images with their .txt beside them, in
     the folder itself ("all") or in a folder for each split.
     """
-    lists = {name: [root / f"{name}.txt"] for name in USUAL_SPLITS if _lists_labelled_images(root / f"{name}.txt")}
+    texts = sorted((path for path in root.glob("*.txt") if is_part(path.stem)), key=_usual_order)
+    lists = {path.stem: [path] for path in texts if _lists_labelled_images(path)}
     if lists:
         return lists
-    if (root / "images").is_dir() and (root / "labels").is_dir():
+    if _has_labels_apart(root):
         children = sorted(child for child in (root / "images").iterdir() if child.is_dir())
         if children and not any(is_image(path) for path in (root / "images").iterdir()):
             return {child.name: [child] for child in children}
         return {"all": [root / "images"]}
     folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-    apart = [child for child in folders if (child / "images").is_dir() and (child / "labels").is_dir()]
+    apart = [child for child in folders if _has_labels_apart(child) and not _is_whole(child)]
     if apart:
         return {child.name: [child / "images"] for child in apart}
     if _has_labels_beside(root):
         return {"all": [root]}
     return {child.name: [child] for child in folders if _has_labels_beside(child)}
+
+
+def _usual_order(path: Path) -> tuple[int, str]:
+    name = path.stem.casefold()
+    return (USUAL_SPLITS.index(name) if name in USUAL_SPLITS else len(USUAL_SPLITS)), path.stem
+
+
+def _has_labels_apart(folder: Path) -> bool:
+    """Whether there are images/ and labels/, with text files in it; other tools keep XML files in a folder of that name."""
+    if not ((folder / "images").is_dir() and (folder / "labels").is_dir()):
+        return False
+    return any(map(is_label, some_files(folder / "labels")))
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder with images/ and labels/ is a data set of its own (an unpacked archive), and no split of one."""
+    inside = [child.name for child in (folder / "images").iterdir() if child.is_dir()]
+    return any(map(is_part, inside)) or (find_yaml(folder) is not None and not is_part(folder.name))
 
 
 def label_path(image: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from edgekd.data.layout import tails
+from edgekd.data.layout import is_part, tails
 from edgekd.data.problems import printable
 from edgekd.errors import DataError
 
@@ -31,7 +31,7 @@ def find_yaml(root: Path) -> Path | None:
             data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
             continue
-        if isinstance(data, dict) and "names" in data and set(USUAL_SPLITS) & set(data):
+        if isinstance(data, dict) and "names" in data and any(map(is_part, map(str, data))):
             return path
     return None
 
@@ -70,11 +70,11 @@ def splits_of(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, list
             continue
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts) or not texts:
-            if key in USUAL_SPLITS:
+            if is_part(key):
                 raise DataError(f"{printable(path)}: {key} must be a path or a list of paths", got=repr(value))
             continue
         entries = [_resolve(text, base, path.parent) for text in texts]
-        if key in USUAL_SPLITS or all(map(os.path.exists, entries)):
+        if is_part(key) or all(map(os.path.exists, entries)):
             splits[key] = entries
     return base, splits
 
