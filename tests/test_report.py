@@ -155,7 +155,8 @@ def test_page_says_what_matters(html: str) -> None:
     text = " ".join(Page(html).text.split())
     assert text.count("synthetic") >= 5
     assert "The distilled student (distilled) is" in text
-    assert "Distillation brings it" in text
+    assert "Against alone, a student trained alone:" in text
+    assert "that is another network, so this does not show what distillation brings." in text
     assert "edgekd run recipe.yaml --out RUN" in text
     assert "no difference shown" in text  # int8 against alone: the same detector
     assert re.search(r"[0-9a-f]{64}", text)
@@ -271,6 +272,30 @@ def test_the_answer_in_one_sentence() -> None:
     assert plain(words.gain(result)) == (
         "Distillation brings it +2.1 AP50 points [+0.9, +3.4] over the same student trained alone."
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"precision": "int8"}, "another precision"),
+        ({"parameters": 2e6}, "another network"),
+        ({"model": "yolo-nano"}, "another network"),
+        ({"input_hw": [[640, 640]], "macs": 5e9}, "another input size"),
+        ({"parameters": 2e6, "precision": "fp16"}, "another network and another precision"),
+        ({"parameters": None}, "a network not known to be the same"),
+        ({"counted_from": "graph", "parameters": 2e6}, "a network not known to be the same"),
+    ],
+)
+def test_another_student_is_not_called_the_same(changes: dict, differs: str) -> None:
+    result = make_result()
+    for row in result["rows"]:
+        row.update(model="mobilenetv1-ssd-lite", macs=1e9, input_hw=[[320, 320]], counted_from="detector")
+    result["rows"][1].update(changes)
+    assert plain(words.gain(result)) == (
+        f"Against alone, a student trained alone: +2.1 AP50 points [+0.9, +3.4]; that is {differs}, so this does not show "
+        "what distillation brings."
+    )
+    assert plain(words.gain(measured(result, RESULT))) == plain(words.gain(result))
 
 
 def test_no_difference_is_said_plainly() -> None:

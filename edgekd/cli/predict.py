@@ -96,6 +96,8 @@ def predict(
     with predictor:
         for note in predictor.taken_for_granted():
             Terminal(session.quiet).note(note)
+        if said := predictor.not_applied():
+            Terminal(session.quiet).warn(said)
         if videos:
             options = {"suffix": f".{video_format}", "realtime": realtime, "max_frames": max_frames}
             _predict_videos(session, predictor, videos, out, options)

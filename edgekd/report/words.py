@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgekd.bench.result import unlike
+
 ROLE_NAMES: Mapping[str, str] = {
     "teacher": "teacher",
     "ensemble": "ensemble",
@@ -130,13 +132,22 @@ def _speed(student: Row, owner: str) -> str:
 
 
 def gain(result: Mapping[str, Any]) -> str | None:
-    """What distillation brought over the same student trained alone, in one sentence; None if that was not measured."""
+    """What distillation brought over the same student trained alone, in one sentence; None if that was not measured.
+
+    Where the student alone is another network, or in another precision, the difference is given without a cause.
+    """
     rows: Sequence[Row] = result["rows"]
     student = headline_student(rows)
     if student is None:
         return None
     for comparison in result["comparisons"]:
         if comparison["a"] == student["name"] and comparison["b_role"] == "student":
+            alone = find(rows, comparison["b"])
+            if differs := unlike(student, alone) if alone is not None else ["a detector that is not in the table"]:
+                return (
+                    f"Against {comparison['b']}, a student trained alone: {difference_points(comparison)}; that is "
+                    f"{' and '.join(differs)}, so this does not show what distillation brings."
+                )
             if not comparison["difference_shown"]:
                 return (
                     "Distillation is not shown to make a difference to the same student trained alone: "
