@@ -198,9 +198,22 @@ def test_an_earlier_bundle_is_replaced_and_nothing_else(made: Bundle, data: Expo
         make_bundle(source, tmp_path / "mine", data=data)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notes.txt"]
     first = make_bundle(source, tmp_path / "out", data=data)
-    (tmp_path / "out/stale.txt").write_text("x", encoding="utf-8")
+    for name in ("result.json", "edgekd/mine.txt"):
+        (tmp_path / "out" / name).write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match=r"edgekd/mine.txt, result.json"):
+        make_bundle(source, tmp_path / "out", data=data)
+    assert (tmp_path / "out/result.json").read_text(encoding="utf-8") == "x"
+    for name in ("result.json", "edgekd/mine.txt"):
+        (tmp_path / "out" / name).unlink()
+    for name in ("engines/0.engine", "edgekd/__pycache__/x.pyc"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("x", encoding="utf-8")
+    again = make_bundle([*source, BenchArtifact(made.folder.parent / "a.onnx", "a")], tmp_path / "out", data=data)
+    assert again.sha256 != first.sha256
+    assert (tmp_path / "out/engines/0.engine").is_file(), "the program's own, which it knows by their hashes"
+    assert not (tmp_path / "out/edgekd/__pycache__").exists()
+    assert not (tmp_path / "out/model.fp32.onnx").exists()
     assert make_bundle(source, tmp_path / "out", data=data).sha256 == first.sha256
-    assert not (tmp_path / "out/stale.txt").exists()
     broken = [*source, BenchArtifact(tmp_path / "none.onnx", "none")]
     with pytest.raises(ArtifactError):
         make_bundle(broken, tmp_path / "out", data=data)

@@ -69,7 +69,7 @@ def bundle(
         list[str],
         typer.Argument(help="Run folders, checkpoints or ONNX files, as [ROLE:][NAME=]PATH.", metavar="ARTIFACT..."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a bundle there is replaced.", metavar="DIR")],
     precision: PrecisionsOption = None,
     target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = "tensorrt",
     data: DataOption = None,
@@ -86,7 +86,8 @@ def bundle(
 ) -> None:
     """Write a folder that checks and measures detectors on a device that has no edgekd.
 
-    Copy it there and run `python3 bench.py`; or let `edgekd bench --target ssh://...` do both.
+    Copy it there and run `python3 bench.py`; or let `edgekd bench --target ssh://...` do both. An earlier bundle in --out is
+    replaced only if nothing else lies in it, such as a result.json.
     """
     session = session_of(context)
     refuse_idle(context, {"--data": {"split", "format"} if data is None else ()})
