@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from edgekd.device.bundle_bench import read_bundle, run_bundle
 from edgekd.device.bundle_program import program_modules
 from edgekd.device.bundle_rows import warnings_of
 from edgekd.device.golden import check, normalise
-from edgekd.errors import ArtifactError, MissingDependencyError, ParityError, RuntimeFailure, UserError
+from edgekd.errors import ArtifactError, EdgeKDError, MissingDependencyError, ParityError, RuntimeFailure, UserError
 from edgekd.export import ExportData
 from edgekd.preprocess import normalise as reference_normalise
 from edgekd.types import PreprocessSpec
@@ -219,6 +220,21 @@ def test_an_earlier_bundle_is_replaced_and_nothing_else(made: Bundle, data: Expo
         make_bundle(broken, tmp_path / "out", data=data)
     assert read_bundle(tmp_path / "out")["sha256"] == first.sha256, "a failure leaves the earlier one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_full_disk_is_not_the_source_s_fault(
+    made: Bundle, data: ExportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    monkeypatch.setattr("edgekd.device.bundle.shutil.copyfile", full)
+    source = made.folder.parent / "s.onnx"
+    with pytest.raises(EdgeKDError) as caught:
+        make_bundle([BenchArtifact(source, "s")], tmp_path / "out", data=data)
+    assert caught.value.what == f"{tmp_path / 'out'} cannot be written"
+    assert str(source) not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_onnx_file_is_bundled_as_it_is(made: Bundle, data: ExportData, tmp_path: Path) -> None:

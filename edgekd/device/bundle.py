@@ -26,7 +26,7 @@ from edgekd.bench.roof import bytes_moved, product_models
 from edgekd.data.images import load_image
 from edgekd.device.bundle_bench import BUNDLE_SCHEMA, read_bundle
 from edgekd.device.bundle_program import readme, write_program
-from edgekd.errors import ArtifactError, UserError
+from edgekd.errors import ArtifactError, UserError, is_full, refusal
 from edgekd.export.images import GENERATED_IMAGES, spread
 from edgekd.preprocess import normalise, resize
 from edgekd.recipe import ExportConfig
@@ -87,7 +87,7 @@ def make_bundle(
     Raises:
         UserError: `out` holds anything else, if only beside a bundle; or a precision that is not there.
         ArtifactError: a source cannot be read, or takes more inputs than an image.
-        ParityError: an export does not agree with its original.
+        ParityError: an export does not agree with its original. EdgeKDError: the disk is full.
     """
     out = Path(out)
     _refuse_foreign(out)
@@ -177,6 +177,10 @@ def _folder_in_place(out: Path) -> Iterator[Path]:
         os.replace(folder, out)
         if (work / "old" / ENGINES).is_dir():
             os.replace(work / "old" / ENGINES, out / ENGINES)
+    except OSError as error:
+        if is_full(error):  # which names a file that was copied, or none
+            raise refusal(error, out) from error
+        raise
     finally:
         if (work / "old").exists() and not out.exists():
             os.replace(work / "old", out)
