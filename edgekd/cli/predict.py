@@ -70,14 +70,18 @@ def predict(
 ) -> None:
     """Find objects: annotated pictures or videos, and predictions.json with everything found (of videos: NAME.jsonl).
 
-    Images that cannot be read are reported and the rest go on; the exit code is 2 then. Ctrl-C ends a camera's run, and
+    Images that cannot be read are reported and the rest go on; the exit code is 2 then. Of folders, hidden files and what
+    lies in --out are left out. Ctrl-C ends a camera's run, and
     what was recorded is kept.
     """
     session = session_of(context)
+    from edgekd.artifact import require_file
     from edgekd.console import Terminal
+    from edgekd.predict import JSON_NAME
     from edgekd.predictor import load_predictor
     from edgekd.video import is_video
 
+    require_file(out / JSON_NAME)
     videos = [source for source in sources if is_video(source)]
     if videos and len(videos) < len(sources):
         other = next(source for source in sources if source not in videos)
