@@ -56,7 +56,7 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> list[Path]:
             written = None if out is None else _real(out)
             if written == _real(path):
                 raise UserError(
-                    "--out is the folder of the images: annotated pictures would be among them, and be taken for images next time",
+                    "--out is the folder of the images: annotated pictures would be taken for images next time",
                     got=path,
                     fix="choose another folder for --out; it may lie in this one",
                 )
@@ -113,7 +113,9 @@ def predict_images(
             "there are no images to look at", got=given, expected=f"images: {' '.join(sorted(IMAGE_SUFFIXES))}"
         )
     if not any(path.exists() for path in images):
-        raise UserError("there is no such file", got=", ".join(map(str, images)), expected="images, and folders of them")
+        raise UserError(
+            "there is no such file", got=", ".join(map(str, images)), expected="images, and folders of them"
+        )
     targets = [out / f"{name}.jpg" for name in output_names(images)]
     own = {_real(path) for path in images}
     for target in targets:

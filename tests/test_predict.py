@@ -19,6 +19,8 @@ from edgekd.errors import EdgeKDError, RecipeError, UserError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.predict import _write_picture, find_images, output_names
 from edgekd.types import Detections
+from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, write_detector
+from tests.toy_onnx import write_constant_detector
 
 
 def picture(path: Path, hw: tuple[int, int] = (40, 60), seed: int = 0) -> Path:
@@ -251,6 +253,28 @@ def test_neighbouring_classes_differ_in_colour() -> None:
 
 
 # -- what is declared of a foreign file ---------------------------------------------------------------------------
+
+
+def test_nothing_can_be_declared_of_what_says_it_itself(checkpoint: Path, tmp_path: Path) -> None:
+    photo, out = picture(tmp_path / "x.png"), tmp_path / "out"
+    ours = write_detector(tmp_path / "ours.onnx", GOOD_BOXES, GOOD_SCORES)
+    rows = np.array([[[4, 4, 20, 20, 0.9, 1]]], np.float32)
+    foreign = write_constant_detector(tmp_path / "foreign.onnx", {"out": rows}, metadata={"names": "{0: 'a', 1: 'b'}"})
+    declared = ("--classes", "x,y", "--declare", "channels=bgr")
+    for artifact in (checkpoint, ours):
+        code, body, _ = predict(artifact, photo, "--out", out, *declared)
+        assert code == 2
+        assert "--classes, --declare do nothing here" in body["error"]["message"]  # type: ignore[index]
+        for command in (["bench", artifact, "--data", tmp_path], ["bundle", artifact]):
+            told = CliRunner().invoke(app, [*map(str, command), "--out", str(out), *declared])
+            assert told.exit_code == 2
+            assert "do nothing here" in told.output
+    assert not out.exists()
+    assert predict(foreign, photo, "--out", out, *declared)[0] == 0
+    told = CliRunner().invoke(
+        app, ["bench", str(ours), str(foreign), "--data", str(tmp_path), "--split", "val", *declared]
+    )
+    assert "do nothing here" not in told.output, "they speak of the foreign one"
 
 
 def test_declared_options() -> None:

@@ -435,14 +435,18 @@ def test_each_kind_of_result_makes_a_page_alone(tmp_path: Path, name: str, answe
 def test_several_folders_make_one_page(tmp_path: Path) -> None:
     parts = samples()
     folders = [written(tmp_path / str(i), {name: data}) for i, (name, data) in enumerate(parts.items())]
-    out, table = tmp_path / "page.html", tmp_path / "table.csv"
-    arguments = ["report", *map(str, folders), "--out", str(out), "--table", str(table), "--json"]
+    out, tables = tmp_path / "page.html", [tmp_path / "table.csv", tmp_path / "table.md"]
+    arguments = ["report", *map(str, folders), "--out", str(out), "--json"]
+    arguments += [part for table in tables for part in ("--table", str(table))]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["report"] == str(out)
+    assert json.loads(done.stdout) == {"report": str(out), "tables": [str(table) for table in tables]}
     html = out.read_text(encoding="utf-8")
     assert all(f'id="{part}"' in html for part in ("comparison", "gains0", "device0", "video0"))
-    assert "kd" in table.read_text(encoding="utf-8")
+    assert all("kd" in table.read_text(encoding="utf-8") for table in tables)
+    refused = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "b.html"), "--table", "x.xlsx"])
+    assert refused.exit_code == 2
+    assert not (tmp_path / "b.html").exists()
 
 
 def test_another_version_is_said_and_a_stranger_is_refused(tmp_path: Path) -> None:
@@ -495,7 +499,7 @@ def test_no_result_file_breaks_the_page(tmp_path: Path, seed: int) -> None:
         found = found if isinstance(found, dict) else {}
         rows = found.get("rows")
         files[name] = found | {"schema": data["schema"], "rows": rows if isinstance(rows, list) else []}
-    html = write_report(written(tmp_path, files), table=tmp_path / "t.csv").read_text(encoding="utf-8")
+    html = write_report(written(tmp_path, files), tables=[tmp_path / "t.csv"]).read_text(encoding="utf-8")
     assert html.count("<script") == 1
     Page(html)
     geometry = "".join(re.findall(r' (?:d|x|y|x1|y1|width|height|viewBox)="([^"]*)"', html))

@@ -17,6 +17,7 @@ from edgekd.cli.deploy import (
     Target,
     export_data,
     foreign_options,
+    refuse_declared,
 )
 from edgekd.cli.session import JsonOption, QuietOption, refuse_idle, session_of
 
@@ -69,7 +70,9 @@ def bundle(
         list[str],
         typer.Argument(help="Run folders, checkpoints or ONNX files, as [ROLE:][NAME=]PATH.", metavar="ARTIFACT..."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a bundle there is replaced.", metavar="DIR")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder to write; a bundle there is replaced.", metavar="DIR")
+    ],
     precision: PrecisionsOption = None,
     target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = "tensorrt",
     data: DataOption = None,
@@ -99,6 +102,7 @@ def bundle(
     from edgekd.recipe import ExportConfig
 
     entries = [parse_artifact_argument(text) for text in sources]
+    refuse_declared(context, [entry.path for entry in entries])
     made = make_bundle(
         [
             replace(entry, options=foreign_options(entry.path, classes, output, input_size, declare))

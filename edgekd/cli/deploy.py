@@ -11,6 +11,8 @@ import typer
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgekd.export import ExportData
     from edgekd.export.engine_job import EngineResult
     from edgekd.recipe import OnnxTeacher
@@ -280,6 +282,20 @@ def provider_of(artifact: Path, device: str | None) -> str | None:
     return device.partition(":")[0] if artifact.suffix.lower() == ".onnx" else device
 
 
+def refuse_declared(context: typer.Context, artifacts: Sequence[Path]) -> None:
+    """Refuse to be told about ONNX files where every artefact says everything itself.
+
+    Raises:
+        UserError: one of those options was given.
+    """
+    declaring = {"classes", "output", "input_size", "declare"}
+    if any(context.params[name] is not None and context.params[name] != [] for name in declaring):
+        from edgekd.runtimes.model_files import may_be_foreign
+
+        if not any(map(may_be_foreign, artifacts)):
+            refuse_idle(context, {"an ONNX file that edgekd did not make": declaring})
+
+
 _DECLARABLE = ("resize", "channels", "mean", "std", "box_format", "score_activation", "background", "anchors")
 
 
@@ -355,7 +371,8 @@ def report(
         Path | None, typer.Option("--out", "-o", help="Where to write; DIR/report.html if not given.")
     ] = None,
     table: Annotated[
-        Path | None, typer.Option("--table", help="The comparison as well.", metavar="FILE.md|.csv|.tex")
+        list[Path] | None,
+        typer.Option("--table", help="The comparison as .md, .csv or .tex as well; repeatable.", metavar="FILE"),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -364,5 +381,6 @@ def report(
     session = session_of(context)
     from edgekd.report.page import write_report
 
-    page = write_report(results, out, table)
-    session.finish({"report": str(page), "table": table and str(table)}, lambda: typer.echo(str(page)))
+    page = write_report(results, out, table or ())
+    found = {"report": str(page), "tables": [str(file) for file in table or ()]}
+    session.finish(found, lambda: typer.echo(str(page)))

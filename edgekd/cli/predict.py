@@ -19,6 +19,7 @@ from edgekd.cli.deploy import (
     ThreadsOption,
     foreign_options,
     provider_of,
+    refuse_declared,
 )
 from edgekd.cli.session import INTERRUPTED, DeviceOption, JsonOption, QuietOption, Session, session_of
 from edgekd.errors import UserError
@@ -75,6 +76,7 @@ def predict(
     what was recorded is kept.
     """
     session = session_of(context)
+    refuse_declared(context, [artifact])
     from edgekd.artifact import require_file
     from edgekd.console import Terminal
     from edgekd.predict import JSON_NAME

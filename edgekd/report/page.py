@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import versions, write_text
+from edgekd.artifact import require_file, versions, write_text
 from edgekd.errors import ArtifactError
 from edgekd.report import bars, dots, marks, words
 from edgekd.report.commands import commands_of
@@ -21,13 +21,13 @@ from edgekd.report.training import run_facts
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-def write_report(paths: Path | Sequence[Path], out: Path | None = None, table: Path | None = None) -> Path:
+def write_report(paths: Path | Sequence[Path], out: Path | None = None, tables: Sequence[Path] = ()) -> Path:
     """Collect results into one HTML page, written atomically.
 
     Args:
         paths: what `edgekd run`, `bench` or `compare` wrote: folders, or result files. The first is what the page is about.
         out: the page; report.html in the first folder if left out.
-        table: the comparison as .md, .csv or .tex as well.
+        tables: the comparison as .md, .csv or .tex as well.
 
     Returns:
         The page's path.
@@ -37,10 +37,14 @@ def write_report(paths: Path | Sequence[Path], out: Path | None = None, table: P
     """
     sources = collect([paths] if isinstance(paths, Path) else paths)
     out = sources.folder / "report.html" if out is None else Path(out)
-    if table is not None:
+    for file in (out, *tables):
+        require_file(file)
+    if tables:
         if sources.result is None:
             raise ArtifactError("there is no benchmark to make a table of", expected="a result.json of `edgekd bench`")
-        write_text(table, write_table(sources.result, table.suffix))
+        texts = [write_table(sources.result, file.suffix) for file in tables]
+        for file, text in zip(tables, texts, strict=True):
+            write_text(file, text)
     write_text(out, render(sources))
     return out
 
