@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import __version__
-from edgekd.errors import ArtifactError, is_refusal, refusal
+from edgekd.errors import ArtifactError, UserError, is_refusal, refusal
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = "edgekd.manifest/1"
@@ -33,7 +33,7 @@ def require_file(path: Path) -> None:
     """Refuse what can never be written as a file; for long work to ask before it begins.
 
     Raises:
-        ArtifactError: a folder, or something below a file. UserError: this user may not write there.
+        ArtifactError: a folder, or something below a file. UserError: nothing can be written there, or not by this user.
     """
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder", expected="a file to write", fix=f"such as {path / 'NAME'}")
@@ -42,6 +42,13 @@ def require_file(path: Path) -> None:
         raise ArtifactError(f"{path} cannot be written", got=f"{over} is a file", expected="a folder to write into")
     if not os.access(over, os.W_OK | os.X_OK):
         raise refusal(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), path)
+    try:
+        with tempfile.TemporaryFile(dir=over):  # some folders take none, such as /proc, whoever asks
+            pass
+    except OSError as error:
+        if is_refusal(error):
+            raise refusal(error, path) from error
+        raise UserError(f"{path} cannot be written", got=error.strerror, fix="choose another place") from error
 
 
 @contextlib.contextmanager

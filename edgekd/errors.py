@@ -140,3 +140,8 @@ def refusal(error: OSError, path: Path | str | None = None) -> EdgeKDError:
     if error.errno in _NOT_ALLOWED:
         return UserError(what, got=got, fix="choose another place, or give yourself the right to this one")
     return EdgeKDError(what, got=got)
+
+
+def install_extra(name: str) -> str:
+    """How to get one of edgekd's extras. The package index has no edgekd: it is installed from its own sources."""
+    return f"pip install '.[{name}]' in a checkout of edgekd"

@@ -93,7 +93,14 @@ def bundle(
     replaced only if nothing else lies in it, such as a result.json.
     """
     session = session_of(context)
-    refuse_idle(context, {"--data": {"split", "format"} if data is None else ()})
+    wanted = precisions_of(precision)
+    refuse_idle(
+        context,
+        {
+            "--data": {"split", "format"} if data is None else (),
+            "--precision int8": {"target"} if "int8" not in (wanted or ()) else (),
+        },
+    )
     from dataclasses import replace
 
     from edgekd.bench.entries import parse_artifact_argument
@@ -109,7 +116,7 @@ def bundle(
             for entry in entries
         ],
         out,
-        precisions=precisions_of(precision),
+        precisions=wanted,
         config=ExportConfig(target=target),
         data=None if data is None else export_data(data, split, format),
         say=Terminal(session.quiet).note,
