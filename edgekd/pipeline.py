@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import is_current, write_manifest, write_text
+from edgekd.artifact import is_current, read_manifest, sha256_file, write_manifest, write_text
 from edgekd.bench.entries import ArtifactRole, BenchArtifact, BenchEnsemble
 from edgekd.bench.result import read_result
 from edgekd.bench.runner import bench_artifacts
@@ -149,8 +149,13 @@ class _Chain:
             "data": work.data_identity,
             "seed": work.recipe.seed,
         }
+        facts = {"recipe": sha256_file(self.out / RECIPE_FILE)}  # by which a report knows figures of an earlier one
+        files_of = ["result.json", "detections.npz"]
         if is_current(path.parent, "bench", inputs):
             work.terminal.note("unchanged")
+            found = read_manifest(path.parent)
+            if found is not None and found.facts.get("recipe") != facts["recipe"]:
+                write_manifest(path.parent, "bench", inputs, files_of, facts)
             return read_result(path)
         result = bench_artifacts(
             artifacts,
@@ -162,7 +167,7 @@ class _Chain:
             synthetic=is_synthetic(work.val.root),
             progress=work.terminal.staged(),
         )
-        write_manifest(path.parent, "bench", inputs, ["result.json", "detections.npz"], {})
+        write_manifest(path.parent, "bench", inputs, files_of, facts)
         return result
 
     def _artifacts(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from edgekd.artifact import sha256_file, write_manifest
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble
 from edgekd.bench.runner import bench_artifacts
 from edgekd.cli import app
@@ -296,6 +297,54 @@ def test_another_student_is_not_called_the_same(changes: dict, differs: str) -> 
         "what distillation brings."
     )
     assert plain(words.gain(measured(result, RESULT))) == plain(words.gain(result))
+
+
+def test_figures_of_an_earlier_recipe_are_told_from_those_of_this_one(tmp_path: Path) -> None:
+    """As after `edgekd run` with a changed recipe was broken off: the recipe is there, the benchmark is the old one."""
+    recipe, bench = tmp_path / "recipe.yaml", tmp_path / "bench"
+    recipe.write_text("name: demo\ntrain: {epochs: 1}\n")
+    written(bench, {"result.json": make_result(schema="edgekd.result/1")})
+    write_manifest(bench, "bench", {}, ["result.json"], {"recipe": sha256_file(recipe)})
+    (tmp_path / "student").mkdir()
+    write_manifest(tmp_path / "student", "run", {}, [], {})
+
+    def report() -> tuple[str, str]:
+        done = CliRunner().invoke(app, ["report", str(tmp_path), "--quiet"])
+        assert done.exit_code == 0, done.output
+        return done.stderr, (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    said, html = report()
+    assert "before this recipe" not in said + html
+    recipe.write_text("name: demo\ntrain: {epochs: 2}\n")
+    said, html = report()
+    assert "measured before this recipe: the recipe has changed since" in " ".join(said.split())
+    assert "Measured before this recipe: the recipe has changed since." in html
+    (tmp_path / "student" / "manifest.json").unlink()
+    assert "student is being trained again" in report()[1]
+    (bench / "manifest.json").write_text("{")
+    assert "before this recipe" not in "".join(report())
+
+
+def test_what_was_not_measured_is_no_figure(tmp_path: Path) -> None:
+    result = make_result(schema="edgekd.result/1", reference=None, comparisons=[])
+    student = result["rows"][0]
+    student["map"]["ap50"] = None
+    assert plain(words.answer(result)) == (
+        "The distilled student takes 20.0 ms an image over 1,700 images; its accuracy was not measured."
+    )
+    html = write_report(written(tmp_path, {"result.json": result})).read_text(encoding="utf-8")
+    tiles = re.search(r'<dl class="tiles">(.*?)</dl>', html, re.DOTALL)
+    assert tiles
+    assert words.NOTHING not in tiles[1]
+    assert "Peak memory" not in tiles[1]
+    student["latency_ms"]["median"] = None
+    assert words.answer(result) == "Neither accuracy nor latency of the distilled student was measured."
+    student["map"]["ap50"] = 0.5
+    assert "reaches 50.0 AP50 over 1,700 images; its latency was not" in plain(words.answer(result))
+    result["rows"][2]["peak_memory_bytes"] = 1e8
+    result["reference"] = "ens"
+    html = write_report(written(tmp_path, {"result.json": result})).read_text(encoding="utf-8")
+    assert "<dt>Peak memory</dt><dd>not measured<small>ensemble: 100 MB</small>" in html
 
 
 def test_no_difference_is_said_plainly() -> None:

@@ -383,8 +383,9 @@ def report(
 ) -> None:
     """Write one self-contained HTML page of results: benchmarks, comparisons of methods, devices, videos."""
     session = session_of(context)
+    from edgekd.console import Terminal
     from edgekd.report.page import write_report
 
-    page = write_report(results, out, table or ())
+    page = write_report(results, out, table or (), Terminal(session.quiet).warn)
     found = {"report": str(page), "tables": [str(file) for file in table or ()]}
     session.finish(found, lambda: typer.echo(str(page)))
