@@ -268,10 +268,14 @@ def test_mistakes(
         (("rows", 0, "latency_ms"), None, "row 1: latency_ms.median is no time"),
         (("rows", 0, "latency_ms", "median"), float("nan"), "row 1: latency_ms.median is no time"),
         (("rows", 0, "latency_ms", "median"), 0, "row 1: latency_ms.median is no time"),
-        (("rows", 0, "latency_ms", "median_interval"), [1, float("nan")], "row 1: latency_ms.median_interval is none"),
+        (
+            ("rows", 0, "latency_ms", "median_interval"),
+            [1, float("nan")],
+            "row 1: latency_ms.median_interval is no interval",
+        ),
         (("rows", 0, "map"), {}, "row 1: map.ap50 is no accuracy"),
         (("rows", 0, "map", "ap50"), float("nan"), "row 1: map.ap50 is no accuracy"),
-        (("rows", 0, "map", "ap50_interval"), ["a"], "row 1: map.ap50_interval is none"),
+        (("rows", 0, "map", "ap50_interval"), ["a"], "row 1: map.ap50_interval is no interval"),
     ],
 )
 def test_a_damaged_baseline_is_refused_before_anything_is_measured(

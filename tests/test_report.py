@@ -321,6 +321,8 @@ def test_figures_of_an_earlier_recipe_are_told_from_those_of_this_one(tmp_path: 
     assert "Measured before this recipe: the recipe has changed since." in html
     (tmp_path / "student" / "manifest.json").unlink()
     assert "student is being trained again" in report()[1]
+    written(bench, {"result.json": make_result(schema="edgekd.result/1", created="by hand, later")})
+    assert "before this recipe" not in "".join(report())
     (bench / "manifest.json").write_text("{")
     assert "before this recipe" not in "".join(report())
 

@@ -129,12 +129,12 @@ def _row_lacks(row: Mapping[str, Any]) -> list[str]:
     if not isinstance(latency, dict) or not _within(latency.get("median"), 1e-6, 1e9):
         found.append("latency_ms.median is no time")
     elif not _is_interval(latency.get("median_interval"), 1e-6, 1e9):
-        found.append("latency_ms.median_interval is none")
+        found.append("latency_ms.median_interval is no interval")
     ap50 = accuracy.get("ap50", math.nan) if isinstance(accuracy, dict) else math.nan
     if ap50 is not None and not _within(ap50, 0, 1):
         found.append("map.ap50 is no accuracy")
     elif isinstance(accuracy, dict) and not _is_interval(accuracy.get("ap50_interval"), 0, 1):
-        found.append("map.ap50_interval is none")
+        found.append("map.ap50_interval is no interval")
     return found
 
 

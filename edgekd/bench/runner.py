@@ -171,7 +171,8 @@ def _write(
 
 def _not_applied(subject: Subject) -> str | None:
     """Which thresholds had no effect on a detector; members of ensembles have rows of their own."""
-    return None if subject.execution is not None else subject.members[0].predictor.not_applied()
+    answering = subject.system.staged
+    return answering.not_applied() if isinstance(answering, Predictor) else None
 
 
 def _rows(found: Measured, accuracies: Sequence[Accuracy]) -> list[dict[str, Any]]:

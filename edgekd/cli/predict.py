@@ -72,8 +72,7 @@ def predict(
     """Find objects: annotated pictures or videos, and predictions.json with everything found (of videos: NAME.jsonl).
 
     Images that cannot be read are reported and the rest go on; the exit code is 2 then. Of folders, hidden files and what
-    lies in --out are left out. Ctrl-C ends a camera's run, and
-    what was recorded is kept.
+    lies in --out are left out. Ctrl-C ends a camera's run, and what was recorded is kept.
     """
     session = session_of(context)
     refuse_declared(context, [artifact])

@@ -91,12 +91,17 @@ def collect(paths: Sequence[Path]) -> Sources:
 
 
 def _outdated(folder: Path, recipe: Path) -> str | None:
-    """Whether a chain's benchmark was measured before its recipe, or before a run that is not finished yet."""
+    """Whether a chain's benchmark was measured before its recipe, or before a run that is not finished yet.
+
+    Nothing is said of a result that is not the chain's own, since no manifest speaks of it.
+    """
     try:
         manifest = read_manifest(folder / "bench")
     except ArtifactError:
         return None
-    if manifest is None:
+    if manifest is None or not isinstance(manifest.files, dict) or not isinstance(manifest.facts, dict):
+        return None
+    if manifest.files.get("result.json") != sha256_file(folder / "bench" / "result.json"):
         return None
     measured_with = manifest.facts.get("recipe")
     again = [run for run in ("student", "distilled") if (folder / run).is_dir() and not _is_finished(folder / run)]
