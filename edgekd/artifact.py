@@ -37,8 +37,8 @@ def require_file(path: Path, suffixes: Sequence[str] = ()) -> None:
         suffixes: of files of the kind; what is there under another one was hardly meant to be replaced.
 
     Raises:
-        ArtifactError: a folder, or something below a file. UserError: this user may not write there, or a file of
-            another kind is there.
+        ArtifactError: a folder, or something below a file. UserError: nothing can be written there, or not by this user, or
+            a file of another kind is there.
     """
     if suffixes and path.is_file() and path.suffix.lower() not in suffixes:
         raise UserError(
@@ -54,6 +54,13 @@ def require_file(path: Path, suffixes: Sequence[str] = ()) -> None:
         raise ArtifactError(f"{path} cannot be written", got=f"{over} is a file", expected="a folder to write into")
     if not os.access(over, os.W_OK | os.X_OK):
         raise refusal(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), path)
+    try:
+        with tempfile.TemporaryFile(dir=over):  # some folders take none, such as /proc, whoever asks
+            pass
+    except OSError as error:
+        if is_refusal(error):
+            raise refusal(error, path) from error
+        raise UserError(f"{path} cannot be written", got=error.strerror, fix="choose another place") from error
 
 
 @contextlib.contextmanager

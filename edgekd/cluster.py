@@ -17,7 +17,7 @@ from typing import Any
 from edgekd.compare import CompareJob, Run, do_run, do_teacher
 from edgekd.comparison import ALONE
 from edgekd.console import Terminal
-from edgekd.errors import EdgeKDError, MissingDependencyError, UserError
+from edgekd.errors import EdgeKDError, MissingDependencyError, UserError, install_extra
 from edgekd.workspace import LOCK_FILE
 
 MAX_TRIES = 4
@@ -54,7 +54,7 @@ def _connect(job: CompareJob) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise MissingDependencyError("--launcher ray needs Ray", fix="pip install 'edgekd[ray]'") from error
+        raise MissingDependencyError("--launcher ray needs Ray", fix=install_extra("ray")) from error
     address = os.environ.get("RAY_ADDRESS", "auto")
     host, _, port = address.rpartition(":")
     try:

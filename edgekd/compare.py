@@ -26,8 +26,8 @@ from edgekd.checkpoint import MODEL_FILE, load_detector
 from edgekd.comparison import ALONE, Evaluated, summary, table_markdown
 from edgekd.console import Terminal
 from edgekd.errors import RecipeError, UserError
-from edgekd.predictor import DEFAULT_SELECTION, Selection
 from edgekd.recipe import Recipe, TrainedTeacher
+from edgekd.selection import DEFAULT_SELECTION, Selection
 from edgekd.side_by_side import Task, run_side_by_side, tasks_at_once
 from edgekd.stages import distill_student, ready_teachers, train_student, train_teacher
 from edgekd.teaching import check_setup

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekd.device.sysfs import CPU_BF16, cpu_flags
+from edgekd.errors import install_extra
 
 Status = Literal["ok", "missing", "failed"]
 
@@ -238,7 +239,7 @@ def _onnxruntime() -> list[Finding]:
         "print(json.dumps({'version': ort.__version__, 'all': ort.get_available_providers()}))"
     )
     answer = probe(code)
-    fix = "pip install onnxruntime (pip install edgekd[gpu] for CUDA)"
+    fix = f"pip install onnxruntime ({install_extra('gpu')} for CUDA)"
     found = [_finding(group, "onnxruntime", answer, str(answer.get("version")), fix, True)]
     names = answer.get("all", [])
     for name in names:
@@ -248,7 +249,7 @@ def _onnxruntime() -> list[Finding]:
         fix = "its libraries do not fit: compare the versions that ONNX Runtime's page on this provider asks for"
         found.append(_finding(group, name, started, "starts", fix, name == "CPUExecutionProvider"))
     if names and "CUDAExecutionProvider" not in names:
-        fix = "where there is an NVIDIA GPU: pip uninstall onnxruntime, then pip install edgekd[gpu]"
+        fix = f"where there is an NVIDIA GPU: pip uninstall onnxruntime, then {install_extra('gpu')}"
         found.append(Finding(group, "CUDAExecutionProvider", "missing", "not in this build", fix))
     return found
 
@@ -260,7 +261,7 @@ def _tensorrt() -> list[Finding]:
         "print(json.dumps({'version': trt.__version__, 'builder': bool(builder)}))"
     )
     answer = probe(code)
-    fix = "pip install edgekd[tensorrt] on a machine with an NVIDIA GPU; on a Jetson it comes with JetPack"
+    fix = f"on a machine with an NVIDIA GPU: {install_extra('tensorrt')}; on a Jetson it comes with JetPack"
     return [_finding("TensorRT", "tensorrt", answer, str(answer.get("version")), fix)]
 
 
@@ -271,7 +272,7 @@ def _openvino() -> list[Finding]:
     )
     answer = probe(code)
     detail = f"{answer.get('version')}: {', '.join(answer.get('devices', []))}"
-    return [_finding("OpenVINO", "openvino", answer, detail, "pip install 'edgekd[openvino]' (optional, for x86 CPUs)")]
+    return [_finding("OpenVINO", "openvino", answer, detail, f"{install_extra('openvino')} (optional, for x86 CPUs)")]
 
 
 def _sensors(root: Path) -> list[Finding]:

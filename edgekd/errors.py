@@ -117,6 +117,11 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _NOT_ALLOWED | _FULL
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether there is no room left for a file."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
 def refusal(error: OSError, path: Path | str | None = None) -> EdgeKDError:
     """What to tell of an OSError: a place that the user may not use is a `UserError`, a full disk is the machine's.
 
@@ -126,7 +131,8 @@ def refusal(error: OSError, path: Path | str | None = None) -> EdgeKDError:
     """
     said = error.strerror or str(error)
     if path is None:
-        what, got = f"{error.filename or 'the disk'}: {said}", None
+        named = (error.filename2 if is_full(error) else None) or error.filename  # a copy fills the disk that it goes to
+        what, got = f"{named or 'the disk'}: {said}", None
     else:
         what, got = f"{path} cannot be written", said
     if error.errno in _FULL:
@@ -134,3 +140,8 @@ def refusal(error: OSError, path: Path | str | None = None) -> EdgeKDError:
     if error.errno in _NOT_ALLOWED:
         return UserError(what, got=got, fix="choose another place, or give yourself the right to this one")
     return EdgeKDError(what, got=got)
+
+
+def install_extra(name: str) -> str:
+    """How to get one of edgekd's extras. The package index has no edgekd: it is installed from its own sources."""
+    return f"pip install '.[{name}]' in a checkout of edgekd"

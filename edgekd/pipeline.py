@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import is_current, write_manifest
+from edgekd.artifact import is_current, read_manifest, sha256_file, write_manifest
 from edgekd.bench.entries import ArtifactRole, BenchArtifact, BenchEnsemble
 from edgekd.bench.result import read_result
 from edgekd.bench.runner import bench_artifacts
@@ -22,7 +22,7 @@ from edgekd.chain_tasks import Exports, chain_tasks, wanted_exports
 from edgekd.console import Terminal
 from edgekd.errors import EdgeKDError
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher, Recipe, TeacherConfig
-from edgekd.recipe_file import write_recipe
+from edgekd.recipe_file import RECIPE_FILE, write_recipe
 from edgekd.runtimes.model_files import sha256_model
 from edgekd.side_by_side import run_side_by_side, tasks_at_once
 from edgekd.stages import distill_student, ready_teachers, train_student
@@ -149,8 +149,13 @@ class _Chain:
             "data": work.data_identity,
             "seed": work.recipe.seed,
         }
+        facts = {"recipe": sha256_file(self.out / RECIPE_FILE)}  # by which a report knows figures of an earlier one
+        files_of = ["result.json", "detections.npz"]
         if is_current(path.parent, "bench", inputs):
             work.terminal.note("unchanged")
+            found = read_manifest(path.parent)
+            if found is not None and found.facts.get("recipe") != facts["recipe"]:
+                write_manifest(path.parent, "bench", inputs, files_of, facts)
             return read_result(path)
         result = bench_artifacts(
             artifacts,
@@ -162,7 +167,7 @@ class _Chain:
             synthetic=is_synthetic(work.val.root),
             progress=work.terminal.staged(),
         )
-        write_manifest(path.parent, "bench", inputs, ["result.json", "detections.npz"], {})
+        write_manifest(path.parent, "bench", inputs, files_of, facts)
         return result
 
     def _artifacts(

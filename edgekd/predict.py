@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from edgekd.artifact import atomic_path, write_json
 from edgekd.data.images import load_image
-from edgekd.data.layout import IMAGE_SUFFIXES, is_image, unread_images, unread_message
+from edgekd.data.layout import IMAGE_SUFFIXES, files_under, is_image, unread_images, unread_message
 from edgekd.draw import draw_detections
 from edgekd.errors import EdgeKDError, UserError
 from edgekd.predictor import Predictor
@@ -39,17 +40,31 @@ class Predictions:
         return {"schema": SCHEMA, "detector": dict(self.detector), "images": self.images, "failures": self.failures}
 
 
-def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+def find_images(paths: Sequence[Path], out: Path | None = None) -> tuple[list[Path], list[Path]]:
     """Files as they are, whatever they are called; folders as all the images in them (and below); each once, in order.
 
-    The second list has those in the folders that are of a kind which is not read.
+    The second list has those in the folders that are of a kind which is not read. Links to folders are followed, hidden
+    files and folders left out, and so is what lies in `out`, if that is a folder below: annotated pictures of an earlier
+    time are nothing to look at.
+
+    Raises:
+        UserError: `out` is one of the folders, so that nothing tells its images from annotated ones.
     """
     found: dict[Path, Path] = {}
     unread: dict[Path, Path] = {}
     for path in paths:
         inside = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if not file.is_dir())
+            written = None if out is None else _real(out)
+            if written == _real(path):
+                raise UserError(
+                    "--out is the folder of the images: annotated pictures would be taken for images next time",
+                    got=path,
+                    fix="choose another folder for --out; it may lie in this one",
+                )
+            files = list(files_under(path))
+            if written is not None and _real(path) in written.parents:
+                files = [file for file in files if written not in _real(file).parents]
             inside = [file for file in files if is_image(file)]
             unread.update((_real(file), file) for file in unread_images(files))
         for file in inside:
@@ -90,12 +105,12 @@ def predict_images(
     """Run over `paths` (files and folders), telling `progress` (images done, images in all).
 
     Annotated pictures go to `out`/NAME.jpg, everything found to `out`/predictions.json, written at the end. An image
-    that cannot be read is noted in `failures`, and the rest go on.
+    that cannot be read is noted in `failures`, and the rest go on; if none can be, nothing is written.
 
     Raises:
-        UserError: there are no images, or an output would overwrite one.
+        UserError: there are no images, none could be read, or an output would overwrite one.
     """
-    images, unread = find_images(paths)
+    images, unread = find_images(paths, out)
     if not images:
         given = ", ".join(str(path) for path in paths)
         raise UserError(
@@ -105,12 +120,15 @@ def predict_images(
             else given,
             expected=f"images: {' '.join(sorted(IMAGE_SUFFIXES))}",
         )
+    if not any(path.exists() for path in images):
+        raise UserError(
+            "there is no such file", got=", ".join(map(str, images)), expected="images, and folders of them"
+        )
     targets = [out / f"{name}.jpg" for name in output_names(images)]
     own = {_real(path) for path in images}
     for target in targets:
         if _real(target) in own:
             raise UserError("--out would overwrite an image", got=target, fix="choose another folder for --out")
-    out.mkdir(parents=True, exist_ok=True)
     found = Predictions(out / JSON_NAME, predictor.describe())
     found.failures.update((str(path), unread_message(path)) for path in unread)
     for done, (image, target) in enumerate(zip(images, targets, strict=True), 1):
@@ -124,6 +142,10 @@ def predict_images(
             found.images.append(_entry(image, target, picture, detections, predictor.class_names))
         if progress is not None:
             progress(done, len(images))
+    if not found.images:
+        path, reason = next(iter(found.failures.items()))
+        what = f"none of {len(images)} images could be read" if len(images) > 1 else f"{path} could not be read"
+        raise UserError(what, got=" ".join(reason.split()))
     write_json(found.file, found.to_dict())
     return found
 
@@ -131,8 +153,10 @@ def predict_images(
 def _write_picture(path: Path, picture: ImageArray) -> None:
     from PIL import Image
 
+    encoded = io.BytesIO()  # Pillow itself does not notice where a file ends short, on a full disk
+    Image.fromarray(picture).save(encoded, "JPEG", quality=92)
     with atomic_path(path) as temporary:
-        Image.fromarray(picture).save(temporary, quality=92)
+        temporary.write_bytes(encoded.getbuffer())
 
 
 def _entry(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -15,12 +15,13 @@ from edgekd.errors import ArtifactError, UserError
 from edgekd.labels import ClassMap, map_classes
 from edgekd.postprocess import select, select_soft
 from edgekd.preprocess import Geometry
-from edgekd.recipe import BenchConfig, OnnxTeacher
+from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.base import Runtime
 from edgekd.runtimes.model_files import external_files, sha256_model
 from edgekd.runtimes.onnx_file import OnnxEngine, open_onnx
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.outputs import Arrays, decode
+from edgekd.selection import DEFAULT_SELECTION, Selection, effective, idle
 from edgekd.types import Detections, FloatArray, ImageArray, PreprocessSpec, SoftDetections
 
 NaturalRuntime = Literal["torch", "onnxruntime", "tensorrt"]
@@ -32,32 +33,6 @@ LIGHT_NMS_IOU = 0.65
 _ONNX_SUFFIXES = (".onnx", ".ort")
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
 _ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How candidates become detections.
-
-    Attributes:
-        score_threshold: candidates must score more than this.
-        nms_iou: boxes of one class that overlap a better one by more than this go; not used after a detector's own NMS.
-        max_detections: the best that are kept for an image.
-        box_voting: overlap from which suppressed boxes move the one that is kept, see `postprocess.select`; None for
-            none. Not used after a detector's own NMS, nor for candidates that are fused or taught.
-    """
-
-    score_threshold: float = 0.001
-    nms_iou: float = 0.5
-    max_detections: int = 100
-    box_voting: float | None = None
-
-    @classmethod
-    def of(cls, config: BenchConfig) -> Selection:
-        """What a recipe measures with."""
-        return cls(config.score_threshold, config.nms_iou, config.max_detections, config.box_voting)
-
-
-DEFAULT_SELECTION = Selection()
 
 
 class Predictor:
@@ -142,9 +117,25 @@ class Predictor:
             max_detections=self.selection.max_detections,
         )
 
+    @property
+    def _merges(self) -> bool:
+        """Whether several of the file's classes count as one, so that NMS must follow even a detector's own."""
+        return self.class_map is not None and any(len(found) > 1 for found in self.class_map.sources)
+
     def _nms_iou(self, iou: float) -> float:
-        merged = self.class_map is not None and any(len(found) > 1 for found in self.class_map.sources)
-        return 1.0 if self.form.is_finished and not merged else iou
+        return 1.0 if self.form.is_finished and not self._merges else iou
+
+    def thresholds(self) -> dict[str, Any]:
+        """What decides which candidates become detections, see `selection.effective`."""
+        return effective(self.selection, self._inside, merges=self._merges)
+
+    def not_applied(self) -> str | None:
+        """What of `selection` can have no effect, since NMS is inside the file, see `selection.idle`."""
+        return idle(self.selection, self._inside, merges=self._merges)
+
+    @property
+    def _inside(self) -> Mapping[str, Any] | None:
+        return self.facts.get("thresholds") or {} if self.form.is_finished else None
 
     def soften(self, raw: Arrays, geometry: Geometry) -> SoftDetections:
         """Like `finish`, but candidates with whole class distributions after a light NMS."""

@@ -18,9 +18,9 @@ from edgekd.checkpoint import LAST_FILE
 from edgekd.detectors.base import Detector
 from edgekd.detectors.prior_fit import prior_advice
 from edgekd.distill import Distiller
-from edgekd.predictor import Selection
 from edgekd.recipe import CheckpointTeacher, DistillConfig, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
 from edgekd.recipe_file import write_recipe
+from edgekd.selection import Selection
 from edgekd.teaching import gather_teachers, record_views, teacher_identity
 from edgekd.train import RunResult, TrainJob, train_detector
 from edgekd.training_state import read_state

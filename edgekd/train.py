@@ -29,9 +29,9 @@ from edgekd.distill import Clock, Distiller, term_parameters
 from edgekd.errors import UserError
 from edgekd.heap import give_back, kept
 from edgekd.learning import LearningStep, StepInput, check_finite
-from edgekd.predictor import DEFAULT_SELECTION, Selection
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import METRICS_FILE, Listener, RunLog
+from edgekd.selection import DEFAULT_SELECTION, Selection
 from edgekd.training_setup import (
     StopSignals,
     fitting_threads,

@@ -10,8 +10,8 @@ import torch
 from edgekd.data.images import load_image
 from edgekd.detectors.base import Detector
 from edgekd.postprocess import select
-from edgekd.predictor import DEFAULT_SELECTION, Selection
 from edgekd.preprocess import Geometry, geometry_for, normalisation, resize
+from edgekd.selection import DEFAULT_SELECTION, Selection
 from edgekd.types import Dataset, Detections, ImageArray
 
 

@@ -25,6 +25,7 @@ LAYERS = {
     "labels": 1,
     "preprocess": 1,
     "postprocess": 1,
+    "selection": 1,
     "console": 1,
     "draw": 1,
     "ranks": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from edgekd.artifact import sha256_file
+from edgekd.bench.baseline import read_baseline
 from edgekd.bench.gate import EXIT_REGRESSED
+from edgekd.bench.saved import read_saved, save
 from edgekd.cli import app
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, POOR_SCORES, make_dataset, write_detector
 
@@ -247,6 +251,67 @@ def test_mistakes(
     result = bench(place, "good.onnx", out=tmp_path / "r.json", options=options)
     assert result.exit_code == 2
     assert words in result.output
+
+
+@pytest.mark.parametrize(
+    ("place_of", "value", "says"),
+    [
+        (("device",), None, "no device"),
+        (("settings",), None, "no settings"),
+        (("data",), [], "no data"),
+        (("files",), "x", "files is no mapping"),
+        (("device", "versions"), 3, "device.versions is no mapping"),
+        (("settings", "affinity"), 3, "settings.affinity is no list"),
+        (("rows",), [], "no rows"),
+        (("rows",), ["a"], "row 1 is no mapping"),
+        (("rows", 0, "sha256"), None, "row 1: no sha256"),
+        (("rows", 0, "latency_ms"), None, "row 1: latency_ms.median is no time"),
+        (("rows", 0, "latency_ms", "median"), float("nan"), "row 1: latency_ms.median is no time"),
+        (("rows", 0, "latency_ms", "median"), 0, "row 1: latency_ms.median is no time"),
+        (
+            ("rows", 0, "latency_ms", "median_interval"),
+            [1, float("nan")],
+            "row 1: latency_ms.median_interval is no interval",
+        ),
+        (("rows", 0, "map"), {}, "row 1: map.ap50 is no accuracy"),
+        (("rows", 0, "map", "ap50"), float("nan"), "row 1: map.ap50 is no accuracy"),
+        (("rows", 0, "map", "ap50_interval"), ["a"], "row 1: map.ap50_interval is no interval"),
+    ],
+)
+def test_a_damaged_baseline_is_refused_before_anything_is_measured(
+    place: Path, tmp_path: Path, place_of: tuple[str | int, ...], value: object, says: str
+) -> None:
+    baseline = moved(place, tmp_path / "old")
+    data = inner = json.loads(baseline.read_text())
+    for key in place_of[:-1]:
+        inner = inner[key]
+    inner[place_of[-1]] = value
+    baseline.write_text(json.dumps(data))
+    result, written = gated(place, "poor.onnx", tmp_path / "new.json", baseline=baseline)
+    assert result.exit_code == 2, result.output
+    assert says in " ".join(result.output.split())
+    assert not written
+
+
+def test_a_baseline_of_an_ensemble_alone(place: Path, tmp_path: Path) -> None:
+    baseline = moved(place, tmp_path / "old")
+    data = json.loads(baseline.read_text())
+    data["rows"][0]["role"] = "ensemble"
+    baseline.write_text(json.dumps(data))
+    result, _ = gated(place, "poor.onnx", tmp_path / "new.json", baseline=baseline)
+    assert result.exit_code == 2
+    assert "a row of one detector" in result.output
+
+
+def test_samples_that_are_no_numbers_are_not_the_baseline_s(place: Path, tmp_path: Path) -> None:
+    baseline = moved(place, tmp_path / "old")
+    file = baseline.parent / "detections.npz"
+    found = read_saved(file)
+    save(file, replace(found, rows=(replace(found.rows[0], stages_ms=np.full_like(found.rows[0].stages_ms, np.nan)),)))
+    data = json.loads(baseline.read_text())
+    data["files"]["detections_sha256"] = sha256_file(file)
+    baseline.write_text(json.dumps(data))
+    assert "does not hold the samples" in str(read_baseline(baseline).missing)
 
 
 def test_nothing_of_the_baseline_is_overwritten(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,13 @@ from edgekd.bench.device import Contention, device_facts
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble
 from edgekd.bench.examples import agreement, read_examples
 from edgekd.bench.memory import process_peak_bytes
+from edgekd.bench.result import _pairs as pairs_of
 from edgekd.bench.result import read_result
 from edgekd.bench.runner import bench_artifacts
 from edgekd.bench.saved import read_saved
 from edgekd.errors import ArtifactError, ClassMapError, DataError
+from edgekd.export.nms import Thresholds
+from edgekd.export.onnx import detections_form
 from edgekd.recipe import BenchConfig
 from edgekd.types import Dataset, Detections, ImageRecord
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, POOR_SCORES, make_dataset, write_detector
@@ -89,6 +92,7 @@ def test_accuracy_and_comparisons(bench: tuple[dict, Path, Dataset]) -> None:
         rows["distilled"]["map"]["ap50"] - rows["alone"]["map"]["ap50"], abs=1e-5
     )
     assert gain["difference_shown"]
+    assert gain["unlike"] == ["another network"]  # these doubles differ in width
     assert gain["low"] > 0
     assert [c["a"] for c in result["comparisons"] if c["headline"]] == ["distilled"]
     assert rows["ensemble"]["speedup_vs_ensemble"] == 1.0
@@ -157,6 +161,42 @@ def test_the_ensemble_answers_as_it_would_alone(bench: tuple[dict, Path, Dataset
         assert len(alone) > 0
         np.testing.assert_array_equal(alone.boxes_xyxy, found.boxes_xyxy)
         np.testing.assert_array_equal(alone.scores, found.scores)
+
+
+def test_a_distilled_student_is_held_against_the_one_alone_that_is_most_like_it() -> None:
+    network = {"parameters": 1, "macs": 1, "precision": "fp32"}
+    rows = [
+        {**network, "role": "student", "parameters": 2},
+        {**network, "role": "student", "precision": "fp16"},
+        {**network, "role": "student_distilled"},
+        {**network, "role": "student_distilled", "precision": "int8", "parameters": 2},
+    ]
+    assert pairs_of(rows, None) == [(2, 1), (3, 0)]
+
+
+def test_thresholds_that_nms_inside_does_not_heed_are_told(tmp_path: Path) -> None:
+    import onnx
+
+    dataset = make_dataset(tmp_path / "data", images=3)
+    file = write_detector(tmp_path / "plain.onnx", GOOD_BOXES, GOOD_SCORES)
+    inside = tmp_path / "inside.onnx"
+    onnx.save(detections_form(onnx.load(str(file)), Thresholds(0.01, 0.4, 50)), str(inside))
+    asked = {"score_threshold": 0.2, "nms_iou": 0.7, "max_detections": 100, "box_voting": 0.6}
+    result = bench_artifacts(
+        [BenchArtifact(file, "plain"), BenchArtifact(inside, "inside")],
+        dataset,
+        config=CONFIG.model_copy(update=asked),
+        out=tmp_path / "result.json",
+        memory=False,
+    )
+    rows = {row["name"]: row["thresholds"] for row in result["rows"]}
+    assert rows["plain"] == {"nms": "after", **asked}
+    assert rows["inside"] == {
+        "nms": "inside", "score_threshold": 0.2, "nms_iou": 0.4, "max_detections": 50, "box_voting": None,
+    }  # fmt: skip
+    told = "inside: NMS inside: IoU 0.4, at most 50, from 0.01; IoU 0.7, at most 100, box voting from 0.6 do not apply"
+    assert [warning for warning in result["warnings"] if "NMS" in warning] == [told]
+    assert told not in result["unfit_to_publish"]
 
 
 def test_one_teacher_is_the_reference(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from edgekd.device.bundle_bench import read_bundle, run_bundle
 from edgekd.device.bundle_program import program_modules
 from edgekd.device.bundle_rows import warnings_of
 from edgekd.device.golden import check, normalise
-from edgekd.errors import ArtifactError, MissingDependencyError, ParityError, RuntimeFailure, UserError
+from edgekd.errors import ArtifactError, EdgeKDError, MissingDependencyError, ParityError, RuntimeFailure, UserError
 from edgekd.export import ExportData
 from edgekd.preprocess import normalise as reference_normalise
 from edgekd.types import PreprocessSpec
@@ -198,14 +199,42 @@ def test_an_earlier_bundle_is_replaced_and_nothing_else(made: Bundle, data: Expo
         make_bundle(source, tmp_path / "mine", data=data)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["notes.txt"]
     first = make_bundle(source, tmp_path / "out", data=data)
-    (tmp_path / "out/stale.txt").write_text("x", encoding="utf-8")
+    for name in ("result.json", "edgekd/mine.txt"):
+        (tmp_path / "out" / name).write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match=r"edgekd/mine.txt, result.json"):
+        make_bundle(source, tmp_path / "out", data=data)
+    assert (tmp_path / "out/result.json").read_text(encoding="utf-8") == "x"
+    for name in ("result.json", "edgekd/mine.txt"):
+        (tmp_path / "out" / name).unlink()
+    for name in ("engines/0.engine", "edgekd/__pycache__/x.pyc"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("x", encoding="utf-8")
+    again = make_bundle([*source, BenchArtifact(made.folder.parent / "a.onnx", "a")], tmp_path / "out", data=data)
+    assert again.sha256 != first.sha256
+    assert (tmp_path / "out/engines/0.engine").is_file(), "the program's own, which it knows by their hashes"
+    assert not (tmp_path / "out/edgekd/__pycache__").exists()
+    assert not (tmp_path / "out/model.fp32.onnx").exists()
     assert make_bundle(source, tmp_path / "out", data=data).sha256 == first.sha256
-    assert not (tmp_path / "out/stale.txt").exists()
     broken = [*source, BenchArtifact(tmp_path / "none.onnx", "none")]
     with pytest.raises(ArtifactError):
         make_bundle(broken, tmp_path / "out", data=data)
     assert read_bundle(tmp_path / "out")["sha256"] == first.sha256, "a failure leaves the earlier one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_full_disk_is_not_the_source_s_fault(
+    made: Bundle, data: ExportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    monkeypatch.setattr("edgekd.device.bundle.shutil.copyfile", full)
+    source = made.folder.parent / "s.onnx"
+    with pytest.raises(EdgeKDError) as caught:
+        make_bundle([BenchArtifact(source, "s")], tmp_path / "out", data=data)
+    assert caught.value.what == f"{tmp_path / 'out'} cannot be written"
+    assert str(source) not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_onnx_file_is_bundled_as_it_is(made: Bundle, data: ExportData, tmp_path: Path) -> None:

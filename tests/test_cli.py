@@ -324,6 +324,12 @@ def test_bench_refuses_what_it_cannot_read(scenes: Path) -> None:
         ("bundle a.onnx --out b --split val", "--split", "--data"),
         ("export run --out a.onnx --split val", "--split", "--data"),
         ("export run --out a.onnx --level 3 --no-library-tactics", "--level, --library-tactics", "--format engine"),
+        ("export run --out a.onnx --calibration entropy", "--calibration", "--precision int8"),
+        ("export run --out a.onnx --precision fp16 --target tensorrt", "--target", "--precision int8"),
+        ("export run --out a.onnx --max-map-drop 2", "--max-map-drop", "--precision fp16 or int8"),
+        ("export run --out a.engine --format engine --nms --target x86", "--target, --nms", "--format onnx"),
+        ("export a.onnx --out a.engine --format engine --opset 18", "--opset", "a run or checkpoint"),
+        ("bundle run --out b --precision fp16 --target x86", "--target", "--precision int8"),
         ("plan --max-latency-ms 3 --out p --host-ms 1", "--host-ms", "--target"),
         ("plan --max-latency-ms 3 --out p --split val", "--split", "--data or --teachers"),
     ],
@@ -333,6 +339,25 @@ def test_an_option_that_would_do_nothing_is_refused(words: str, idle: str, need:
     assert result.exit_code == 2
     assert f"{idle} do" in result.stderr
     assert result.stderr.splitlines()[1].endswith(need)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--out", "{}/a.onnx", "--opset", "99"), "expected: 17 to "),
+        (("--out", "/proc/a.onnx"), "/proc/a.onnx cannot be written"),
+        (("--out", "{}/file/a.onnx"), "is a file"),
+    ],
+)
+def test_an_export_that_could_not_be_written_is_refused_before_it_is_made(
+    checkpoint: Path, tmp_path: Path, words: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekd.export.job.trace", lambda *_, **__: pytest.fail("traced"))
+    (tmp_path / "file").touch()
+    result = edgekd("export", checkpoint, *(word.format(tmp_path) for word in words))
+    assert result.exit_code == 2, result.output
+    assert says in result.stderr
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import edgekd
 from edgekd import doctor
 from edgekd.doctor import TINY_MODEL, Examination, Finding, examine, probe, show
+from edgekd.errors import install_extra
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,10 @@ def test_show_prints_every_finding(capsys: pytest.CaptureFixture[str], examinati
     out = capsys.readouterr().out
     for finding in examination.findings:
         assert finding.name in out
+
+
+def test_no_cure_asks_the_package_index_for_edgekd() -> None:
+    """It is not there: extras come from a checkout, in quotes, since shells read brackets."""
+    for file in Path(edgekd.__file__).parent.rglob("*.py"):
+        assert not re.search(r"pip install '?edgekd", file.read_text(encoding="utf-8")), file
+    assert "pip install '.[gpu]'" in install_extra("gpu")

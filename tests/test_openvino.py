@@ -26,14 +26,14 @@ def model(tmp_path: Path) -> Path:
 
 def test_without_openvino_the_message_says_how_to_get_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # what importing it then raises is an ImportError
-    with pytest.raises(MissingDependencyError, match=r"edgekd\[openvino\]"):
+    with pytest.raises(MissingDependencyError, match=r"pip install '\.\[openvino\]'"):
         OpenVinoRuntime(model)
 
 
 class TestInstalled:
     @pytest.fixture(autouse=True)
     def _openvino(self) -> None:
-        pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'edgekd[openvino]'")
+        pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[openvino]'")
 
     @pytest.mark.parametrize("as_bytes", [False, True])
     def test_runs_and_tells_what_it_is(self, model: Path, as_bytes: bool) -> None:

@@ -121,6 +121,7 @@ def test_a_finished_chain_does_nothing_again(home: Path, run: Path) -> None:
     again = run_recipe(recipe(home, "data.cache_mib=0"), run, quiet=True)
     assert stamps(run) == before
     assert again.result == json.loads((run / "bench" / "result.json").read_text())
+    assert "before this recipe" not in again.report.read_text(encoding="utf-8"), "other words that change no figure"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from edgekd.data.layout import IMAGE_SUFFIXES
 from edgekd.draw import class_colour, draw_detections
 from edgekd.errors import DataError, EdgeKDError, RecipeError, UserError
 from edgekd.labels import NAMED_LABEL_SETS
-from edgekd.predict import find_images, output_names
+from edgekd.predict import _write_picture, find_images, output_names
 from edgekd.types import Detections
+from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, write_detector
+from tests.toy_onnx import write_constant_detector
 
 
 def picture(path: Path, hw: tuple[int, int] = (40, 60), seed: int = 0) -> Path:
@@ -93,6 +96,68 @@ def test_a_full_disk_is_not_taken_for_bad_images(
     assert "cannot be written" in body["error"]["message"]  # type: ignore[index]
 
 
+def test_a_picture_that_is_cut_off_never_gets_its_name(tmp_path: Path) -> None:
+    """A limit on file sizes stands for a full disk: a write ends short, which Pillow's own writer takes for success."""
+    pixels = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            _write_picture(tmp_path / "x.jpg", pixels)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_where_nothing_could_be_read(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    good, bad = picture(tmp_path / "good.png"), tmp_path / "bad.jpg"
+    bad.write_bytes(b"no image")
+    code, body, _ = predict(checkpoint, tmp_path / "gone.png", tmp_path / "gone", "--out", out)
+    assert code == 2
+    assert "no such file" in body["error"]["message"]  # type: ignore[index]
+    code, body, _ = predict(checkpoint, bad, tmp_path / "gone.png", "--out", out)
+    assert code == 2
+    assert "none of 2 images could be read" in body["error"]["message"]  # type: ignore[index]
+    assert not out.exists()
+    assert predict(checkpoint, good, "--out", out)[0] == 0
+    before = (out / "predictions.json").read_bytes()
+    assert predict(checkpoint, tmp_path / "gone.png", "--out", out)[0] == 2
+    assert (out / "predictions.json").read_bytes() == before
+
+
+def test_a_file_is_no_folder_for_results(checkpoint: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("dear diary")
+    code, body, _ = predict(checkpoint, picture(tmp_path / "x.png"), "--out", mine)
+    assert code == 2
+    assert "mine.txt is a file" in body["error"]["message"]  # type: ignore[index]
+    assert mine.read_text() == "dear diary"
+
+
+def test_annotated_pictures_are_not_looked_at_again(checkpoint: Path, tmp_path: Path) -> None:
+    photos = picture(tmp_path / "photos" / "x.png").parent
+    for _ in range(2):
+        code, body, _ = predict(checkpoint, photos, "--out", photos / "found")
+        assert code == 0
+        assert [entry["image"] for entry in body["images"]] == [str(photos / "x.png")]  # type: ignore[attr-defined, index]
+    code, body, _ = predict(checkpoint, photos, "--out", photos)
+    assert code == 2
+    assert "is the folder of the images" in body["error"]["message"]  # type: ignore[index]
+    inside = picture(photos / "found" / "mine" / "y.png")
+    assert find_images([photos / "found" / "mine", photos], photos / "found")[0] == [inside, photos / "x.png"]
+
+
+def test_folders_are_read_as_data_sets_are(tmp_path: Path) -> None:
+    real = picture(tmp_path / "elsewhere" / "a.jpg")
+    photos = picture(tmp_path / "photos" / "b.jpg").parent
+    (photos / "linked").symlink_to(real.parent)
+    (photos / "back").symlink_to(photos)
+    picture(photos / "._b.jpg")
+    picture(photos / ".thumbs" / "b.jpg")
+    assert find_images([photos])[0] == [photos / "b.jpg", photos / "linked" / "a.jpg"]
+
+
 def test_photographs_are_never_overwritten(checkpoint: Path, tmp_path: Path) -> None:
     photo = picture(tmp_path / "x.jpg")
     before = photo.read_bytes()
@@ -111,7 +176,7 @@ def test_a_folder_without_images_is_an_error(checkpoint: Path, tmp_path: Path) -
 
 def test_each_image_once(tmp_path: Path) -> None:
     image = picture(tmp_path / "in" / "x.jpg")
-    assert find_images([tmp_path / "in", image, image]) == ([image], [])
+    assert find_images([tmp_path / "in", image, image])[0] == ([image], [])
 
 
 def test_a_folder_gives_all_that_data_sets_take_for_images(tmp_path: Path) -> None:
@@ -205,6 +270,28 @@ def test_neighbouring_classes_differ_in_colour() -> None:
 
 
 # -- what is declared of a foreign file ---------------------------------------------------------------------------
+
+
+def test_nothing_can_be_declared_of_what_says_it_itself(checkpoint: Path, tmp_path: Path) -> None:
+    photo, out = picture(tmp_path / "x.png"), tmp_path / "out"
+    ours = write_detector(tmp_path / "ours.onnx", GOOD_BOXES, GOOD_SCORES)
+    rows = np.array([[[4, 4, 20, 20, 0.9, 1]]], np.float32)
+    foreign = write_constant_detector(tmp_path / "foreign.onnx", {"out": rows}, metadata={"names": "{0: 'a', 1: 'b'}"})
+    declared = ("--classes", "x,y", "--declare", "channels=bgr")
+    for artifact in (checkpoint, ours):
+        code, body, _ = predict(artifact, photo, "--out", out, *declared)
+        assert code == 2
+        assert "--classes, --declare do nothing here" in body["error"]["message"]  # type: ignore[index]
+        for command in (["bench", artifact, "--data", tmp_path], ["bundle", artifact]):
+            told = CliRunner().invoke(app, [*map(str, command), "--out", str(out), *declared])
+            assert told.exit_code == 2
+            assert "do nothing here" in told.output
+    assert not out.exists()
+    assert predict(foreign, photo, "--out", out, *declared)[0] == 0
+    told = CliRunner().invoke(
+        app, ["bench", str(ours), str(foreign), "--data", str(tmp_path), "--split", "val", *declared]
+    )
+    assert "do nothing here" not in told.output, "they speak of the foreign one"
 
 
 def test_declared_options() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from edgekd.artifact import sha256_file, write_manifest
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble
 from edgekd.bench.runner import bench_artifacts
 from edgekd.cli import app
@@ -155,7 +156,8 @@ def test_page_says_what_matters(html: str) -> None:
     text = " ".join(Page(html).text.split())
     assert text.count("synthetic") >= 5
     assert "The distilled student (distilled) is" in text
-    assert "Distillation brings it" in text
+    assert "Against alone, a student trained alone:" in text
+    assert "that is another network, so this does not show what distillation brings." in text
     assert "edgekd run recipe.yaml --out RUN" in text
     assert "no difference shown" in text  # int8 against alone: the same detector
     assert re.search(r"[0-9a-f]{64}", text)
@@ -271,6 +273,80 @@ def test_the_answer_in_one_sentence() -> None:
     assert plain(words.gain(result)) == (
         "Distillation brings it +2.1 AP50 points [+0.9, +3.4] over the same student trained alone."
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ({"precision": "int8"}, "another precision"),
+        ({"parameters": 2e6}, "another network"),
+        ({"model": "yolo-nano"}, "another network"),
+        ({"input_hw": [[640, 640]], "macs": 5e9}, "another input size"),
+        ({"parameters": 2e6, "precision": "fp16"}, "another network and another precision"),
+        ({"parameters": None}, "a network not known to be the same"),
+        ({"counted_from": "graph", "parameters": 2e6}, "a network not known to be the same"),
+    ],
+)
+def test_another_student_is_not_called_the_same(changes: dict, differs: str) -> None:
+    result = make_result()
+    for row in result["rows"]:
+        row.update(model="mobilenetv1-ssd-lite", macs=1e9, input_hw=[[320, 320]], counted_from="detector")
+    result["rows"][1].update(changes)
+    assert plain(words.gain(result)) == (
+        f"Against alone, a student trained alone: +2.1 AP50 points [+0.9, +3.4]; that is {differs}, so this does not show "
+        "what distillation brings."
+    )
+    assert plain(words.gain(measured(result, RESULT))) == plain(words.gain(result))
+
+
+def test_figures_of_an_earlier_recipe_are_told_from_those_of_this_one(tmp_path: Path) -> None:
+    """As after `edgekd run` with a changed recipe was broken off: the recipe is there, the benchmark is the old one."""
+    recipe, bench = tmp_path / "recipe.yaml", tmp_path / "bench"
+    recipe.write_text("name: demo\ntrain: {epochs: 1}\n")
+    written(bench, {"result.json": make_result(schema="edgekd.result/1")})
+    write_manifest(bench, "bench", {}, ["result.json"], {"recipe": sha256_file(recipe)})
+    (tmp_path / "student").mkdir()
+    write_manifest(tmp_path / "student", "run", {}, [], {})
+
+    def report() -> tuple[str, str]:
+        done = CliRunner().invoke(app, ["report", str(tmp_path), "--quiet"])
+        assert done.exit_code == 0, done.output
+        return done.stderr, (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    said, html = report()
+    assert "before this recipe" not in said + html
+    recipe.write_text("name: demo\ntrain: {epochs: 2}\n")
+    said, html = report()
+    assert "measured before this recipe: the recipe has changed since" in " ".join(said.split())
+    assert "Measured before this recipe: the recipe has changed since." in html
+    (tmp_path / "student" / "manifest.json").unlink()
+    assert "student is being trained again" in report()[1]
+    written(bench, {"result.json": make_result(schema="edgekd.result/1", created="by hand, later")})
+    assert "before this recipe" not in "".join(report())
+    (bench / "manifest.json").write_text("{")
+    assert "before this recipe" not in "".join(report())
+
+
+def test_what_was_not_measured_is_no_figure(tmp_path: Path) -> None:
+    result = make_result(schema="edgekd.result/1", reference=None, comparisons=[])
+    student = result["rows"][0]
+    student["map"]["ap50"] = None
+    assert plain(words.answer(result)) == (
+        "The distilled student takes 20.0 ms an image over 1,700 images; its accuracy was not measured."
+    )
+    html = write_report(written(tmp_path, {"result.json": result})).read_text(encoding="utf-8")
+    tiles = re.search(r'<dl class="tiles">(.*?)</dl>', html, re.DOTALL)
+    assert tiles
+    assert words.NOTHING not in tiles[1]
+    assert "Peak memory" not in tiles[1]
+    student["latency_ms"]["median"] = None
+    assert words.answer(result) == "Neither accuracy nor latency of the distilled student was measured."
+    student["map"]["ap50"] = 0.5
+    assert "reaches 50.0 AP50 over 1,700 images; its latency was not" in plain(words.answer(result))
+    result["rows"][2]["peak_memory_bytes"] = 1e8
+    result["reference"] = "ens"
+    html = write_report(written(tmp_path, {"result.json": result})).read_text(encoding="utf-8")
+    assert "<dt>Peak memory</dt><dd>not measured<small>ensemble: 100 MB</small>" in html
 
 
 def test_no_difference_is_said_plainly() -> None:
@@ -410,14 +486,18 @@ def test_each_kind_of_result_makes_a_page_alone(tmp_path: Path, name: str, answe
 def test_several_folders_make_one_page(tmp_path: Path) -> None:
     parts = samples()
     folders = [written(tmp_path / str(i), {name: data}) for i, (name, data) in enumerate(parts.items())]
-    out, table = tmp_path / "page.html", tmp_path / "table.csv"
-    arguments = ["report", *map(str, folders), "--out", str(out), "--table", str(table), "--json"]
+    out, tables = tmp_path / "page.html", [tmp_path / "table.csv", tmp_path / "table.md"]
+    arguments = ["report", *map(str, folders), "--out", str(out), "--json"]
+    arguments += [part for table in tables for part in ("--table", str(table))]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["report"] == str(out)
+    assert json.loads(done.stdout) == {"report": str(out), "tables": [str(table) for table in tables]}
     html = out.read_text(encoding="utf-8")
     assert all(f'id="{part}"' in html for part in ("comparison", "gains0", "device0", "video0"))
-    assert "kd" in table.read_text(encoding="utf-8")
+    assert all("kd" in table.read_text(encoding="utf-8") for table in tables)
+    refused = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "b.html"), "--table", "x.xlsx"])
+    assert refused.exit_code == 2
+    assert not (tmp_path / "b.html").exists()
 
 
 def test_another_version_is_said_and_a_stranger_is_refused(tmp_path: Path) -> None:
@@ -470,7 +550,7 @@ def test_no_result_file_breaks_the_page(tmp_path: Path, seed: int) -> None:
         found = found if isinstance(found, dict) else {}
         rows = found.get("rows")
         files[name] = found | {"schema": data["schema"], "rows": rows if isinstance(rows, list) else []}
-    html = write_report(written(tmp_path, files), table=tmp_path / "t.csv").read_text(encoding="utf-8")
+    html = write_report(written(tmp_path, files), tables=[tmp_path / "t.csv"]).read_text(encoding="utf-8")
     assert html.count("<script") == 1
     Page(html)
     geometry = "".join(re.findall(r' (?:d|x|y|x1|y1|width|height|viewBox)="([^"]*)"', html))

@@ -19,9 +19,9 @@ from edgekd.checkpoint import load_detector
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, Targets
 from edgekd.errors import ArtifactError, NonFiniteLossError, RecipeError, UserError
-from edgekd.predictor import Selection
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
+from edgekd.selection import Selection
 from edgekd.train import TrainJob, lr_factor, train_detector
 from edgekd.training_setup import fitting_threads, make_optimizer
 from edgekd.validate import detect_dataset

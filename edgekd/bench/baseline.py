@@ -32,6 +32,7 @@ _NATURAL = {
 _MACHINE = ("cpu", "machine", "cores", "governor", "board", "gpu")
 _BESIDE = {"detections": "detections.npz", "examples": "examples/examples.json"}
 _THRESHOLDS = ("score_threshold", "nms_iou", "max_detections", "box_voting")
+_IDENTITY = ("name", "role", "artifact", "sha256", "runtime")
 _ROW = ("runtime", "provider", "cuda_graph", "threads")
 
 
@@ -76,9 +77,17 @@ def read_baseline(path: Path) -> Baseline:
     """An earlier result with what lies beside it.
 
     Raises:
-        ArtifactError: it is missing or cannot be read.
+        ArtifactError: it is missing, cannot be read, or lacks what is compared.
     """
     result = read_result(path)
+    if lacks := _lacks(result):
+        more = f"; and {len(lacks) - 4} more" if len(lacks) > 4 else ""
+        raise ArtifactError(
+            f"{path}: nothing can be held against it",
+            got="; ".join(lacks[:4]) + more,
+            expected="a result.json as `edgekd bench` writes it",
+            fix="make the baseline again: edgekd bench ... --out FILE",
+        )
     files = result.get("files") or {}
     saved = path.parent / Path(str(files.get("detections", _BESIDE["detections"]))).name
     if not saved.is_file():
@@ -90,9 +99,55 @@ def read_baseline(path: Path) -> Baseline:
     medians = {row.name: float(np.median(row.stages_ms.sum(-1))) for row in found.rows if row.stages_ms.size}
     for row in result["rows"]:
         said = row["latency_ms"]["median"]
-        if abs(medians.get(row["name"], math.inf) - said) > 1e-3 + 1e-3 * said:
+        if not abs(medians.get(row["name"], math.inf) - said) <= 1e-3 + 1e-3 * said:
             return Baseline(path, result, None, f"{saved.name} does not hold the samples that {path.name} speaks of")
     return Baseline(path, result, found, None)
+
+
+def _lacks(result: Mapping[str, Any]) -> list[str]:
+    """What a result must have to be compared with, and has not, in words."""
+    found = [f"no {name}" for name in ("device", "settings", "data") if not isinstance(result.get(name), dict)]
+    if not isinstance(result.get("files") or {}, dict):
+        found.append("files is no mapping")
+    if not found and not isinstance(result["device"].get("versions", {}), dict):
+        found.append("device.versions is no mapping")
+    if not found and not isinstance(result["settings"].get("affinity") or [], list):
+        found.append("settings.affinity is no list")
+    if not result["rows"]:
+        found.append("no rows")
+    for number, row in enumerate(result["rows"], 1):
+        if isinstance(row, dict):
+            found += [f"row {number}: {problem}" for problem in _row_lacks(row)]
+        else:
+            found.append(f"row {number} is no mapping")
+    return found
+
+
+def _row_lacks(row: Mapping[str, Any]) -> list[str]:
+    found = [f"no {key}" for key in _IDENTITY if not isinstance(row.get(key), str)]
+    latency, accuracy = row.get("latency_ms"), row.get("map")
+    if not isinstance(latency, dict) or not _within(latency.get("median"), 1e-6, 1e9):
+        found.append("latency_ms.median is no time")
+    elif not _is_interval(latency.get("median_interval"), 1e-6, 1e9):
+        found.append("latency_ms.median_interval is no interval")
+    ap50 = accuracy.get("ap50", math.nan) if isinstance(accuracy, dict) else math.nan
+    if ap50 is not None and not _within(ap50, 0, 1):
+        found.append("map.ap50 is no accuracy")
+    elif isinstance(accuracy, dict) and not _is_interval(accuracy.get("ap50_interval"), 0, 1):
+        found.append("map.ap50_interval is no interval")
+    return found
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    """A number in [low, high], which NaN is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_interval(value: Any, low: float, high: float) -> bool:
+    """None, or two numbers in [low, high]."""
+    return value is None or (
+        isinstance(value, list) and len(value) == 2 and all(_within(end, low, high) for end in value)
+    )
 
 
 def pair_up(
@@ -123,8 +178,8 @@ def pair_up(
         raise UserError(
             f"{baseline.path}: no row to compare with",
             got=", ".join(artifact.name for artifact in artifacts),
-            expected="names among " + ", ".join(str(row["name"]) for row in rows),
-            fix="name what you measure as the baseline does: NAME=PATH",
+            expected="names among " + ", ".join(str(row["name"]) for row in rows) if rows else "a row of one detector",
+            fix="name what you measure as the baseline does: NAME=PATH" if rows else None,
         )
     return pairs, again
 

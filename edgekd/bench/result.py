@@ -112,8 +112,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Fill in every row's AP50 interval and speedup over the reference, and give AP50 differences with intervals.
 
-    Differences: each distilled student against the student alone of the same precision, and each student against the
-    reference. All models answer the same resampled images, so the bootstrap is paired.
+    Differences: each distilled student against the student alone that is most like it (`unlike` says in what it is not),
+    and each student against the reference. All models answer the same resampled images, so the bootstrap is paired.
     """
     if reference is not None:
         for index, row in enumerate(rows):
@@ -153,20 +153,42 @@ def _comparison(
         "images": images,
         "difference_shown": not low <= 0.0 <= high,
         "headline": headline,
+        "unlike": unlike(a, b),
     }
 
 
 def _pairs(rows: Rows, reference: int | None) -> list[tuple[int, int]]:
-    """Rows to compare: distilled against alone, then students against the reference."""
+    """Rows to compare: distilled against the one alone that is most like it, then students against the reference."""
     alone = [i for i, row in enumerate(rows) if row["role"] == "student"]
     distilled = [i for i, row in enumerate(rows) if row["role"] == "student_distilled"]
     pairs = []
     for index in distilled:
-        same = [other for other in alone if rows[other]["precision"] == rows[index]["precision"]]
-        pairs += [(index, other) for other in (same or alone)[:1]]
+        differs = {other: unlike(rows[index], rows[other]) for other in alone}
+        if alone:  # another network is a greater difference than another precision
+            pairs.append((index, min(alone, key=lambda i: (any("network" in d for d in differs[i]), len(differs[i])))))
     if reference is not None:
         pairs += [(index, reference) for index in distilled + alone]
     return pairs
+
+
+def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """In what two rows are not one network deployed alike, so that training alone cannot explain a difference.
+
+    Nothing if they are; rows of older results, which do not name the model, are told apart by their counts.
+    """
+    found = []
+    other_input = a.get("input_hw") != b.get("input_hw")
+    keys = ("model", "parameters", *(() if other_input else ("macs",)))
+    known = [(a[key], b[key]) for key in keys if a.get(key) is not None and b.get(key) is not None]
+    if a.get("parameters") is None or b.get("parameters") is None or a.get("counted_from") != b.get("counted_from"):
+        found.append("a network not known to be the same")
+    elif any(one != other for one, other in known):
+        found.append("another network")
+    if other_input:
+        found.append("another input size")
+    if a.get("precision") != b.get("precision"):
+        found.append("another precision")
+    return found
 
 
 def ensemble_facts(ensemble: BenchEnsemble, execution: Sequence[str]) -> dict[str, Any]:

@@ -31,9 +31,9 @@ from edgekd.bench.result import (
 )
 from edgekd.bench.roof import add_roof
 from edgekd.bench.saved import Saved, SavedRow, save
-from edgekd.bench.subjects import Opener
+from edgekd.bench.subjects import Opener, Subject
 from edgekd.errors import DataError
-from edgekd.predictor import RuntimeChoice
+from edgekd.predictor import Predictor, RuntimeChoice
 from edgekd.recipe import BenchConfig
 from edgekd.types import Dataset
 
@@ -130,7 +130,7 @@ def bench_artifacts(
         "rows": rows,
         "reference": None if reference is None else rows[reference]["name"],
         "comparisons": comparisons,
-        "warnings": warnings,
+        "warnings": [*warnings, *(f"{s.name}: {said}" for s in found.subjects if (said := _not_applied(s)))],
         "unfit_to_publish": unfit_to_publish(rows, settings, warnings),
     }
     first = reference if reference is not None else 0
@@ -169,6 +169,12 @@ def _write(
     write_json(out, result)
 
 
+def _not_applied(subject: Subject) -> str | None:
+    """Which thresholds had no effect on a detector; members of ensembles have rows of their own."""
+    answering = subject.system.staged
+    return answering.not_applied() if isinstance(answering, Predictor) else None
+
+
 def _rows(found: Measured, accuracies: Sequence[Accuracy]) -> list[dict[str, Any]]:
     rows = []
     for index, (subject, accuracy) in enumerate(zip(found.subjects, accuracies, strict=True)):
@@ -179,6 +185,7 @@ def _rows(found: Measured, accuracies: Sequence[Accuracy]) -> list[dict[str, Any
             "name": subject.name,
             "role": subject.role,
             "artifact": subject.artifact,
+            "model": None if len(subject.members) > 1 else subject.members[0].predictor.facts.get("model"),
             "execution": subject.execution,
             "runtime": runtime.name,
             "provider": runtime.provider,
@@ -186,6 +193,7 @@ def _rows(found: Measured, accuracies: Sequence[Accuracy]) -> list[dict[str, Any
             "threads": subject.threads,
             "input_hw": [list(member.predictor.preprocess.input_hw) for member in subject.members],
             "unknown_classes": [] if mapped is None else list(mapped.unknown_classes),
+            "thresholds": answering.thresholds() if isinstance(answering, Predictor) else None,
         }
         row = result_row(identity, subject.facts, accuracy, found.latencies[index], found.peaks[index])
         energy = found.energies[index]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgekd.bench.entries import BenchEnsemble
 from edgekd.bench.latency import Clock
-from edgekd.predictor import Predictor, Selection
+from edgekd.predictor import Predictor
 from edgekd.recipe import BenchConfig
+from edgekd.selection import Selection
 from edgekd.types import Detections, ImageArray
 
 if TYPE_CHECKING:

@@ -54,6 +54,8 @@ def bench_video(
             limit = max_frames or (LIVE_FRAMES if video.live else None)
             rows.append(_row(artifact, predictor, video, realtime, limit, progress))
             notes += [note for note in video.notes(limit) if note not in notes]
+            if said := predictor.not_applied():
+                notes.append(f"{artifact.name}: {said}")
             facts = {"fps": video.fps, "width": video.hw[1], "height": video.hw[0], "live": video.live}
     result = {
         "schema": SCHEMA,

@@ -64,6 +64,7 @@ from edgekd.cli.deploy import (
     RuntimeName,
     ThreadsOption,
     export_data,
+    refuse_declared,
 )
 from edgekd.cli.predict import VIDEO, MaxFramesOption, RealtimeOption, measure_video
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, session_of
@@ -165,6 +166,7 @@ def bench(
     from edgekd.workspace import is_synthetic
 
     entries = [declared(parse_artifact_argument(text), classes, output, input_size, declare) for text in artifacts]
+    refuse_declared(context, [entry.path for entry in entries])
     limits = limits_of(baseline, max_slowdown, max_map_drop)
     check_out(out, baseline, table, summary)
     if target is not None:

@@ -17,6 +17,7 @@ from edgekd.cli.deploy import (
     Target,
     export_data,
     foreign_options,
+    refuse_declared,
 )
 from edgekd.cli.session import JsonOption, QuietOption, refuse_idle, session_of
 
@@ -69,7 +70,9 @@ def bundle(
         list[str],
         typer.Argument(help="Run folders, checkpoints or ONNX files, as [ROLE:][NAME=]PATH.", metavar="ARTIFACT..."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="DIR")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder to write; a bundle there is replaced.", metavar="DIR")
+    ],
     precision: PrecisionsOption = None,
     target: Annotated[Target, typer.Option("--target", help="What int8 is laid out for.")] = "tensorrt",
     data: DataOption = None,
@@ -86,10 +89,18 @@ def bundle(
 ) -> None:
     """Write a folder that checks and measures detectors on a device that has no edgekd.
 
-    Copy it there and run `python3 bench.py`; or let `edgekd bench --target ssh://...` do both.
+    Copy it there and run `python3 bench.py`; or let `edgekd bench --target ssh://...` do both. An earlier bundle in --out is
+    replaced only if nothing else lies in it, such as a result.json.
     """
     session = session_of(context)
-    refuse_idle(context, {"--data": {"split", "format"} if data is None else ()})
+    wanted = precisions_of(precision)
+    refuse_idle(
+        context,
+        {
+            "--data": {"split", "format"} if data is None else (),
+            "--precision int8": {"target"} if "int8" not in (wanted or ()) else (),
+        },
+    )
     from dataclasses import replace
 
     from edgekd.bench.entries import parse_artifact_argument
@@ -98,13 +109,14 @@ def bundle(
     from edgekd.recipe import ExportConfig
 
     entries = [parse_artifact_argument(text) for text in sources]
+    refuse_declared(context, [entry.path for entry in entries])
     made = make_bundle(
         [
             replace(entry, options=foreign_options(entry.path, classes, output, input_size, declare))
             for entry in entries
         ],
         out,
-        precisions=precisions_of(precision),
+        precisions=wanted,
         config=ExportConfig(target=target),
         data=None if data is None else export_data(data, split, format),
         say=Terminal(session.quiet).note,

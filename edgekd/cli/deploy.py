@@ -11,6 +11,8 @@ import typer
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgekd.export import ExportData
     from edgekd.export.engine_job import EngineResult
     from edgekd.recipe import OnnxTeacher
@@ -193,6 +195,10 @@ def export(
         {
             "--data": {"split", "data_format"} if data is None else (),
             "--format engine": engine_only if format == "onnx" else (),
+            "--format onnx": {"target", "nms"} if format == "engine" else (),
+            "a run or checkpoint": {"opset", "dynamic_batch", "calibration"} if source.suffix == ".onnx" else (),
+            "--precision int8": {"target", "calibration"} if precision != "int8" else (),
+            "--precision fp16 or int8": {"max_map_drop"} if precision == "fp32" else (),
         },
     )
     from edgekd.console import Terminal
@@ -277,6 +283,20 @@ def provider_of(artifact: Path, device: str | None) -> str | None:
     if device in (None, "auto"):
         return None
     return device.partition(":")[0] if artifact.suffix.lower() == ".onnx" else device
+
+
+def refuse_declared(context: typer.Context, artifacts: Sequence[Path]) -> None:
+    """Refuse to be told about ONNX files where every artefact says everything itself.
+
+    Raises:
+        UserError: one of those options was given.
+    """
+    declaring = {"classes", "output", "input_size", "declare"}
+    if any(context.params[name] is not None and context.params[name] != [] for name in declaring):
+        from edgekd.runtimes.model_files import may_be_foreign
+
+        if not any(map(may_be_foreign, artifacts)):
+            refuse_idle(context, {"an ONNX file that edgekd did not make": declaring})
 
 
 _DECLARABLE = (
@@ -364,14 +384,17 @@ def report(
         Path | None, typer.Option("--out", "-o", help="Where to write; DIR/report.html if not given.")
     ] = None,
     table: Annotated[
-        Path | None, typer.Option("--table", help="The comparison as well.", metavar="FILE.md|.csv|.tex")
+        list[Path] | None,
+        typer.Option("--table", help="The comparison as .md, .csv or .tex as well; repeatable.", metavar="FILE"),
     ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Write one self-contained HTML page of results: benchmarks, comparisons of methods, devices, videos."""
     session = session_of(context)
+    from edgekd.console import Terminal
     from edgekd.report.page import write_report
 
-    page = write_report(results, out, table)
-    session.finish({"report": str(page), "table": table and str(table)}, lambda: typer.echo(str(page)))
+    page = write_report(results, out, table or (), Terminal(session.quiet).warn)
+    found = {"report": str(page), "tables": [str(file) for file in table or ()]}
+    session.finish(found, lambda: typer.echo(str(page)))

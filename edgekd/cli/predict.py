@@ -19,6 +19,7 @@ from edgekd.cli.deploy import (
     ThreadsOption,
     foreign_options,
     provider_of,
+    refuse_declared,
 )
 from edgekd.cli.session import INTERRUPTED, DeviceOption, JsonOption, QuietOption, Session, session_of
 from edgekd.errors import UserError
@@ -70,14 +71,18 @@ def predict(
 ) -> None:
     """Find objects: annotated pictures or videos, and predictions.json with everything found (of videos: NAME.jsonl).
 
-    Images that cannot be read are reported and the rest go on; the exit code is 2 then. Ctrl-C ends a camera's run, and
-    what was recorded is kept.
+    Images that cannot be read are reported and the rest go on; the exit code is 2 then. Of folders, hidden files and what
+    lies in --out are left out. Ctrl-C ends a camera's run, and what was recorded is kept.
     """
     session = session_of(context)
+    refuse_declared(context, [artifact])
+    from edgekd.artifact import require_file
     from edgekd.console import Terminal
+    from edgekd.predict import JSON_NAME
     from edgekd.predictor import load_predictor
     from edgekd.video import is_video
 
+    require_file(out / JSON_NAME)
     videos = [source for source in sources if is_video(source)]
     if videos and len(videos) < len(sources):
         other = next(source for source in sources if source not in videos)
@@ -96,6 +101,8 @@ def predict(
     with predictor:
         for note in predictor.taken_for_granted():
             Terminal(session.quiet).note(note)
+        if said := predictor.not_applied():
+            Terminal(session.quiet).warn(said)
         if videos:
             options = {"suffix": f".{video_format}", "realtime": realtime, "max_frames": max_frames}
             _predict_videos(session, predictor, videos, out, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 import random
 from pathlib import Path
@@ -47,8 +48,10 @@ def write_contact_sheet(
         tile = _tile(record, dataset.class_names, tile_px)
         sheet.paste(tile, (x + (tile_px - tile.width) // 2, y + (tile_px - tile.height) // 2))
         draw.text((x, y + tile_px + 2), _fit(draw, printable(record.image_id), font, tile_px), _INK, font)
+    encoded = io.BytesIO()  # Pillow itself does not notice where a file ends short, on a full disk
+    sheet.save(encoded, format="PNG" if path.suffix.lower() not in (".jpg", ".jpeg") else "JPEG")
     with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG" if path.suffix.lower() not in (".jpg", ".jpeg") else "JPEG")
+        temporary.write_bytes(encoded.getbuffer())
     return path
 
 

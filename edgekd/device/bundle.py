@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.artifact import sha256_file, source_commit, versions, write_json, write_text
+from edgekd.artifact import MANIFEST_NAME, sha256_file, source_commit, versions, write_json, write_text
 from edgekd.bench.complexity import describe_artifact
 from edgekd.bench.entries import BenchArtifact
 from edgekd.bench.roof import bytes_moved, product_models
 from edgekd.data.images import load_image
 from edgekd.device.bundle_bench import BUNDLE_SCHEMA, read_bundle
 from edgekd.device.bundle_program import readme, write_program
-from edgekd.errors import ArtifactError, UserError
+from edgekd.errors import ArtifactError, UserError, is_full, refusal
 from edgekd.export.images import GENERATED_IMAGES, spread
 from edgekd.preprocess import normalise, resize
 from edgekd.recipe import ExportConfig
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 GOLDEN_IMAGES = 4
 GOLDEN_FILE = "golden.npz"
+ENGINES = "engines"
+"""Where a bundle's program keeps the engines that it built, which takes minutes."""
+
 Say = Callable[[str], None]
 
 
@@ -73,7 +76,8 @@ def make_bundle(
 ) -> Bundle:
     """Write a bundle of runs, checkpoints (exported in every precision) and ONNX files (as they are) to folder `out`.
 
-    The folder appears complete or not at all. An earlier bundle there is replaced; anything else is left alone.
+    The folder appears complete or not at all. An earlier bundle there is replaced (engines built from it stay, under
+    their models' hashes), unless something lies in it that is not the bundle's: that is never deleted.
 
     Args:
         precisions: of runs and checkpoints, fp32 if left out; ONNX files must be of one of them if given.
@@ -81,9 +85,9 @@ def make_bundle(
         data: real images to calibrate, compare and make golden outputs on; generated ones if left out.
 
     Raises:
-        UserError: `out` holds something else, or a precision that is not there.
+        UserError: `out` holds anything else, if only beside a bundle; or a precision that is not there.
         ArtifactError: a source cannot be read, or takes more inputs than an image.
-        ParityError: an export does not agree with its original.
+        ParityError: an export does not agree with its original. EdgeKDError: the disk is full.
     """
     out = Path(out)
     _refuse_foreign(out)
@@ -108,7 +112,7 @@ def make_bundle(
         golden = {"file": GOLDEN_FILE, "images": names, "generated": dataset is None}
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         write_json(
-            folder / "manifest.json",
+            folder / MANIFEST_NAME,
             {
                 "schema": BUNDLE_SCHEMA,
                 "commit": source_commit(),
@@ -127,17 +131,36 @@ def make_bundle(
 def is_bundle(folder: Path) -> bool:
     """Whether a folder calls itself a bundle, intact or not."""
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("schema") == BUNDLE_SCHEMA
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Only an earlier bundle or an empty folder may be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or is_bundle(out):
+    """Only an empty folder may be replaced, or an earlier bundle with nothing else in it."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    raise UserError("this is there already, and no bundle", got=out, expected="a new name for a folder")
+    if not is_bundle(out):
+        raise UserError("this is there already, and no bundle", got=out, expected="a new name for a folder")
+    if others := _others(out):
+        more = f", and {len(others) - 5} more" if len(others) > 5 else ""
+        raise UserError(
+            f"{out}: there is a bundle with other files in it, which would be deleted",
+            got=", ".join(others[:5]) + more,
+            expected="a new name, or a bundle as it was made",
+            fix="move them away (a result.json speaks of the models that are there now), or choose another folder",
+        )
+
+
+def _others(bundle: Path) -> list[str]:
+    """Files in a bundle's folder that its manifest does not list; not what its program leaves for itself."""
+    listed = json.loads((bundle / MANIFEST_NAME).read_text(encoding="utf-8")).get("files")
+    known = {MANIFEST_NAME, *(listed if isinstance(listed, dict) else ())}
+    there = [path for path in bundle.rglob("*") if path.is_symlink() or not path.is_dir()]
+    places = {path.relative_to(bundle) for path in there}
+    kept = {place for place in places if "__pycache__" in place.parts or place.parts[0] == ENGINES}
+    return sorted(place.as_posix() for place in places - kept if place.as_posix() not in known)
 
 
 @contextlib.contextmanager
@@ -152,6 +175,12 @@ def _folder_in_place(out: Path) -> Iterator[Path]:
         if out.exists():
             os.replace(out, work / "old")
         os.replace(folder, out)
+        if (work / "old" / ENGINES).is_dir():
+            os.replace(work / "old" / ENGINES, out / ENGINES)
+    except OSError as error:
+        if is_full(error):  # which names a file that was copied, or none
+            raise refusal(error, out) from error
+        raise
     finally:
         if (work / "old").exists() and not out.exists():
             os.replace(work / "old", out)

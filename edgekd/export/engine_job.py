@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.artifact import sha256_file, source_commit, versions
+from edgekd.artifact import require_file, sha256_file, source_commit, versions
 from edgekd.errors import ArtifactError, UserError
 from edgekd.export.engine import BuiltEngine, EngineOptions, build_engine, graph_precision
 from edgekd.export.engine_parity import compare_engine
@@ -106,6 +106,7 @@ def export_engine(
     source, out = Path(source), Path(out)
     if out.suffix not in SUFFIXES or out.is_dir():
         raise UserError("an engine goes to an .engine file", got=out, expected="a name such as student.engine")
+    require_file(out)
     config, options = config or ExportConfig(), options or EngineOptions()
     thresholds, say = thresholds or Thresholds(), say or (lambda _: None)
     device_memory = buffers or open_buffers()

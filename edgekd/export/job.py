@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.artifact import atomic_path, sha256_file
+from edgekd.artifact import atomic_path, require_file, sha256_file
 from edgekd.checkpoint import checkpoint_facts, detector_file, load_detector
 from edgekd.detectors.base import Detector
 from edgekd.errors import DataError, UserError
@@ -18,6 +18,7 @@ from edgekd.export.images import ExportData as ExportData
 from edgekd.export.images import PreparedImages, spread
 from edgekd.export.nms import Thresholds
 from edgekd.export.onnx import Precision, describe, detections_form, trace, write_model
+from edgekd.export.opset import require_opset
 from edgekd.export.parity import ParityReport
 from edgekd.export.precision import Int8Result, to_int8
 from edgekd.export.qat import learned_ranges
@@ -86,18 +87,22 @@ def export_run(
 
     Raises:
         ArtifactError: no detector at `source`.
-        UserError: `out` is no .onnx file. DataError: int8 without images.
+        UserError: `out` is no .onnx file, or cannot be written; an opset that is not known here.
+        DataError: int8 without images.
         ExportError: exporting or converting failed.
         ParityError: the export does not agree with the original; names the worst output and layer.
     """
     source, out = Path(source), Path(out)
     if out.suffix != ".onnx" or out.is_dir():
         raise UserError("an export goes to an .onnx file", got=out, expected="a name such as student.onnx")
+    config, thresholds, say = config or ExportConfig(), thresholds or Thresholds(), say or _silent
+    require_opset(config.opset)
+    for file in (out, complete_path(out)) if config.nms else (out,):
+        require_file(file)
     detector = load_detector(source)
     notes: list[str] = []
     if data is None:
         data, notes = data_of_run(source)
-    config, thresholds, say = config or ExportConfig(), thresholds or Thresholds(), say or _silent
     calibration = _calibration(detector, data, config, notes) if precision == "int8" else ()
     say(f"tracing {detector.spec.model}")
     base = trace(detector, opset=config.opset, dynamic_batch=config.dynamic_batch)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.errors import ExportError
+from edgekd.errors import ArtifactError, ExportError, UserError
 from edgekd.export.graph import GraphIndex, opset_of, prune
 
 if TYPE_CHECKING:
@@ -27,6 +27,39 @@ _NEW_IN_18: dict[str, dict[str, Any]] = {
     **{f"Reduce{name}": {"noop_with_empty_axes": 0} for name in _REDUCTIONS},
 }
 """Attributes that opset 18 brought, with the value at which they change nothing."""
+
+
+def require_opset(opset: int) -> None:
+    """Refuse an opset that what is installed here cannot write or check, before there is any work for it.
+
+    Raises:
+        UserError: onnx or ONNX Runtime does not know it.
+    """
+    if opset <= NATIVE or _is_known(opset):
+        return
+    from onnx import defs
+
+    newest = next((known for known in range(defs.onnx_opset_version(), NATIVE, -1) if _is_known(known)), NATIVE)
+    raise UserError("the opset is not one that onnx and ONNX Runtime know here", got=opset, expected=f"17 to {newest}")
+
+
+def _is_known(opset: int) -> bool:
+    """Whether a file of this opset loads."""
+    from onnx import TensorProto, defs, helper
+
+    from edgekd.runtimes.ort import OrtRuntime
+
+    if opset > defs.onnx_opset_version():
+        return False
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in ("images", "same")]
+    graph = helper.make_graph([helper.make_node("Relu", ["images"], ["same"])], "opset", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
+    try:
+        OrtRuntime(model.SerializeToString(), threads=1).close()
+    except ArtifactError:
+        return False
+    return True
 
 
 def to_opset_17(model: ModelProto) -> ModelProto:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import versions, write_text
+from edgekd.artifact import require_file, versions, write_text
 from edgekd.errors import ArtifactError
 from edgekd.report import bars, dots, marks, words
 from edgekd.report.commands import commands_of
@@ -21,13 +21,19 @@ from edgekd.report.training import run_facts
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
-def write_report(paths: Path | Sequence[Path], out: Path | None = None, table: Path | None = None) -> Path:
+def write_report(
+    paths: Path | Sequence[Path],
+    out: Path | None = None,
+    tables: Sequence[Path] = (),
+    warn: Callable[[str], None] = lambda _: None,
+) -> Path:
     """Collect results into one HTML page, written atomically.
 
     Args:
         paths: what `edgekd run`, `bench` or `compare` wrote: folders, or result files. The first is what the page is about.
         out: the page; report.html in the first folder if left out.
-        table: the comparison as .md, .csv or .tex as well.
+        tables: the comparison as .md, .csv or .tex as well.
+        warn: told of what should not go unseen, which the page says too.
 
     Returns:
         The page's path.
@@ -36,11 +42,17 @@ def write_report(paths: Path | Sequence[Path], out: Path | None = None, table: P
         ArtifactError: there is no result, or one that was named cannot be read. UserError: a table of another format.
     """
     sources = collect([paths] if isinstance(paths, Path) else paths)
+    if sources.outdated is not None:
+        warn(sources.outdated)
     out = sources.folder / "report.html" if out is None else Path(out)
-    if table is not None:
+    for file in (out, *tables):
+        require_file(file)
+    if tables:
         if sources.result is None:
             raise ArtifactError("there is no benchmark to make a table of", expected="a result.json of `edgekd bench`")
-        write_text(table, write_table(sources.result, table.suffix))
+        texts = [write_table(sources.result, file.suffix) for file in tables]
+        for file, text in zip(tables, texts, strict=True):
+            write_text(file, text)
     write_text(out, render(sources))
     return out
 
@@ -81,6 +93,7 @@ def render(sources: Sources) -> str:
         videos=sources.videos,
         recipe=sources.recipe,
         problems=sources.problems,
+        outdated=sources.outdated,
         absent=absent(sources, figures),
         commands=commands_of(sources),
         **_of_result(sources, Markup),
@@ -128,7 +141,7 @@ def _of_result(sources: Sources, markup: Any) -> dict[str, Any]:
 def _video_answer(sources: Sources) -> str:
     _, video = sources.videos[0]
     best = max(video["rows"], key=lambda row: row["fps"] or 0.0, default=None)
-    if best is None:
+    if best is None or best["fps"] is None:
         return "Nothing was measured."
     return f"{best['name']} sustains {words.number(best['fps'], 1)} frames a second on {video['source']['name']}."
 

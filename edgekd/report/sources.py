@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgekd.artifact import MANIFEST_NAME, read_manifest, sha256_file
 from edgekd.bench.examples import read_examples
 from edgekd.bench.saved import Saved, read_saved
 from edgekd.errors import ArtifactError
@@ -35,6 +36,7 @@ class Sources:
         result: of `edgekd bench`, fitted to its shape. devices, comparisons, videos: (file, contents), likewise.
         examples: an examples.json's contents, with its folder.
         problems: what could not be read, and why.
+        outdated: why the benchmark may be of an earlier recipe than the one beside it; None where nothing says so.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Sources:
     runs: list[TrainingRun] = field(default_factory=list)
     recipe: str | None = None
     problems: list[str] = field(default_factory=list)
+    outdated: str | None = None
 
 
 def collect(paths: Sequence[Path]) -> Sources:
@@ -82,7 +85,40 @@ def collect(paths: Sequence[Path]) -> Sources:
     recipe = found.folder / "recipe.yaml"
     if recipe.is_file():
         found.recipe = recipe.read_text(encoding="utf-8", errors="replace")[:_MOST_RECIPE_CHARACTERS]
+        if (found.folder / "bench" / "result.json").resolve() in seen:
+            found.outdated = _outdated(found.folder, recipe)
     return found
+
+
+def _outdated(folder: Path, recipe: Path) -> str | None:
+    """Whether a chain's benchmark was measured before its recipe, or before a run that is not finished yet.
+
+    Nothing is said of a result that is not the chain's own, since no manifest speaks of it.
+    """
+    try:
+        manifest = read_manifest(folder / "bench")
+    except ArtifactError:
+        return None
+    if manifest is None or not isinstance(manifest.files, dict) or not isinstance(manifest.facts, dict):
+        return None
+    if manifest.files.get("result.json") != sha256_file(folder / "bench" / "result.json"):
+        return None
+    measured_with = manifest.facts.get("recipe")
+    again = [run for run in ("student", "distilled") if (folder / run).is_dir() and not _is_finished(folder / run)]
+    if again:
+        why = f"{' and '.join(again)} {'is' if len(again) == 1 else 'are'} being trained again, or never finished"
+    elif measured_with is not None and measured_with != sha256_file(recipe):
+        why = "the recipe has changed since"
+    else:
+        return None
+    return (
+        f"measured before this recipe: {why}. The figures are of an earlier one; `edgekd run recipe.yaml --out DIR` measures "
+        "again what has changed"
+    )
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / MANIFEST_NAME).is_file()
 
 
 def _candidates(folder: Path) -> list[Path]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgekd.bench.result import unlike
+
 ROLE_NAMES: Mapping[str, str] = {
     "teacher": "teacher",
     "ensemble": "ensemble",
@@ -100,10 +102,10 @@ def answer(result: Mapping[str, Any]) -> str:
     student, reference = headline_student(rows), find(rows, result.get("reference"))
     if student is None:
         best = max(rows, key=lambda row: (row["map"] or {}).get("ap50") or 0.0)
-        return f"{_capital(subject(best, rows))} reaches {_plain(best)} over {images(result)}."
+        return _plain(best, result)
     name = _capital(subject(student, rows))
     if reference is None:
-        return f"{name} reaches {_plain(student)} over {images(result)}."
+        return _plain(student, result)
     owner = "its ensemble" if reference["role"] == "ensemble" else "its teacher"
     against = next(
         (c for c in result["comparisons"] if c["a"] == student["name"] and c["b"] == reference["name"]), None
@@ -130,13 +132,22 @@ def _speed(student: Row, owner: str) -> str:
 
 
 def gain(result: Mapping[str, Any]) -> str | None:
-    """What distillation brought over the same student trained alone, in one sentence; None if that was not measured."""
+    """What distillation brought over the same student trained alone, in one sentence; None if that was not measured.
+
+    Where the student alone is another network, or in another precision, the difference is given without a cause.
+    """
     rows: Sequence[Row] = result["rows"]
     student = headline_student(rows)
     if student is None:
         return None
     for comparison in result["comparisons"]:
         if comparison["a"] == student["name"] and comparison["b_role"] == "student":
+            alone = find(rows, comparison["b"])
+            if differs := unlike(student, alone) if alone is not None else ["a detector that is not in the table"]:
+                return (
+                    f"Against {comparison['b']}, a student trained alone: {difference_points(comparison)}; that is "
+                    f"{' and '.join(differs)}, so this does not show what distillation brings."
+                )
             if not comparison["difference_shown"]:
                 return (
                     "Distillation is not shown to make a difference to the same student trained alone: "
@@ -195,9 +206,20 @@ def machine_name(device: Mapping[str, Any]) -> str:
     return next((str(name) for name in names if name), "an unnamed machine")
 
 
-def _plain(row: Row) -> str:
-    accuracy = points((row["map"] or {}).get("ap50"))
-    return f"{accuracy} AP50 at {milliseconds(row['latency_ms']['median'])} ms an image"
+def _plain(row: Row, result: Mapping[str, Any]) -> str:
+    """What one row reaches, and what of that was not measured."""
+    name, ap50, took = (
+        _capital(subject(row, result["rows"])),
+        (row["map"] or {}).get("ap50"),
+        row["latency_ms"]["median"],
+    )
+    if ap50 is None and took is None:
+        return f"Neither accuracy nor latency of {subject(row, result['rows'])} was measured."
+    if ap50 is None:
+        return f"{name} takes {milliseconds(took)} ms an image over {images(result)}; its accuracy was not measured."
+    if took is None:
+        return f"{name} reaches {points(ap50)} AP50 over {images(result)}; its latency was not measured."
+    return f"{name} reaches {points(ap50)} AP50 at {milliseconds(took)} ms an image over {images(result)}."
 
 
 def _capital(text: str) -> str:

@@ -39,3 +39,19 @@ def sha256_model(file: Path) -> str:
     if not parts:
         return sha256_file(file)
     return hashlib.sha256("".join(sha256_file(part) for part in (file, *parts)).encode()).hexdigest()
+
+
+def may_be_foreign(path: Path) -> bool:
+    """Whether a file is, or may be, an ONNX file that edgekd did not make, about which things can be declared.
+
+    False of folders, checkpoints and engines, which say everything themselves; what cannot be read is for others to refuse.
+    """
+    if path.suffix.lower() not in (".onnx", ".ort") or not path.is_file():
+        return not path.exists()
+    try:
+        import onnx
+
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception:  # whoever runs the file says what is wrong with it
+        return True
+    return all(entry.key != "edgekd.schema" for entry in model.metadata_props)

@@ -165,6 +165,7 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
         spec = DetectorSpec.from_dict(json.loads(metadata["edgekd.spec"]))
         kind = json.loads(metadata["edgekd.output"])["kind"]
         provenance = json.loads(metadata.get("edgekd.provenance", "{}"))
+        thresholds = dict(json.loads(metadata.get("edgekd.thresholds", "{}"))) if kind == "detections" else {}
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: its metadata is damaged", got=f"{type(error).__name__}: {error}") from error
     names = {"boxes-scores": ("boxes", "scores"), "detections": ("boxes", "scores", "labels")}.get(kind)
@@ -187,6 +188,7 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
         "target": metadata.get("edgekd.target"),
         "model": spec.model,
         "provenance": provenance,
+        "thresholds": thresholds,
         "notes": tuple(notes),
     }
     class_names = spec.class_names

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure
+from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, install_extra
 from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, first_line, source_name
 from edgekd.runtimes.tensor_info import TensorInfo
 
@@ -75,7 +75,7 @@ def _compile(model: Path | bytes, device: str, threads: int | None, source: str)
         import openvino
     except Exception as error:  # a broken installation raises whatever its libraries raise
         raise MissingDependencyError(
-            "OpenVINO cannot be imported", got=first_line(error), fix="pip install 'edgekd[openvino]'"
+            "OpenVINO cannot be imported", got=first_line(error), fix=install_extra("openvino")
         ) from error
     core = openvino.Core()
     if device not in core.available_devices:

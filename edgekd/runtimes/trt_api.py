@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.errors import ArtifactError, ExportError, MissingDependencyError
+from edgekd.errors import ArtifactError, ExportError, MissingDependencyError, install_extra
 
 OLDEST = (8, 5)
 STRONGLY_TYPED_SINCE = (10, 12)
@@ -34,7 +34,7 @@ def tensorrt() -> Any:
         raise MissingDependencyError(
             "TensorRT cannot be imported",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix="pip install edgekd[tensorrt] on a machine with an NVIDIA GPU; on a Jetson: sudo apt-get install "
+            fix=f"on a machine with an NVIDIA GPU: {install_extra('tensorrt')}; on a Jetson: sudo apt-get install "
             "python3-libnvinfer (JetPack's), and a virtual environment only with --system-site-packages",
         ) from error
     if version_of(trt) < OLDEST:

@@ -9,9 +9,10 @@ import numpy as np
 
 from edgekd.errors import DistillationSetupError, UserError
 from edgekd.postprocess import nms, select, select_soft, soft_nms, weighted_boxes_fusion
-from edgekd.predictor import DEFAULT_SELECTION, LIGHT_NMS_IOU, Selection
+from edgekd.predictor import LIGHT_NMS_IOU
 from edgekd.preprocess import Geometry
 from edgekd.recipe import EnsembleConfig
+from edgekd.selection import DEFAULT_SELECTION, Selection
 from edgekd.teachers.predicted import ANSWER_THRESHOLD, PredictorTeacher
 from edgekd.types import Detections, FloatArray, ImageArray, ImageRecord, SoftDetections
 
