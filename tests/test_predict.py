@@ -176,7 +176,7 @@ def test_a_folder_without_images_is_an_error(checkpoint: Path, tmp_path: Path) -
 
 def test_each_image_once(tmp_path: Path) -> None:
     image = picture(tmp_path / "in" / "x.jpg")
-    assert find_images([tmp_path / "in", image, image])[0] == ([image], [])
+    assert find_images([tmp_path / "in", image, image]) == ([image], [])
 
 
 def test_a_folder_gives_all_that_data_sets_take_for_images(tmp_path: Path) -> None:
