@@ -120,7 +120,7 @@ class Export:
             "source": sha256_file(detector_file(self.source)),
             "precision": self.precision,
             "config": recipe.export.model_dump(mode="json", exclude={"precisions"}),
-            "thresholds": recipe.bench.model_dump(mode="json", include={"nms_iou", "max_detections"}),
+            "thresholds": recipe.bench.model_dump(mode="json", include={"nms_iou", "max_detections", "box_voting"}),
             "data": work.data_identity,
         }
 
@@ -130,14 +130,14 @@ class Export:
         Raises:
             EdgeKDError: fp32 could not be made, without which there is nothing to measure.
         """
-        inputs, bench = self.inputs(work), work.recipe.bench
+        inputs = self.inputs(work)
         try:
             export_run(
                 self.source,
                 self.path,
                 precision=self.precision,
                 config=work.recipe.export,
-                thresholds=Thresholds(nms_iou=bench.nms_iou, max_detections=bench.max_detections),
+                thresholds=Thresholds.of(work.recipe.bench),
                 data=ExportData(work.train, work.val),
                 say=lambda text: work.terminal.note(f"{self.file}: {text}"),
             )

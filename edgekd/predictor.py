@@ -176,11 +176,26 @@ class Predictor:
             mapped.class_map = None
         return mapped
 
+    def own_selection(self) -> dict[str, Any]:
+        """What the file says that it was measured with, as arguments of `with_selection`; empty where it says nothing."""
+        said = self.facts.get("thresholds") or {}
+        return {key: said[key] for key in ("nms_iou", "max_detections", "box_voting") if said.get(key) is not None}
+
     def with_selection(
-        self, *, score_threshold: float | None = None, nms_iou: float | None = None, max_detections: int | None = None
+        self,
+        *,
+        score_threshold: float | None = None,
+        nms_iou: float | None = None,
+        max_detections: int | None = None,
+        box_voting: float | None = None,
     ) -> Predictor:
-        """The same detector with other thresholds, sharing the runtime."""
-        changes = {"score_threshold": score_threshold, "nms_iou": nms_iou, "max_detections": max_detections}
+        """The same detector with other thresholds, sharing the runtime; None leaves one as it is."""
+        changes = {
+            "score_threshold": score_threshold,
+            "nms_iou": nms_iou,
+            "max_detections": max_detections,
+            "box_voting": box_voting,
+        }
         other = self._copy()
         other.selection = replace(self.selection, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
         return other

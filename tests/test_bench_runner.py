@@ -17,6 +17,7 @@ from edgekd.bench.result import read_result
 from edgekd.bench.runner import bench_artifacts
 from edgekd.bench.saved import read_saved
 from edgekd.errors import ArtifactError, ClassMapError, DataError
+from edgekd.export.graph import set_metadata
 from edgekd.export.nms import Thresholds
 from edgekd.export.onnx import detections_form
 from edgekd.recipe import BenchConfig
@@ -197,6 +198,24 @@ def test_thresholds_that_nms_inside_does_not_heed_are_told(tmp_path: Path) -> No
     told = "inside: NMS inside: IoU 0.4, at most 50, from 0.01; IoU 0.7, at most 100, box voting from 0.6 do not apply"
     assert [warning for warning in result["warnings"] if "NMS" in warning] == [told]
     assert told not in result["unfit_to_publish"]
+
+
+def test_thresholds_that_are_not_the_file_s_own_are_told(tmp_path: Path) -> None:
+    import onnx
+
+    dataset = make_dataset(tmp_path / "data", images=3)
+    file = write_detector(tmp_path / "plain.onnx", GOOD_BOXES, GOOD_SCORES)
+    model = onnx.load(str(file))
+    set_metadata(model, {"edgekd.thresholds": Thresholds(nms_iou=0.4, box_voting=0.6).to_dict()})
+    onnx.save(model, str(file))
+
+    def warnings(**asked: float) -> list[str]:
+        config = CONFIG.model_copy(update=asked)
+        out = tmp_path / "result.json"
+        return bench_artifacts([BenchArtifact(file, "s")], dataset, config=config, out=out, memory=False)["warnings"]
+
+    assert "s: its own recipe measures it with --iou 0.4 --box-voting 0.6" in warnings()
+    assert not any("own recipe" in warning for warning in warnings(nms_iou=0.4, box_voting=0.6))
 
 
 def test_one_teacher_is_the_reference(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd.detectors import DETECTORS, build_detector, spec_for
 from edgekd.errors import ExportError
 from edgekd.export.graph import GraphIndex, metadata_of, open_session, opset_of, raw_tensors
+from edgekd.export.job import thresholds_of_run
 from edgekd.export.nms import Thresholds, append_nms
 from edgekd.export.onnx import export_onnx, trace
 from edgekd.export.opset import to_opset_17
@@ -296,3 +297,13 @@ def test_leftover_batchnorm_is_an_error(toy: ToyDetector, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: SimpleNamespace(model_proto=model))
     with pytest.raises(ExportError, match="BatchNormalization"):
         trace(toy)
+
+
+def test_a_run_s_own_recipe_says_the_thresholds(tmp_path: Path) -> None:
+    usual = Thresholds()
+    assert thresholds_of_run(tmp_path) == usual
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: a\ndata: {root: x}\nstudent: {model: yolo-nano}\nbench: {nms_iou: 0.4, box_voting: 0.6}\n")
+    assert thresholds_of_run(tmp_path / "model.pt") == Thresholds(nms_iou=0.4, box_voting=0.6)
+    recipe.write_text("name: [")
+    assert thresholds_of_run(tmp_path) == usual

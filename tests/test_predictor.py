@@ -132,6 +132,17 @@ def test_box_voting_moves_a_detection_but_not_what_is_taught(tmp_path: Path) -> 
     np.testing.assert_array_equal(voting.answer(IMAGE).boxes_xyxy, plain.answer(IMAGE).boxes_xyxy)
 
 
+def test_a_file_of_ours_says_what_it_was_measured_with(tmp_path: Path) -> None:
+    path = ours(
+        tmp_path / "m.onnx", **{"edgekd.thresholds": '{"nms_iou": 0.4, "box_voting": null, "max_detections": 7}'}
+    )
+    predictor = load_predictor(path)
+    assert predictor.own_selection() == {"nms_iou": 0.4, "max_detections": 7}
+    chosen = predictor.with_selection(**predictor.own_selection()).selection
+    assert (chosen.nms_iou, chosen.max_detections, chosen.box_voting) == (0.4, 7, None)
+    assert load_predictor(yolo_file(tmp_path / "foreign.onnx")).own_selection() == {}
+
+
 def test_finished_detections_see_no_second_nms(tmp_path: Path) -> None:
     boxes = np.array([[0, 0, 40, 40], [1, 0, 40, 40]], np.float32)
     arrays = {"boxes": boxes, "scores": np.array([0.9, 0.8], np.float32), "labels": np.array([1, 1])}

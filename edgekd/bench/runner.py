@@ -7,6 +7,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def bench_artifacts(
         "rows": rows,
         "reference": None if reference is None else rows[reference]["name"],
         "comparisons": comparisons,
-        "warnings": [*warnings, *(f"{s.name}: {said}" for s in found.subjects if (said := _not_applied(s)))],
+        "warnings": [*warnings, *(f"{s.name}: {said}" for s in found.subjects for said in _about_thresholds(s))],
         "unfit_to_publish": unfit_to_publish(rows, settings, warnings),
     }
     first = reference if reference is not None else 0
@@ -169,10 +170,19 @@ def _write(
     write_json(out, result)
 
 
-def _not_applied(subject: Subject) -> str | None:
-    """Which thresholds had no effect on a detector; members of ensembles have rows of their own."""
+_OPTIONS = {"nms_iou": "iou", "max_detections": "max-detections", "box_voting": "box-voting"}
+
+
+def _about_thresholds(subject: Subject) -> list[str]:
+    """Which thresholds had no effect on a detector, or are not its own; members of ensembles have rows of their own."""
     answering = subject.system.staged
-    return answering.not_applied() if isinstance(answering, Predictor) else None
+    if not isinstance(answering, Predictor):
+        return []
+    if said := answering.not_applied():
+        return [said]
+    own, used = answering.own_selection(), asdict(answering.selection)
+    other = [f"--{_OPTIONS[key]} {value:g}" for key, value in own.items() if used[key] != value]
+    return [f"its own recipe measures it with {' '.join(other)}"] if other and not answering.form.is_finished else []
 
 
 def _rows(found: Measured, accuracies: Sequence[Accuracy]) -> list[dict[str, Any]]:

@@ -50,8 +50,13 @@ def predict(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for annotated pictures and JSON.", metavar="DIR")],
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score shown.")] = 0.3,
-    iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
-    max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
+    iou: Annotated[
+        float | None,
+        typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes; the file's own, or 0.5."),
+    ] = None,
+    max_detections: Annotated[
+        int | None, typer.Option("--max-detections", min=1, help="Most an image; the file's own, or 100.")
+    ] = None,
     box_voting: BoxVotingOption = None,
     threads: ThreadsOption = None,
     runtime: RuntimeOption = None,
@@ -93,11 +98,11 @@ def predict(
         provider=provider_of(artifact, session.device),
         threads=threads,
         score_threshold=score,
-        nms_iou=iou,
-        max_detections=max_detections,
-        box_voting=box_voting,
         options=foreign_options(artifact, classes, output, input_size, declare),
     )
+    asked = {"nms_iou": iou, "max_detections": max_detections, "box_voting": box_voting}
+    given = {key: value for key, value in asked.items() if value is not None}
+    predictor = predictor.with_selection(**{**predictor.own_selection(), **given})
     with predictor:
         for note in predictor.taken_for_granted():
             Terminal(session.quiet).note(note)

@@ -81,6 +81,7 @@ def export_run(
     names before every check has passed.
 
     Args:
+        thresholds: of the run's own recipe if left out.
         data: real images; taken from the run's own recipe if left out. Without any, fp32 and fp16 are compared on
             generated scenes, which the result's notes say.
         say: told what is going on, a line a step.
@@ -95,7 +96,7 @@ def export_run(
     source, out = Path(source), Path(out)
     if out.suffix != ".onnx" or out.is_dir():
         raise UserError("an export goes to an .onnx file", got=out, expected="a name such as student.onnx")
-    config, thresholds, say = config or ExportConfig(), thresholds or Thresholds(), say or _silent
+    config, thresholds, say = config or ExportConfig(), thresholds or thresholds_of_run(source), say or _silent
     require_opset(config.opset)
     for file in (out, complete_path(out)) if config.nms else (out,):
         require_file(file)
@@ -135,6 +136,17 @@ def export_run(
 def complete_path(out: Path) -> Path:
     """Where the form with NMS inside goes: student.int8.onnx -> student.int8.nms.onnx."""
     return out.with_name(f"{out.stem}.nms.onnx")
+
+
+def thresholds_of_run(source: Path) -> Thresholds:
+    """What the run's own recipe measures with; the usual thresholds where there is none."""
+    from edgekd.recipe_file import RECIPE_FILE, load_recipe
+
+    recipe_file = (source if source.is_dir() else source.parent) / RECIPE_FILE
+    try:
+        return Thresholds.of(load_recipe(recipe_file).bench) if recipe_file.is_file() else Thresholds()
+    except UserError:  # `data_of_run` notes it
+        return Thresholds()
 
 
 def data_of_run(source: Path) -> tuple[ExportData | None, list[str]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.postprocess import PRE_NMS_TOP_K, select
+from edgekd.recipe import BenchConfig
 from edgekd.types import Detections, FloatArray
 
 if TYPE_CHECKING:
@@ -16,24 +17,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """How candidates become detections; stored in every artefact, built into the form with NMS.
+    """How candidates become detections; stored in every artefact, built into the form with NMS (but for the voting).
 
     Attributes:
         score_threshold: candidates must score more than this.
         nms_iou: a box goes if it overlaps a better one of its class by more than this.
         max_detections: the best so many are kept.
+        box_voting: see `edgekd.postprocess.select`; what `edgekd predict` does unless told otherwise.
     """
 
     score_threshold: float = 0.001
     nms_iou: float = 0.5
     max_detections: int = 100
+    box_voting: float | None = None
 
-    def to_dict(self) -> dict[str, float | int]:
+    @classmethod
+    def of(cls, config: BenchConfig) -> Thresholds:
+        """What a recipe measures with, from the usual lowest score on."""
+        return cls(nms_iou=config.nms_iou, max_detections=config.max_detections, box_voting=config.box_voting)
+
+    def to_dict(self) -> dict[str, float | int | None]:
         """Plain JSON types."""
         return asdict(self)
 
     def select(self, boxes_xyxy: FloatArray, scores: FloatArray) -> Detections:
-        """`edgekd.postprocess.select` with these thresholds: boxes (P, 4), scores (P, K)."""
+        """`edgekd.postprocess.select` with these thresholds, without voting: boxes (P, 4), scores (P, K)."""
         return select(
             boxes_xyxy,
             scores,

@@ -165,7 +165,7 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
         spec = DetectorSpec.from_dict(json.loads(metadata["edgekd.spec"]))
         kind = json.loads(metadata["edgekd.output"])["kind"]
         provenance = json.loads(metadata.get("edgekd.provenance", "{}"))
-        thresholds = dict(json.loads(metadata.get("edgekd.thresholds", "{}"))) if kind == "detections" else {}
+        thresholds = dict(json.loads(metadata.get("edgekd.thresholds", "{}")))
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: its metadata is damaged", got=f"{type(error).__name__}: {error}") from error
     names = {"boxes-scores": ("boxes", "scores"), "detections": ("boxes", "scores", "labels")}.get(kind)
