@@ -388,6 +388,14 @@ def test_signed(value: float, shown: str) -> None:
     assert plain(words.signed(value)) == shown
 
 
+def test_a_page_replaces_no_file_of_another_kind(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine")
+    with pytest.raises(UserError, match="of another kind"):
+        write_report(written(tmp_path / "run", samples()), recipe)
+    assert recipe.read_text() == "name: mine"
+
+
 def test_markdown_table() -> None:
     result = make_result()
     result["rows"][0]["name"] = "a|b\n<i>"

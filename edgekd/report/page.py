@@ -45,7 +45,8 @@ def write_report(
     if sources.outdated is not None:
         warn(sources.outdated)
     out = sources.folder / "report.html" if out is None else Path(out)
-    for file in (out, *tables):
+    require_file(out, (".html", ".htm"))
+    for file in tables:
         require_file(file)
     if tables:
         if sources.result is None:
