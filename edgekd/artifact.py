@@ -40,7 +40,7 @@ def require_file(path: Path, suffixes: Sequence[str] = ()) -> None:
         ArtifactError: a folder, or something below a file. UserError: nothing can be written there, or not by this user, or
             a file of another kind is there.
     """
-    if suffixes and path.is_file() and path.suffix.lower() not in suffixes:
+    if suffixes and path.suffix and path.is_file() and path.suffix.lower() not in suffixes:
         raise UserError(
             f"{path} is there, and what is to be written is of another kind",
             got=path.suffix or "no suffix",

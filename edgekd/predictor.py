@@ -179,7 +179,8 @@ class Predictor:
     def own_selection(self) -> dict[str, Any]:
         """What the file says that it was measured with, as arguments of `with_selection`; empty where it says nothing."""
         said = self.facts.get("thresholds") or {}
-        return {key: said[key] for key in ("nms_iou", "max_detections", "box_voting") if said.get(key) is not None}
+        keys = ("nms_iou", "max_detections") if self.form.is_finished else ("nms_iou", "max_detections", "box_voting")
+        return {key: said[key] for key in keys if said.get(key) is not None}
 
     def with_selection(
         self,

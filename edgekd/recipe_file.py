@@ -85,9 +85,10 @@ def refuse_own_recipe(folder: Path) -> None:
     text = file.read_text(encoding="utf-8", errors="replace")
     if text.startswith(_WRITTEN) or not text.strip():
         return
-    with contextlib.suppress(UserError):  # no recipe at all, then
-        if text == dump_recipe(load_recipe(file), folder):
-            return
+    with contextlib.suppress(DocumentError):
+        data = read_document(text, RECIPE_FILE).data
+        if "#" not in text and isinstance(data, dict) and set(data) == set(Recipe.model_fields):
+            return  # as earlier versions wrote it, with every section and without a first line
     raise UserError(
         f"{file} is a file of yours, and the run's own recipe would take its place",
         fix="choose another --out; a folder below it will do",

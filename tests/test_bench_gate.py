@@ -189,7 +189,7 @@ def test_a_baseline_from_before_box_voting_had_none(place: Path, tmp_path: Path)
     baseline.write_text(json.dumps(data))
     result, data = gated(place, "good.onnx", tmp_path / "new.json", "--box-voting", 0.6, baseline=baseline)
     assert result.exit_code == 2, result.output
-    assert "box_voting: unknown, now 0.6" in " ".join(result.output.split())
+    assert "box_voting: none, now 0.6" in " ".join(result.output.split())
     assert not data
 
 

@@ -208,6 +208,35 @@ def test_an_archive_unpacked_into_a_folder_keeps_its_splits(tmp_path: Path) -> N
     assert list_splits(tmp_path, "coco") == ("train",)
 
 
+def test_a_plain_set_in_a_folder_is_found_by_its_class_list(tmp_path: Path) -> None:
+    picture(tmp_path / "mine" / "images" / "a.png")
+    put(tmp_path / "mine" / "labels" / "a.txt", LINE)
+    put(tmp_path / "mine" / "classes.txt", "cat\n")
+    assert list_splits(tmp_path) == ("all",)
+    assert read_dataset(tmp_path, "all").class_names == ("cat",)
+
+
+def test_a_split_without_any_label_stays_a_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        picture(tmp_path / split / "images" / "a.png", seed=len(split))
+        (tmp_path / split / "labels").mkdir()
+    put(tmp_path / "train" / "labels" / "a.txt", LINE)
+    put(tmp_path / "classes.txt", "cat\n")
+    assert list_splits(tmp_path) == ("test", "train")
+
+
+def test_labels_among_many_other_files_are_found(tmp_path: Path) -> None:
+    picture(tmp_path / "images" / "a.png")
+    put(tmp_path / "labels" / "a.txt", LINE)
+    for number in range(1100):
+        (tmp_path / "labels" / f"{number}.json").touch()
+    put(tmp_path / "classes.txt", "cat\n")
+    assert detect_format(tmp_path) == "yolo"
+    (tmp_path / "labels" / "a.txt").unlink()
+    with pytest.raises(DataError):
+        detect_format(tmp_path)
+
+
 def test_a_folder_for_each_split_may_have_a_yaml_of_its_own(tmp_path: Path) -> None:
     for split in ("train", "val"):
         picture(tmp_path / split / "images" / "a.png", seed=len(split))

@@ -36,6 +36,29 @@ def predict(*arguments: object) -> tuple[int, dict[str, object], str]:
     return result.exit_code, json.loads(result.stdout), result.stderr
 
 
+def test_a_file_s_own_voting_is_used_unless_told_otherwise(tmp_path: Path) -> None:
+    import onnx
+
+    from edgekd.export.graph import set_metadata
+
+    boxes, scores = GOOD_BOXES.repeat(2, 0).astype(np.float32), GOOD_SCORES.repeat(2, 0)
+    boxes[1::2] += 2  # beside each box another one, which NMS takes away
+    scores[1::2] *= 0.9
+    plain, voting = (write_detector(tmp_path / f"{name}.onnx", boxes, scores) for name in ("plain", "voting"))
+    model = onnx.load(str(voting))
+    set_metadata(model, {"edgekd.thresholds": {"nms_iou": 0.5, "max_detections": 100, "box_voting": 0.6}})
+    onnx.save(model, str(voting))
+    photo = picture(tmp_path / "x.png")
+
+    def boxes_of(file: Path, *options: object) -> list[list[float]]:
+        _, body, _ = predict(file, photo, "--out", tmp_path / "out", *options)
+        return [found["box_xyxy"] for found in body["images"][0]["detections"]]  # type: ignore[index]
+
+    usual = boxes_of(plain)
+    assert boxes_of(voting) == boxes_of(plain, "--box-voting", 0.6) != usual
+    assert boxes_of(voting, "--box-voting", 0) == usual
+
+
 def test_pictures_and_json(checkpoint: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     picture(photos / "a" / "x.jpg", (40, 60))

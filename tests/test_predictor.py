@@ -141,6 +141,11 @@ def test_a_file_of_ours_says_what_it_was_measured_with(tmp_path: Path) -> None:
     chosen = predictor.with_selection(**predictor.own_selection()).selection
     assert (chosen.nms_iou, chosen.max_detections, chosen.box_voting) == (0.4, 7, None)
     assert load_predictor(yolo_file(tmp_path / "foreign.onnx")).own_selection() == {}
+    thresholds = {"edgekd.thresholds": '{"nms_iou": 0.4, "box_voting": 0.6, "max_detections": 7}'}
+    inside = load_predictor(ours(tmp_path / "nms.onnx", "detections", **thresholds))
+    own = inside.own_selection()
+    assert own == {"nms_iou": 0.4, "max_detections": 7}  # its NMS does not vote
+    assert inside.with_selection(**own).not_applied() is None
 
 
 def test_finished_detections_see_no_second_nms(tmp_path: Path) -> None:

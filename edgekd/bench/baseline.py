@@ -239,7 +239,10 @@ def accuracy_differences(baseline: Baseline, dataset: Dataset, config: BenchConf
     other = baseline.saved is not None and baseline.saved.image_ids != ids
     if not found and (other or old.get("fingerprint") not in (None, fingerprint(dataset))):
         found = [f"images or ground truth of split {dataset.split}"]
-    return found + _changes(_THRESHOLDS, {"box_voting": None, **baseline.result["settings"]}, config.model_dump())
+    before, asked = {"box_voting": None, **baseline.result["settings"]}, config.model_dump()
+    for settings in (before, asked):
+        settings["box_voting"] = settings["box_voting"] or "none"  # which is no lack of knowledge
+    return found + _changes(_THRESHOLDS, before, asked)
 
 
 def row_differences(old: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:

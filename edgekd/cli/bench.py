@@ -192,7 +192,7 @@ def bench(
             "score_threshold": score,
             "nms_iou": iou,
             "max_detections": max_detections,
-            "box_voting": box_voting,
+            "box_voting": box_voting or None,
             "threads": threads,
         }
         on_video = {"realtime": realtime, "max_frames": max_frames, "provider": one_provider(entries, session.device)}
@@ -215,7 +215,7 @@ def bench(
             score_threshold=score,
             nms_iou=iou,
             max_detections=max_detections,
-            box_voting=box_voting,
+            box_voting=box_voting or None,
         )
         dataset = read_dataset(data, split, format=format, limit=wanted.limit)
         if not quick:

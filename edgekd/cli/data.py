@@ -93,16 +93,17 @@ def _draw_sheet(report: CheckReport, path: Path, seed: int) -> Path:
 
     largest = max(report.splits, key=lambda split: split.images).name
     dataset = read_dataset(report.root, largest, format=report.format, class_names=report.class_names)
-    if path.exists() and any(_same_file(path, split.name, report) for split in report.splits):
+    if path.exists() and _is_image_of(path, report):
         raise UserError(f"--sheet {path} is an image of the data set", fix="give it a name of its own")
     return write_contact_sheet(dataset, path, seed=seed)
 
 
-def _same_file(path: Path, split: str, report: CheckReport) -> bool:
-    from edgekd.data import read_dataset
+def _is_image_of(path: Path, report: CheckReport) -> bool:
+    from edgekd.data.reading import open_source
 
-    dataset = read_dataset(report.root, split, format=report.format, class_names=report.class_names)
-    return any(path.name == record.path.name and path.samefile(record.path) for record in dataset.records)
+    source = open_source(report.root, report.format)
+    images = (raw.path for split in source.splits() for raw in source.scan(split, []))
+    return any(path.name == image.name and image.exists() and path.samefile(image) for image in images)
 
 
 @app.command()

@@ -36,8 +36,9 @@ BoxVotingOption = Annotated[
     typer.Option(
         "--box-voting",
         min=0,
-        max=1,
-        help="Suppressed boxes that overlap a kept one by more than this move it, each by its score; 0.6 is usual.",
+        max=0.99,
+        help="Suppressed boxes that overlap a kept one by more than this move it, each by its score: 0.6 is usual, 0 none. "
+        "`predict` does what the file says if not told.",
     ),
 ]
 ThreadsOption = Annotated[
@@ -291,7 +292,7 @@ def refuse_declared(context: typer.Context, artifacts: Sequence[Path]) -> None:
     Raises:
         UserError: one of those options was given.
     """
-    declaring = {"classes", "output", "input_size", "declare"}
+    declaring = {"classes", "output", "declare"} | ({"input_size"} if context.info_name != "init" else set())
     if any(context.params[name] is not None and context.params[name] != [] for name in declaring):
         from edgekd.runtimes.model_files import may_be_foreign
 

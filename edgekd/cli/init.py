@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgekd.cli.data import FormatOption
-from edgekd.cli.deploy import ClassesOption, DeclareOption, OutputOption, foreign_options
+from edgekd.cli.deploy import ClassesOption, DeclareOption, OutputOption, foreign_options, refuse_declared
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
 from edgekd.errors import UserError
 
@@ -61,8 +61,7 @@ def init(
     options = foreign_options(Path("teacher.onnx"), classes, output, None, declare)
     declared = {} if options is None else options.model_dump(exclude_unset=True, exclude={"name", "onnx"})
     asked = Asked(data, out, tuple(teacher or ()), declared, student, input_size, format, train, val, on_gpu)
-    if declared and not any(path.suffix.lower() == ".onnx" for path in asked.teachers):
-        raise UserError("nothing to declare", got="no ONNX file among the teachers", fix="give one with --teacher")
+    refuse_declared(context, asked.teachers)
     found = propose(asked, terminal)
     for note in found.notes:
         terminal.note(note)

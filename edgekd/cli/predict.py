@@ -101,8 +101,10 @@ def predict(
         options=foreign_options(artifact, classes, output, input_size, declare),
     )
     asked = {"nms_iou": iou, "max_detections": max_detections, "box_voting": box_voting}
-    given = {key: value for key, value in asked.items() if value is not None}
-    predictor = predictor.with_selection(**{**predictor.own_selection(), **given})
+    chosen = {**predictor.own_selection(), **{key: value for key, value in asked.items() if value is not None}}
+    if box_voting == 0:
+        del chosen["box_voting"]
+    predictor = predictor.with_selection(**chosen)
     with predictor:
         for note in predictor.taken_for_granted():
             Terminal(session.quiet).note(note)

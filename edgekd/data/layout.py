@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import itertools
 import os
 import re
 import shlex
@@ -220,21 +219,24 @@ def files_under(folder: Path) -> Iterator[Path]:
                 yield Path(base, name)
 
 
-def some_files(folder: Path, most: int = 1000) -> list[Path]:
-    """Some files below a folder, in no order: enough to tell their kind, where listing all would take seconds."""
-    found: list[Path] = []
+def each_file(folder: Path) -> Iterator[Path]:
+    """The files below a folder, in no order and as they are found: to tell their kind, where listing all takes seconds."""
     seen: set[tuple[int, int]] = set()
     folders = [folder]
-    while folders and len(found) < most:
+    while folders:
         base = folders.pop()
         stat = base.stat()
         if (stat.st_dev, stat.st_ino) in seen:  # as in `files_under`
             continue
         seen.add((stat.st_dev, stat.st_ino))
         with contextlib.suppress(OSError), os.scandir(base) as entries:
-            for entry in itertools.islice((e for e in entries if not e.name.startswith(".")), most):
-                (folders if entry.is_dir() else found).append(Path(entry.path))
-    return found
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(Path(entry.path))
+                else:
+                    yield Path(entry.path)
 
 
 def is_regular(path: Path) -> bool:

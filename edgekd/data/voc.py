@@ -18,12 +18,12 @@ from edgekd.data.layout import (
     UNREAD_SUFFIXES,
     Format,
     RawImage,
+    each_file,
     files_under,
     index_by_stem,
     is_part,
     numbered_lines,
     require_split,
-    some_files,
     stem_of,
     tails,
     unread_message,
@@ -286,7 +286,7 @@ def _annotation_folder(folder: Path) -> Path | None:
     for name in _ANNOTATIONS:
         if not (folder / name).is_dir():
             continue
-        files = some_files(folder / name) if name == "labels" else files_under(folder / name)  # YOLO's, most likely
+        files = each_file(folder / name) if name == "labels" else files_under(folder / name)  # YOLO's, most likely
         if any(path.suffix.lower() == ".xml" for path in files):
             return folder / name
     return folder if any(path.suffix.lower() == ".xml" for path in folder.iterdir()) else None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekd.data.layout import is_image, is_part, numbered_lines, some_files, tails
+from edgekd.data.layout import each_file, is_image, is_part, numbered_lines, tails
 from edgekd.data.problems import printable
 from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names, find_yaml
 from edgekd.errors import DataError
@@ -70,16 +70,22 @@ def _usual_order(path: Path) -> tuple[int, str]:
 
 
 def _has_labels_apart(folder: Path) -> bool:
-    """Whether there are images/ and labels/, with text files in it; other tools keep XML files in a folder of that name."""
+    """Whether there are images/ and labels/, and not only other files in it: some tools keep XML in a folder of that name."""
     if not ((folder / "images").is_dir() and (folder / "labels").is_dir()):
         return False
-    return any(map(is_label, some_files(folder / "labels")))
+    others = False
+    for path in each_file(folder / "labels"):
+        if is_label(path):
+            return True
+        others = others or path.stem.casefold() != "classes"
+    return not others  # without a file, its images show nothing
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether a folder with images/ and labels/ is a data set of its own (an unpacked archive), and no split of one."""
     inside = [child.name for child in (folder / "images").iterdir() if child.is_dir()]
-    return any(map(is_part, inside)) or (find_yaml(folder) is not None and not is_part(folder.name))
+    named = find_yaml(folder) is not None or any((folder / name).is_file() for name in _NAME_FILES)
+    return any(map(is_part, inside)) or (named and not is_part(folder.name))
 
 
 def label_path(image: Path) -> Path:

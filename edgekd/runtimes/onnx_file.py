@@ -123,20 +123,6 @@ def _found_taps(
     return taps_by_stride(path, [(name, arrays[name].shape) for name in names], input_hw)
 
 
-def _takes_two(runtime: OnnxRuntime, input_hw: tuple[int, int], alone: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether a graph whose batch is dynamic by its input's shape takes two images: an NMS or a reshape inside may not."""
-    if not runtime.dynamic_batch:
-        return False
-    spec = PreprocessSpec(input_hw, "stretch", ZERO, BYTES if runtime.takes_bytes else ONE)
-    picture = normalise(probe_picture(input_hw), spec)
-    try:
-        both = runtime.run(np.concatenate([picture, picture]))
-    except RuntimeFailure:
-        return False
-    # One that answers for one image only, of whatever it is given, must not be asked about two.
-    return all(array.ndim < 2 or alone[name].shape[:1] != (1,) or len(both[name]) == 2 for name, array in alone.items())
-
-
 def _taps_note(grids: Mapping[str, tuple[int, tuple[int, int]]], taps: Mapping[str, str]) -> str:
     shown = (f"{tap} {taps[tap]} ({c} channels, {height}x{width})" for tap, (c, (height, width)) in grids.items())
     return f"taps {', '.join(shown)}, not declared: the last maps of their stride that two convolutions read"
@@ -212,7 +198,7 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
     inputs = tuple(info.name for info in runtime.inputs)
     probe = Probe(str(path), own, input_hw, metadata, runtime.channels_last)
     found = recognise(probe, declared, names_in_metadata(metadata))
-    if lacks_batch_axis(found.form, own) or not _takes_two(runtime, input_hw, arrays):
+    if lacks_batch_axis(found.form, own):
         runtime.one_at_a_time()
     a_row_a_cell = grid_cells(input_hw, _candidates(path, own, found.form, input_hw)) is not None
     custom = custom_of(found.form, inputs, metadata, a_row_a_cell=a_row_a_cell, sliced=beginning.sliced)

@@ -78,7 +78,7 @@ class OnnxRuntime(ABC):
         fallback = input_hw or (0, 0)
         self.input_shape = (batch or 1, 3, height or fallback[0], width or fallback[1])
         self._dtype = _INPUT_TYPES[self._image.type]
-        self._closed = False
+        self._closed = self._tried = False
 
     @property
     def image_name(self) -> str:
@@ -88,6 +88,25 @@ class OnnxRuntime(ABC):
     def one_at_a_time(self) -> None:
         """Take no batches, though the graph would: its outputs do not say which rows are of which image."""
         self.dynamic_batch = False
+
+    def try_batch(self, images: FloatArray) -> None:
+        """Take no batches from now on, if this one (two images or more) shows that the graph takes them in name only.
+
+        An NMS or a reshape for one image inside does that. Asked when a batch is first wanted: it costs two inferences, and
+        memory that whoever takes one image at a time never needs.
+        """
+        if not self.dynamic_batch or self._tried:
+            return
+        self._tried = True
+        alone = {name: array.shape for name, array in self.run(images[:1]).items()}
+        try:
+            both = self.run(images[:2])
+        except RuntimeFailure:
+            self.dynamic_batch = False
+            return
+        # One that answers for one image only, of whatever it is given, must not be asked about two.
+        batched = [name for name, shape in alone.items() if len(shape) > 1 and shape[0] == 1]
+        self.dynamic_batch = all(len(both[name]) == 2 for name in batched)
 
     @abstractmethod
     def _compute(self, feed: Feed) -> Sequence[NDArray[np.generic]]:

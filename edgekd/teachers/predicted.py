@@ -10,6 +10,7 @@ import numpy as np
 from edgekd.errors import DistillationSetupError
 from edgekd.predictor import Predictor
 from edgekd.preprocess import normalisation
+from edgekd.runtimes.onnx_session import OnnxRuntime
 from edgekd.runtimes.outputs import Arrays
 from edgekd.teachers.base import TeacherOutput
 from edgekd.types import BoolArray, Detections, ImageArray, SoftDetections
@@ -83,6 +84,8 @@ class PredictorTeacher:
         pixels = images_u8.cpu().numpy()[:, :: -1 if self.preprocess.channels == "bgr" else 1]
         images = np.ascontiguousarray(pixels * scale + bias, np.float32)
         runtime = self.predictor.runtime
+        if len(images) > 1 and isinstance(runtime, OnnxRuntime):
+            runtime.try_batch(images)
         size = len(images) if getattr(runtime, "dynamic_batch", False) else max(1, runtime.input_shape[0])
         answers: list[SoftDetections] = []
         maps: dict[str, list[Tensor]] = {tap: [] for tap in taps}
