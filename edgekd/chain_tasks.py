@@ -13,9 +13,10 @@ from edgekd.checkpoint import detector_file
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.errors import EdgeKDError
-from edgekd.export import ExportData, Thresholds, export_run
+from edgekd.export import ExportData, export_run
 from edgekd.export.onnx import Precision
 from edgekd.recipe import CheckpointTeacher, Recipe, TeacherConfig, TrainedTeacher
+from edgekd.selection import Selection
 from edgekd.side_by_side import Task
 from edgekd.stages import (
     as_checkpoints,
@@ -120,7 +121,7 @@ class Export:
             "source": sha256_file(detector_file(self.source)),
             "precision": self.precision,
             "config": recipe.export.model_dump(mode="json", exclude={"precisions"}),
-            "thresholds": recipe.bench.model_dump(mode="json", include={"nms_iou", "max_detections", "box_voting"}),
+            "thresholds": Selection.of(recipe.bench).to_dict(),
             "data": work.data_identity,
         }
 
@@ -137,7 +138,7 @@ class Export:
                 self.path,
                 precision=self.precision,
                 config=work.recipe.export,
-                thresholds=Thresholds.of(work.recipe.bench),
+                thresholds=Selection.of(work.recipe.bench),
                 data=ExportData(work.train, work.val),
                 say=lambda text: work.terminal.note(f"{self.file}: {text}"),
             )

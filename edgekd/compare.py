@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from edgekd.comparison import ALONE, Evaluated, summary, table_markdown
 from edgekd.console import Terminal
 from edgekd.errors import RecipeError, UserError
 from edgekd.recipe import Recipe, TrainedTeacher
-from edgekd.selection import DEFAULT_SELECTION, Selection
+from edgekd.selection import Selection
 from edgekd.side_by_side import Task, run_side_by_side, tasks_at_once
 from edgekd.stages import distill_student, ready_teachers, train_student, train_teacher
 from edgekd.teaching import check_setup
@@ -241,9 +241,8 @@ def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
 
 
 def _evaluation_inputs(work: Workspace, folder: Path) -> dict[str, Any]:
-    inputs = {"model": sha256_file(folder / MODEL_FILE), "val": work.data_identity["val"]}
-    selection = Selection.of(work.recipe.bench)
-    return inputs if selection == DEFAULT_SELECTION else {**inputs, "selection": asdict(selection)}
+    selection = Selection.of(work.recipe.bench).to_dict()
+    return {"model": sha256_file(folder / MODEL_FILE), "val": work.data_identity["val"], "selection": selection}
 
 
 def _evaluate(work: Workspace, run_folder: Path, run: Run) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from edgekd import preprocess as _preprocess
 from edgekd.errors import ArtifactError, UserError
 from edgekd.labels import ClassMap, map_classes
-from edgekd.postprocess import select, select_soft
+from edgekd.postprocess import select_soft
 from edgekd.preprocess import Geometry
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.base import Runtime
@@ -88,15 +88,10 @@ class Predictor:
             RuntimeFailure: the outputs are not finite, or not of the format that was recognised.
         """
         boxes, scores = self.candidates(raw, item)
-        nms_iou = self._nms_iou(self.selection.nms_iou)
-        found = select(
-            boxes,
-            scores,
-            score_threshold=self.selection.score_threshold,
-            nms_iou=nms_iou,
-            max_detections=self.selection.max_detections,
-            box_voting=self.selection.box_voting if nms_iou < 1 else None,
-        )
+        selection = self.selection
+        if self._nms_iou(selection.nms_iou) == 1:  # nothing is suppressed, so that nothing can vote
+            selection = replace(selection, nms_iou=1.0, box_voting=None)
+        found = selection.select(boxes, scores)
         placed = geometry.to_source(found.boxes_xyxy)
         inside = (placed[:, 2:] > placed[:, :2]).all(1)
         return Detections(placed[inside], found.scores[inside], found.labels[inside])

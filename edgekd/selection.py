@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgekd.postprocess import select
 from edgekd.recipe import BenchConfig
+from edgekd.types import Detections, FloatArray
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,31 @@ class Selection:
         """What a recipe measures with."""
         return cls(config.score_threshold, config.nms_iou, config.max_detections, config.box_voting)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; stored in every exported file."""
+        return asdict(self)
+
+    def select(self, boxes_xyxy: FloatArray, scores: FloatArray) -> Detections:
+        """`postprocess.select` so: boxes (P, 4), scores (P, K)."""
+        return select(
+            boxes_xyxy,
+            scores,
+            score_threshold=self.score_threshold,
+            nms_iou=self.nms_iou,
+            max_detections=self.max_detections,
+            box_voting=self.box_voting,
+        )
+
 
 DEFAULT_SELECTION = Selection()
+
+OPTIONS = {
+    "score_threshold": "--score",
+    "nms_iou": "--iou",
+    "max_detections": "--max-detections",
+    "box_voting": "--box-voting",
+}
+"""What the command line calls them."""
 
 
 def effective(selection: Selection, inside: Mapping[str, Any] | None, *, merges: bool = False) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 
 from edgekd.data.images import load_image
 from edgekd.detectors.base import Detector
-from edgekd.postprocess import select
 from edgekd.preprocess import Geometry, geometry_for, normalisation, resize
 from edgekd.selection import DEFAULT_SELECTION, Selection
 from edgekd.types import Dataset, Detections, ImageArray
@@ -57,14 +56,7 @@ def detect_dataset(
                 output = detector((batch.float() * scale + bias).contiguous(memory_format=torch.channels_last))
                 boxes, scores = (v.float().cpu().numpy() for v in detector.decode(output))
             for (_, geometry), image_boxes, image_scores in zip(items, boxes, scores, strict=True):
-                kept = select(
-                    image_boxes,
-                    image_scores,
-                    score_threshold=selection.score_threshold,
-                    nms_iou=selection.nms_iou,
-                    max_detections=selection.max_detections,
-                    box_voting=selection.box_voting,
-                )
+                kept = selection.select(image_boxes, image_scores)
                 found.append(Detections(geometry.to_source(kept.boxes_xyxy), kept.scores, kept.labels))
             if progress is not None:
                 progress(stop, len(images.dataset))

@@ -18,9 +18,9 @@ from edgekd.bench.runner import bench_artifacts
 from edgekd.bench.saved import read_saved
 from edgekd.errors import ArtifactError, ClassMapError, DataError
 from edgekd.export.graph import set_metadata
-from edgekd.export.nms import Thresholds
 from edgekd.export.onnx import detections_form
 from edgekd.recipe import BenchConfig
+from edgekd.selection import Selection
 from edgekd.types import Dataset, Detections, ImageRecord
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, POOR_SCORES, make_dataset, write_detector
 
@@ -181,7 +181,7 @@ def test_thresholds_that_nms_inside_does_not_heed_are_told(tmp_path: Path) -> No
     dataset = make_dataset(tmp_path / "data", images=3)
     file = write_detector(tmp_path / "plain.onnx", GOOD_BOXES, GOOD_SCORES)
     inside = tmp_path / "inside.onnx"
-    onnx.save(detections_form(onnx.load(str(file)), Thresholds(0.01, 0.4, 50)), str(inside))
+    onnx.save(detections_form(onnx.load(str(file)), Selection(0.01, 0.4, 50)), str(inside))
     asked = {"score_threshold": 0.2, "nms_iou": 0.7, "max_detections": 100, "box_voting": 0.6}
     result = bench_artifacts(
         [BenchArtifact(file, "plain"), BenchArtifact(inside, "inside")],
@@ -206,7 +206,7 @@ def test_thresholds_that_are_not_the_file_s_own_are_told(tmp_path: Path) -> None
     dataset = make_dataset(tmp_path / "data", images=3)
     file = write_detector(tmp_path / "plain.onnx", GOOD_BOXES, GOOD_SCORES)
     model = onnx.load(str(file))
-    set_metadata(model, {"edgekd.thresholds": Thresholds(nms_iou=0.4, box_voting=0.6).to_dict()})
+    set_metadata(model, {"edgekd.thresholds": Selection(nms_iou=0.4, box_voting=0.6).to_dict()})
     onnx.save(model, str(file))
 
     def warnings(**asked: float) -> list[str]:

@@ -512,12 +512,12 @@ def test_nms_inside_is_not_given_to_tensorrt(data: ExportData, tmp_path: Path, o
     """Its outputs grow with the picture, and TensorRT would write past what was allocated for one row."""
     import onnx
 
-    from edgekd.export.nms import Thresholds
     from edgekd.export.onnx import detections_form
+    from edgekd.selection import Selection
 
     orin_with("8.6.1")
     model = onnx.load(str(write_model(tmp_path / "plain.onnx")))
-    onnx.save(detections_form(model, Thresholds()), str(tmp_path / "nms.onnx"))
+    onnx.save(detections_form(model, Selection()), str(tmp_path / "nms.onnx"))
     bundle = make_bundle([BenchArtifact(tmp_path / "nms.onnx", "toy")], tmp_path / "out", data=data)
     settings: dict[str, Any] = {"check_only": True, "cache": tmp_path / "engines"}
     with pytest.raises(RuntimeFailure, match="NMS is inside"):

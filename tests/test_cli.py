@@ -103,6 +103,12 @@ def test_a_sheet_is_drawn_again_though_another_split_is_broken(tmp_path: Path) -
         assert "no contact sheet" not in result.stderr
 
 
+def test_linking_without_a_new_set_is_refused(scenes: Path) -> None:
+    result = edgekd("data", "split", scenes, "--link")
+    assert result.exit_code == 2
+    assert "--link does nothing here" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["train", "distill", "run"])
 def test_a_recipe_of_the_users_own_is_not_replaced_by_the_runs(recipe: Path, command: str) -> None:
     before = recipe.read_text()

@@ -16,12 +16,13 @@ from edgekd.detectors import DETECTORS, build_detector, spec_for
 from edgekd.errors import ExportError
 from edgekd.export.graph import GraphIndex, metadata_of, open_session, opset_of, raw_tensors
 from edgekd.export.job import thresholds_of_run
-from edgekd.export.nms import Thresholds, append_nms
+from edgekd.export.nms import append_nms
 from edgekd.export.onnx import export_onnx, trace
 from edgekd.export.opset import to_opset_17
 from edgekd.export.parity import compare, onnx_run, torch_run
 from edgekd.postprocess import PRE_NMS_TOP_K, select
 from edgekd.recipe import ModelConfig
+from edgekd.selection import Selection
 from edgekd.types import DetectorSpec
 from tests.export_double import CLASSES, ToyDetector
 
@@ -100,7 +101,7 @@ def test_dynamic_batch_has_a_name_and_works(toy: ToyDetector):
         alone = open_session(model).run(None, {"images": images[index : index + 1]})
         for one, many in zip(alone, together, strict=True):
             assert np.allclose(one[0], many[index], atol=1e-4)
-    complete = append_nms(model, Thresholds())
+    complete = append_nms(model, Selection())
     assert [dim.dim_value for dim in complete.graph.input[0].type.tensor_type.shape.dim] == [1, 3, 64, 64]
     assert len(open_session(complete).run(None, {"images": images[:1]})[1]) == 100
 
@@ -127,7 +128,7 @@ def test_native_detectors_agree_with_torch(name: str):
         ["first", "second"],
         precision="fp32",
         against="torch",
-        thresholds=Thresholds(),
+        thresholds=Selection(),
     )
     assert report.ok, report.failures
     if name == "vgg11-ssd":
@@ -159,16 +160,16 @@ def random_candidates(count: int, classes: int, seed: int) -> tuple[np.ndarray, 
 @pytest.mark.parametrize(
     ("count", "classes", "thresholds"),
     [
-        (50, 3, Thresholds(0.05, 0.5, 100)),
-        (400, 20, Thresholds(0.001, 0.5, 100)),  # more pairs than may enter NMS
-        (400, 20, Thresholds(0.001, 0.95, 5000)),  # more wanted than may enter
-        (400, 4, Thresholds(0.3, 0.45, 7)),
-        (PRE_NMS_TOP_K, 1, Thresholds(0.001, 0.5, 100)),  # exactly as many as may enter
-        (1, 1, Thresholds(0.001, 0.5, 100)),
-        (60, 3, Thresholds(0.9999, 0.5, 100)),  # nothing left
+        (50, 3, Selection(0.05, 0.5, 100)),
+        (400, 20, Selection(0.001, 0.5, 100)),  # more pairs than may enter NMS
+        (400, 20, Selection(0.001, 0.95, 5000)),  # more wanted than may enter
+        (400, 4, Selection(0.3, 0.45, 7)),
+        (PRE_NMS_TOP_K, 1, Selection(0.001, 0.5, 100)),  # exactly as many as may enter
+        (1, 1, Selection(0.001, 0.5, 100)),
+        (60, 3, Selection(0.9999, 0.5, 100)),  # nothing left
     ],
 )
-def test_nms_inside_equals_select(count: int, classes: int, thresholds: Thresholds):
+def test_nms_inside_equals_select(count: int, classes: int, thresholds: Selection):
     complete = append_nms(decoded_model(count, classes), thresholds)
     session = open_session(complete)
     assert [output.name for output in session.get_outputs()] == ["boxes", "scores", "labels"]
@@ -190,7 +191,7 @@ def test_nms_inside_equals_select(count: int, classes: int, thresholds: Threshol
 
 
 def test_nms_is_class_wise():
-    complete = append_nms(decoded_model(2, 2), Thresholds(0.5, 0.5, 10))
+    complete = append_nms(decoded_model(2, 2), Selection(0.5, 0.5, 10))
     boxes = np.float32([[[0, 0, 10, 10], [0, 0, 10, 10]]])
     scores = np.float32([[[0.9, 0.8], [0.7, 0.6]]])
     found = open_session(complete).run(None, {"in_boxes": boxes, "in_scores": scores})
@@ -202,7 +203,7 @@ def test_nms_is_class_wise():
 
 
 def test_export_writes_all_that_a_reader_needs(toy: ToyDetector, tmp_path: Path):
-    thresholds = Thresholds(0.1, 0.45, 50)
+    thresholds = Selection(0.1, 0.45, 50)
     file = export_onnx(toy, tmp_path / "toy.onnx", nms=True, thresholds=thresholds, facts={"seed": 7})
     model = onnx.load(file)
     metadata = metadata_of(model)
@@ -300,10 +301,10 @@ def test_leftover_batchnorm_is_an_error(toy: ToyDetector, monkeypatch: pytest.Mo
 
 
 def test_a_run_s_own_recipe_says_the_thresholds(tmp_path: Path) -> None:
-    usual = Thresholds()
+    usual = Selection()
     assert thresholds_of_run(tmp_path) == usual
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: a\ndata: {root: x}\nstudent: {model: yolo-nano}\nbench: {nms_iou: 0.4, box_voting: 0.6}\n")
-    assert thresholds_of_run(tmp_path / "model.pt") == Thresholds(nms_iou=0.4, box_voting=0.6)
+    assert thresholds_of_run(tmp_path / "model.pt") == Selection(nms_iou=0.4, box_voting=0.6)
     recipe.write_text("name: [")
     assert thresholds_of_run(tmp_path) == usual

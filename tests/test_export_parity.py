@@ -18,13 +18,14 @@ from edgekd.checkpoint import save_detector
 from edgekd.data import read_dataset
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import ArtifactError, DataError, ParityError, UserError
-from edgekd.export import ExportData, Thresholds, export_run
+from edgekd.export import ExportData, export_run
 from edgekd.export.graph import metadata_of, open_session
 from edgekd.export.job import complete_path
 from edgekd.export.lint import INT8_KEY, lint_qdq
 from edgekd.export.onnx import trace
 from edgekd.export.parity import TOLERANCES, compare, match_detections, onnx_run, torch_run, with_map, worst_layer
 from edgekd.recipe import ExportConfig
+from edgekd.selection import Selection
 from edgekd.types import Detections
 from tests.export_double import ToyDetector
 
@@ -69,7 +70,7 @@ def judge(boxes: np.ndarray = BOXES, scores: np.ndarray = SCORES, precision: str
         NAMES[:2],
         precision=precision,
         against="torch",
-        thresholds=Thresholds(),
+        thresholds=Selection(),
     )
 
 
@@ -151,7 +152,7 @@ def test_worst_layer_is_found():
     assert worst is not None
     assert worst[0] == tensor
     report = compare(
-        torch_run(detector), onnx_run(broken), IMAGES, NAMES, precision="fp32", against="torch", thresholds=Thresholds()
+        torch_run(detector), onnx_run(broken), IMAGES, NAMES, precision="fp32", against="torch", thresholds=Selection()
     )
     assert not report.ok
 
@@ -290,7 +291,7 @@ def test_nms_that_differs_is_an_error(
     checkpoint: Path, data: ExportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     original = edgekd.export.job.detections_form
-    other = Thresholds(nms_iou=0.2)
+    other = Selection(nms_iou=0.2)
     monkeypatch.setattr(edgekd.export.job, "detections_form", lambda model, _: original(model, other))
     with pytest.raises(ParityError, match="NMS inside"):
         export_run(checkpoint, tmp_path / "toy.onnx", config=ExportConfig(nms=True), data=data)

@@ -21,7 +21,7 @@ from edgekd.export.engine_job import EngineResult, export_engine
 from edgekd.export.engine_parity import aligned
 from edgekd.export.float16 import to_float16
 from edgekd.export.graph import name_nodes
-from edgekd.export.nms import Thresholds, append_nms
+from edgekd.export.nms import append_nms
 from edgekd.export.topk import with_top_candidates
 from edgekd.postprocess import select
 from edgekd.predictor import load_predictor
@@ -32,6 +32,7 @@ from edgekd.runtimes.engine_file import manifest_path, read_engine_manifest, wri
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
 from edgekd.runtimes.trt_api import create_network, logger_of, open_engine, optional, parse_onnx, precision_in, tensorrt
 from edgekd.runtimes.trt_precision import set_precision
+from edgekd.selection import Selection
 from edgekd.types import Dataset
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, make_dataset, write_detector
 from tests.fake_tensorrt import ORIN, VERSIONS, FakeTensorRT
@@ -751,7 +752,7 @@ def nms_inside() -> onnx.ModelProto:
     """A detector whose outputs are as long as there are objects."""
     model = moving_detector()
     helper.set_model_props(model, {})
-    return append_nms(model, Thresholds(score_threshold=0.4))
+    return append_nms(model, Selection(score_threshold=0.4))
 
 
 @pytest.mark.parametrize("profile", [None, (1, 1, 2)])

@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from edgekd.bench.subjects import Opener, Subject
 from edgekd.errors import DataError
 from edgekd.predictor import Predictor, RuntimeChoice
 from edgekd.recipe import BenchConfig
+from edgekd.selection import OPTIONS
 from edgekd.types import Dataset
 
 
@@ -170,9 +170,6 @@ def _write(
     write_json(out, result)
 
 
-_OPTIONS = {"nms_iou": "iou", "max_detections": "max-detections", "box_voting": "box-voting"}
-
-
 def _about_thresholds(subject: Subject) -> list[str]:
     """Which thresholds had no effect on a detector, or are not its own; members of ensembles have rows of their own."""
     answering = subject.system.staged
@@ -180,8 +177,8 @@ def _about_thresholds(subject: Subject) -> list[str]:
         return []
     if said := answering.not_applied():
         return [said]
-    own, used = answering.own_selection(), asdict(answering.selection)
-    other = [f"--{_OPTIONS[key]} {value:g}" for key, value in own.items() if used[key] != value]
+    own, used = answering.own_selection(), answering.selection.to_dict()
+    other = [f"{OPTIONS[key]} {value:g}" for key, value in own.items() if used[key] != value]
     return [f"its own recipe measures it with {' '.join(other)}"] if other and not answering.form.is_finished else []
 
 

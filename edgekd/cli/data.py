@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, session_of
+from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, refuse_idle, session_of
 from edgekd.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def split(
     --from train --out NEW writes another one in the same layout, with `train` divided and its other splits as they are.
     """
     session = session_of(context)
+    refuse_idle(context, {"--out": {"link"} if out is None else ()})
     from dataclasses import asdict
 
     from edgekd.console import Terminal

@@ -11,7 +11,7 @@ import typer
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from edgekd.export import ExportData
     from edgekd.export.engine_job import EngineResult
@@ -286,14 +286,17 @@ def provider_of(artifact: Path, device: str | None) -> str | None:
     return device.partition(":")[0] if artifact.suffix.lower() == ".onnx" else device
 
 
-def refuse_declared(context: typer.Context, artifacts: Sequence[Path]) -> None:
-    """Refuse to be told about ONNX files where every artefact says everything itself.
+def refuse_declared(
+    context: typer.Context,
+    artifacts: Sequence[Path],
+    declaring: Collection[str] = ("classes", "output", "input_size", "declare"),
+) -> None:
+    """Refuse to be told about ONNX files, by the options `declaring`, where every artefact says everything itself.
 
     Raises:
         UserError: one of those options was given.
     """
-    declaring = {"classes", "output", "declare"} | ({"input_size"} if context.info_name != "init" else set())
-    if any(context.params[name] is not None and context.params[name] != [] for name in declaring):
+    if any(context.params[name] not in (None, []) for name in declaring):
         from edgekd.runtimes.model_files import may_be_foreign
 
         if not any(map(may_be_foreign, artifacts)):

@@ -61,7 +61,7 @@ def init(
     options = foreign_options(Path("teacher.onnx"), classes, output, None, declare)
     declared = {} if options is None else options.model_dump(exclude_unset=True, exclude={"name", "onnx"})
     asked = Asked(data, out, tuple(teacher or ()), declared, student, input_size, format, train, val, on_gpu)
-    refuse_declared(context, asked.teachers)
+    refuse_declared(context, asked.teachers, ("classes", "output", "declare"))  # its --input-size is the student's
     found = propose(asked, terminal)
     for note in found.notes:
         terminal.note(note)

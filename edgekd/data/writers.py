@@ -78,9 +78,8 @@ def write_coco(folder: Path, content: Content) -> None:
     """annotations/instances_SPLIT.json, with object ids counted over the split."""
     known = content.category_ids or {}
     ids = [known[name] for name in content.class_names if name in known]
-    if len(ids) < len(content.class_names) or ids != sorted(
-        set(ids)
-    ):  # or the classes are in another order than theirs
+    complete = len(ids) == len(content.class_names)
+    if not complete or ids != sorted(set(ids)):  # the classes may be in another order than theirs
         ids = list(range(1, len(content.class_names) + 1))
     categories = [
         {"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, content.class_names, strict=True)

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgekd.export.images import ExportData
     from edgekd.export.job import ExportResult, export_run
-    from edgekd.export.nms import Thresholds
     from edgekd.export.onnx import export_onnx
 
-__all__ = ["ExportData", "ExportResult", "Thresholds", "export_onnx", "export_run"]
+__all__ = ["ExportData", "ExportResult", "export_onnx", "export_run"]
 
 _HOMES = {
     "ExportData": "images",
     "ExportResult": "job",
-    "Thresholds": "nms",
     "export_onnx": "onnx",
     "export_run": "job",
 }

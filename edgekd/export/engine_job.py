@@ -17,7 +17,6 @@ from edgekd.errors import ArtifactError, UserError
 from edgekd.export.engine import BuiltEngine, EngineOptions, build_engine, graph_precision
 from edgekd.export.engine_parity import compare_engine
 from edgekd.export.graph import metadata_of, name_nodes
-from edgekd.export.nms import Thresholds
 from edgekd.export.parity import ParityReport
 from edgekd.export.topk import CANDIDATES, with_top_candidates
 from edgekd.recipe import ExportConfig
@@ -26,6 +25,7 @@ from edgekd.runtimes.engine_file import EngineManifest, manifest_path, write_eng
 from edgekd.runtimes.model_files import external_files
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
+from edgekd.selection import Selection
 from edgekd.types import PreprocessSpec
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def export_engine(
     precision: Precision = "fp32",
     config: ExportConfig | None = None,
     options: EngineOptions | None = None,
-    thresholds: Thresholds | None = None,
+    thresholds: Selection | None = None,
     data: ExportData | None = None,
     say: Callable[[str], None] | None = None,
     buffers: Buffers | None = None,
@@ -108,7 +108,7 @@ def export_engine(
         raise UserError("an engine goes to an .engine file", got=out, expected="a name such as student.engine")
     require_file(out)
     config, options = config or ExportConfig(), options or EngineOptions()
-    thresholds, say = thresholds or Thresholds(), say or (lambda _: None)
+    thresholds, say = thresholds or Selection(), say or (lambda _: None)
     device_memory = buffers or open_buffers()
     try:
         with tempfile.TemporaryDirectory(prefix="edgekd-engine-") as folder:
@@ -132,7 +132,7 @@ def _as_onnx(
     precision: Precision,
     config: ExportConfig,
     options: EngineOptions,
-    thresholds: Thresholds,
+    thresholds: Selection,
     data: ExportData | None,
     say: Callable[[str], None],
 ) -> tuple[Path, tuple[ParityReport, ...], tuple[str, ...]]:
@@ -299,7 +299,7 @@ def _compare_and_write(
     model: _Model,
     built: BuiltEngine,
     manifest: EngineManifest,
-    thresholds: Thresholds,
+    thresholds: Selection,
     data: ExportData | None,
     config: ExportConfig,
     buffers: Buffers,

@@ -10,9 +10,9 @@ import numpy as np
 
 from edgekd.errors import ParityError
 from edgekd.export.images import PreparedImages, generated_images, spread
-from edgekd.export.nms import Thresholds
 from edgekd.export.parity import Outputs, ParityReport, Run, compare, onnx_run, with_map
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
+from edgekd.selection import Selection
 from edgekd.types import Dataset, Detections, FloatArray, PreprocessSpec
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _COMPARED_ROWS = 100
 
 
 def compare_engine(
-    runtime: TensorRTRuntime, model: ModelProto, dataset: Dataset | None, thresholds: Thresholds, map_budget: float
+    runtime: TensorRTRuntime, model: ModelProto, dataset: Dataset | None, thresholds: Selection, map_budget: float
 ) -> tuple[ParityReport, list[str]]:
     """Raw candidates, matched detections, and mAP where the data set has the detector's classes; with notes.
 
@@ -111,7 +111,7 @@ def _thinned(dataset: Dataset) -> Dataset:
     return replace(dataset, records=dataset.records[::step][:MAP_IMAGES])
 
 
-def _ap50(run: Run, dataset: Dataset, preprocess: PreprocessSpec, thresholds: Thresholds) -> float:
+def _ap50(run: Run, dataset: Dataset, preprocess: PreprocessSpec, thresholds: Selection) -> float:
     from edgekd.bench.accuracy import evaluate
     from edgekd.data.images import load_image
     from edgekd.preprocess import prepare

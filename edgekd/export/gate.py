@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from edgekd.errors import ParityError
 from edgekd.export.images import PreparedImages, generated_images, spread
-from edgekd.export.nms import Thresholds
 from edgekd.export.parity import ParityReport, Run, compare, onnx_run, same_selection, torch_run, with_map, worst_layer
 from edgekd.preprocess import normalise
+from edgekd.selection import Selection
 from edgekd.types import Dataset, Detections, FloatArray
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class MapMeter:
         images: how many the figures are from.
     """
 
-    def __init__(self, dataset: Dataset, detector: Detector, thresholds: Thresholds) -> None:
+    def __init__(self, dataset: Dataset, detector: Detector, thresholds: Selection) -> None:
         from edgekd.validate import ResizedImages
 
         step = max(1, len(dataset) // MAP_IMAGES)
@@ -72,7 +72,7 @@ class Gate:
     """
 
     detector: Detector
-    thresholds: Thresholds
+    thresholds: Selection
     images: Sequence[FloatArray]
     names: Sequence[str]
     generated: bool
@@ -144,7 +144,7 @@ class Gate:
             self.notes.append(f"{report.precision}: nothing scored over 0.3 on these images, so no detections to match")
 
 
-def make_gate(detector: Detector, dataset: Dataset | None, thresholds: Thresholds, map_budget: float) -> Gate:
+def make_gate(detector: Detector, dataset: Dataset | None, thresholds: Selection, map_budget: float) -> Gate:
     """The gate on a split's images, or on generated scenes where there is none."""
     spec = detector.spec.preprocess
     if dataset is None or not len(dataset):

@@ -16,13 +16,13 @@ from edgekd.export.gate import make_gate
 from edgekd.export.graph import set_metadata
 from edgekd.export.images import ExportData as ExportData
 from edgekd.export.images import PreparedImages, spread
-from edgekd.export.nms import Thresholds
 from edgekd.export.onnx import Precision, describe, detections_form, trace, write_model
 from edgekd.export.opset import require_opset
 from edgekd.export.parity import ParityReport
 from edgekd.export.precision import Int8Result, to_int8
 from edgekd.export.qat import learned_ranges
 from edgekd.recipe import ExportConfig
+from edgekd.selection import Selection
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -71,7 +71,7 @@ def export_run(
     *,
     precision: Precision = "fp32",
     config: ExportConfig | None = None,
-    thresholds: Thresholds | None = None,
+    thresholds: Selection | None = None,
     data: ExportData | None = None,
     say: Callable[[str], None] | None = None,
 ) -> ExportResult:
@@ -138,15 +138,15 @@ def complete_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.nms.onnx")
 
 
-def thresholds_of_run(source: Path) -> Thresholds:
+def thresholds_of_run(source: Path) -> Selection:
     """What the run's own recipe measures with; the usual thresholds where there is none."""
     from edgekd.recipe_file import RECIPE_FILE, load_recipe
 
     recipe_file = (source if source.is_dir() else source.parent) / RECIPE_FILE
     try:
-        return Thresholds.of(load_recipe(recipe_file).bench) if recipe_file.is_file() else Thresholds()
+        return Selection.of(load_recipe(recipe_file).bench) if recipe_file.is_file() else Selection()
     except UserError:  # `data_of_run` notes it
-        return Thresholds()
+        return Selection()
 
 
 def data_of_run(source: Path) -> tuple[ExportData | None, list[str]]:

@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.postprocess import PRE_NMS_TOP_K, select
-from edgekd.recipe import BenchConfig
-from edgekd.types import Detections, FloatArray
+from edgekd.postprocess import PRE_NMS_TOP_K
+from edgekd.selection import Selection
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """How candidates become detections; stored in every artefact, built into the form with NMS (but for the voting).
-
-    Attributes:
-        score_threshold: candidates must score more than this.
-        nms_iou: a box goes if it overlaps a better one of its class by more than this.
-        max_detections: the best so many are kept.
-        box_voting: see `edgekd.postprocess.select`; what `edgekd predict` does unless told otherwise.
-    """
-
-    score_threshold: float = 0.001
-    nms_iou: float = 0.5
-    max_detections: int = 100
-    box_voting: float | None = None
-
-    @classmethod
-    def of(cls, config: BenchConfig) -> Thresholds:
-        """What a recipe measures with, from the usual lowest score on."""
-        return cls(nms_iou=config.nms_iou, max_detections=config.max_detections, box_voting=config.box_voting)
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """Plain JSON types."""
-        return asdict(self)
-
-    def select(self, boxes_xyxy: FloatArray, scores: FloatArray) -> Detections:
-        """`edgekd.postprocess.select` with these thresholds, without voting: boxes (P, 4), scores (P, K)."""
-        return select(
-            boxes_xyxy,
-            scores,
-            score_threshold=self.score_threshold,
-            nms_iou=self.nms_iou,
-            max_detections=self.max_detections,
-        )
-
-
-def append_nms(model: ModelProto, thresholds: Thresholds) -> ModelProto:
+def append_nms(model: ModelProto, thresholds: Selection) -> ModelProto:
     """A copy that ends in detections: "boxes" (N, 4) xyxy input pixels, "scores" (N,), "labels" (N,) int64, best first.
 
     Gives what `edgekd.postprocess.select` gives on the same boxes and scores: class-wise NMS over the best
@@ -92,7 +54,7 @@ def append_nms(model: ModelProto, thresholds: Thresholds) -> ModelProto:
     return model
 
 
-def _append_selection(model: ModelProto, thresholds: Thresholds, pairs: int) -> None:
+def _append_selection(model: ModelProto, thresholds: Selection, pairs: int) -> None:
     from onnx import helper, numpy_helper
 
     graph = model.graph

@@ -18,9 +18,10 @@ from edgekd.artifact import atomic_path, source_commit, versions
 from edgekd.detectors.base import Detector
 from edgekd.errors import ExportError
 from edgekd.export.graph import RAW_KEY, name_nodes, opset_of, prune, set_metadata, strip_notes
-from edgekd.export.nms import Thresholds, append_nms
+from edgekd.export.nms import append_nms
 from edgekd.export.opset import NATIVE, to_opset_17
 from edgekd.recipe import ExportConfig
+from edgekd.selection import Selection
 from edgekd.types import FloatArray
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def describe(
     *,
     precision: Precision,
     target: str,
-    thresholds: Thresholds,
+    thresholds: Selection,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write into a model's metadata all that `bench` and `predict` need, and where it came from."""
@@ -174,7 +175,7 @@ def describe(
     model.producer_name = "edgekd"
 
 
-def detections_form(model: ModelProto, thresholds: Thresholds) -> ModelProto:
+def detections_form(model: ModelProto, thresholds: Selection) -> ModelProto:
     """The same model with NMS inside, and its metadata saying so."""
     complete = append_nms(model, thresholds)
     set_metadata(complete, {"edgekd.output": {"kind": "detections"}, "edgekd.thresholds": thresholds.to_dict()})
@@ -195,7 +196,7 @@ def export_onnx(
     config: ExportConfig | None = None,
     precision: Precision = "fp32",
     nms: bool = False,
-    thresholds: Thresholds | None = None,
+    thresholds: Selection | None = None,
     calibration: Sequence[FloatArray] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -213,7 +214,7 @@ def export_onnx(
     """
     from edgekd.export.precision import convert
 
-    config, thresholds = config or ExportConfig(), thresholds or Thresholds()
+    config, thresholds = config or ExportConfig(), thresholds or Selection()
     model = trace(detector, opset=config.opset, dynamic_batch=config.dynamic_batch)
     describe(model, detector, precision=precision, target=config.target, thresholds=thresholds, facts=facts)
     model = convert(model, precision, config, calibration)

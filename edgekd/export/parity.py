@@ -11,7 +11,7 @@ import numpy as np
 from edgekd.boxes import iou_matrix
 from edgekd.errors import ParityError
 from edgekd.export.graph import GraphIndex, open_session, with_outputs
-from edgekd.export.nms import Thresholds
+from edgekd.selection import Selection
 from edgekd.types import Detections, FloatArray
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def compare(
     *,
     precision: Precision,
     against: str,
-    thresholds: Thresholds,
+    thresholds: Selection,
     generated: bool = False,
     align: Align | None = None,
 ) -> ParityReport:
@@ -248,7 +248,7 @@ def _within(output: str, truth: Outputs, found: Outputs, tolerance: Tolerance) -
     return bool((gap <= tolerance.boxes_px + tolerance.boxes_relative * size).all())
 
 
-def _selected(outputs: Outputs, thresholds: Thresholds) -> Detections:
+def _selected(outputs: Outputs, thresholds: Selection) -> Detections:
     boxes, scores = outputs["boxes"][0], outputs["scores"][0]
     finite = np.isfinite(boxes).all(1) & np.isfinite(scores).all(1)
     confident = replace(thresholds, score_threshold=max(CONFIDENT * _NEARLY, thresholds.score_threshold))
@@ -284,10 +284,10 @@ def worst_layer(reference: ModelProto, candidate: ModelProto, image: FloatArray)
     return worst
 
 
-def same_selection(decoded: Run, complete: Run, image: FloatArray, thresholds: Thresholds) -> str | None:
+def same_selection(decoded: Run, complete: Run, image: FloatArray, thresholds: Selection) -> str | None:
     """Whether the form with NMS gives what `select` gives on the decoded form; what differs, or None."""
     raw, found = decoded(image), complete(image)
-    wanted = thresholds.select(raw["boxes"][0], raw["scores"][0])
+    wanted = replace(thresholds, box_voting=None).select(raw["boxes"][0], raw["scores"][0])
     if len(wanted) != len(found["scores"]):
         return f"{len(found['scores'])} detections instead of {len(wanted)}"
     if len(wanted) and not np.allclose(wanted.scores, found["scores"], atol=1e-4):

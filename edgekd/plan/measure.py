@@ -82,14 +82,14 @@ class Exporter:
         import torch
 
         from edgekd.detectors import build_detector
-        from edgekd.export import Thresholds
         from edgekd.export.onnx import describe, trace
+        from edgekd.selection import Selection
 
         torch.manual_seed(0)
         detector = build_detector(self._spec(shape)).eval()
         model = trace(detector)
         facts = {"untrained": True}
-        describe(model, detector, precision="fp32", target=self.layout, thresholds=Thresholds(), facts=facts)
+        describe(model, detector, precision="fp32", target=self.layout, thresholds=Selection(), facts=facts)
         return model
 
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgekd.report.sources import Sources
+from edgekd.selection import OPTIONS
 
 _ROLES = {"student_distilled": "distilled"}
 _OPTIONS = {
     "samples": "--samples", "seconds": "--seconds", "warmup_seconds": "--warmup", "threads": "--threads",
-    "score_threshold": "--score", "nms_iou": "--iou", "max_detections": "--max-detections",
-    "box_voting": "--box-voting", "seed": "--seed",
+    **OPTIONS, "seed": "--seed",
 }  # fmt: skip
 _THROUGHPUT = {"mode": "--mode", "streams": "--streams", "batch": "--batch"}
 _MLPERF = {"mlperf": "--mlperf", "mlperf_seconds": "--mlperf-seconds"}

@@ -119,13 +119,7 @@ class Ensemble:
         return self.fuse([teacher.soften(outputs, geometry, score_threshold) for teacher, outputs, geometry in triples])
 
     def _finish_mean(self, raw: Sequence[DetectorOutput], geometry: Geometry) -> Detections:
-        found = select(
-            *self._mean(raw),
-            score_threshold=self.selection.score_threshold,
-            nms_iou=self.selection.nms_iou,
-            max_detections=self.selection.max_detections,
-            box_voting=self.selection.box_voting,
-        )
+        found = self.selection.select(*self._mean(raw))
         return Detections(geometry.to_source(found.boxes_xyxy), found.scores, found.labels)
 
     def _mean(self, outputs: Sequence[DetectorOutput]) -> tuple[FloatArray, FloatArray]:
