@@ -35,7 +35,7 @@ RARER = 0.02
 """AP50 by which a corner must win over the middle."""
 POOR = 0.1
 """AP50 below which a teacher is hardly one."""
-_PLAIN = {"xyxy", "yxyx", "cxcywh", "xywh"}
+_PLAIN = ("xyxy", "yxyx", "cxcywh", "xywh")
 RESIZE_MODES: tuple[ResizeMode, ...] = ("stretch", "letterbox", "letterbox-corner")
 _IMAGENET = (0.485, 0.456, 0.406)
 # (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; Caffe's, OpenCV's,
@@ -104,16 +104,14 @@ def other_sizes(now: PreprocessSpec) -> list[PreprocessSpec]:
 def other_forms(now: OutputFormat) -> dict[str, OutputFormat]:
     """Readings of the same outputs that nothing but labels can tell from the present one, by what declares them."""
     found = {}
+    coding, dash, unit = now.box_format.partition("-")
+    others: tuple[str, ...] = {"xyxy": ("yxyx",), "yxyx": ("xyxy",)}.get(coding, ())
     if now.kind == "detections":
         start: Background = "none" if now.background == "first" else "first"
         found[f"background: {start}"] = replace(now, background=start)
-        if now.box_format.partition("-")[0] in _PLAIN:
-            for other in _PLAIN - {now.box_format.partition("-")[0], "yxyx"}:
-                coded = cast(BoxFormat, now.box_format.replace(now.box_format.partition("-")[0], other))
-                found[f"box_format: {coded}"] = replace(now, box_format=coded, unit_unseen=False)
-    swapped = {"xyxy": "yxyx", "yxyx": "xyxy"}.get(now.box_format[:4])
-    if swapped is not None:
-        box_format = cast(BoxFormat, swapped + now.box_format[4:])
+        others = tuple(other for other in _PLAIN if other != coding) if coding in _PLAIN else ()
+    for other in others:
+        box_format = cast(BoxFormat, other + dash + unit)
         found[f"box_format: {box_format}"] = replace(now, box_format=box_format, unit_unseen=False)
     return found
 

@@ -13,7 +13,8 @@ from edgekd.cli import app
 from edgekd.cli.bench_entries import doubts
 from edgekd.errors import UserError
 from edgekd.recipe import OnnxTeacher
-from edgekd.teacher_check import check_readings, other_colours, other_sizes, to_declare
+from edgekd.runtimes.output_format import OutputFormat
+from edgekd.teacher_check import check_readings, other_colours, other_forms, other_sizes, to_declare
 from edgekd.teachers import build_teacher
 from edgekd.types import Dataset, ImageRecord, PreprocessSpec
 from tests.data_layouts import make_voc
@@ -206,3 +207,14 @@ def test_outputs_read_wrongly_are_found_out(
     config = OnnxTeacher(name="t", onnx=str(path), class_names=("square", "ring"), resize="stretch", **declared)
     _, warnings = check(dataset, config, tmp_path / "answers")
     assert f"AP50 0.0 on 10 of the images of train, but 100.0 with `{word}`" in warnings[0]
+
+
+def test_readings_that_only_labels_can_tell_apart() -> None:
+    finished = OutputFormat("detections", ("b", "s", "l"), 3, "xyxy-normalised", background="first", unit_unseen=True)
+    found = other_forms(finished)
+    assert list(found) == ["background: none", *(f"box_format: {c}-normalised" for c in ("yxyx", "cxcywh", "xywh"))]
+    assert found["box_format: xywh-normalised"].box_format == "xywh-normalised"
+    assert not found["box_format: xywh-normalised"].unit_unseen
+    assert found["background: none"].box_format == "xyxy-normalised"
+    assert list(other_forms(OutputFormat("boxes-scores", ("b", "s"), 3, "yxyx"))) == ["box_format: xyxy"]
+    assert other_forms(OutputFormat("yolo", ("o",), 3, "grid-distances")) == {}

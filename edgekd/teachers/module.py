@@ -173,12 +173,13 @@ class AdapterRuntime:
         pairs = []
         try:
             for answer in answers:
-                boxes, scores = answer
-                pairs.append((_as_array(boxes), _as_array(scores)))
-        except (TypeError, ValueError):
+                boxes, scores = map(_as_array, answer)
+                if boxes.shape != (len(boxes), 4) or scores.shape != (len(boxes), self._classes):
+                    return None
+                pairs.append((boxes, scores))
+        except (TypeError, ValueError):  # not two arrays an image
             return None
-        fits = all(b.shape == (len(b), 4) and s.shape == (len(b), self._classes) for b, s in pairs if b.ndim == 2)
-        return pairs if fits and all(boxes.ndim == 2 for boxes, _ in pairs) else None
+        return pairs
 
     def close(self) -> None:
         """Let go of the adapter; further calls raise."""
