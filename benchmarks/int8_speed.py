@@ -75,10 +75,10 @@ def write_untrained(model: str, files: dict[str, Path]) -> None:
     import torch
 
     from edgekd.detectors import build_detector, spec_for
-    from edgekd.export import Thresholds
     from edgekd.export.onnx import describe, trace, write_model
     from edgekd.export.precision import to_int8
     from edgekd.recipe import ExportConfig, ModelConfig
+    from edgekd.selection import Selection
 
     torch.manual_seed(0)
     name, _, size = model.partition("@")
@@ -86,7 +86,7 @@ def write_untrained(model: str, files: dict[str, Path]) -> None:
         spec_for(ModelConfig(model=name, input_size=int(size) if size else None), ("a", "b", "c"))
     )
     base = trace(detector)
-    describe(base, detector, precision="fp32", target="x86", thresholds=Thresholds())
+    describe(base, detector, precision="fp32", target="x86", thresholds=Selection())
     noise = np.random.default_rng(0).normal(size=(2, 1, 3, *detector.spec.preprocess.input_hw)).astype(np.float32)
     write_model(base, files["fp32"])
     write_model(to_int8(base, list(noise), config=ExportConfig()).model, files["int8"])

@@ -24,10 +24,10 @@ from edgekd.bench.latency import Measurement, MeasurementPlan, measure
 from edgekd.bench.stats import median_ratio, summarise
 from edgekd.data.images import decode_image, load_image
 from edgekd.errors import ClassMapError
-from edgekd.export import Thresholds
 from edgekd.postprocess import select
 from edgekd.predictor import Predictor
 from edgekd.preprocess import prepare
+from edgekd.selection import Selection
 
 USUAL = "usual: Pillow, torch eager, NMS per class"
 IOU, LIMIT = 0.45, 200
@@ -139,7 +139,7 @@ class Session:
 
     def _student(self, size: int) -> students.Student:
         detector = students.load(self.options.student, size, self.class_names)
-        thresholds = Thresholds(self.score, IOU, LIMIT)
+        thresholds = Selection(self.score, IOU, LIMIT)
         trained = self.options.student is not None
         return students.export(detector, trained, self.options.out / "students", thresholds, self.pictures.jpegs)
 

@@ -17,9 +17,10 @@ from edgekd.checkpoint import load_detector
 from edgekd.data.images import decode_image
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector
-from edgekd.export import Thresholds, export_onnx
+from edgekd.export import export_onnx
 from edgekd.preprocess import prepare
 from edgekd.recipe import ModelConfig
+from edgekd.selection import Selection
 
 FAMILY = "mobilenetv2-ssd-lite"
 CALIBRATION_IMAGES = 32
@@ -54,7 +55,7 @@ def load(checkpoint: Path | None, size: int | None, class_names: Sequence[str]) 
     return other.eval()
 
 
-def export(detector: Detector, trained: bool, folder: Path, thresholds: Thresholds, images: Sequence[bytes]) -> Student:
+def export(detector: Detector, trained: bool, folder: Path, thresholds: Selection, images: Sequence[bytes]) -> Student:
     """The ONNX files of a student; files of the same weights and the same exporter are used again."""
     size = detector.spec.preprocess.input_hw[0]
     weights = {name: float(value.double().sum()) for name, value in detector.state_dict().items()}
