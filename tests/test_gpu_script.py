@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "benchmarks" / "gpu"
 sys.path.insert(0, str(SCRIPTS))
 
+import estimate  # noqa: E402
 import record  # noqa: E402
 import run  # noqa: E402
 import stages  # noqa: E402
@@ -27,8 +28,10 @@ import summary_page  # noqa: E402
 from edgekd.checkpoint import save_detector  # noqa: E402
 from edgekd.data.scenes import make_scenes  # noqa: E402
 from edgekd.detectors import build_detector, spec_for  # noqa: E402
+from edgekd.detectors.complexity import count_macs  # noqa: E402
 from edgekd.errors import ParityError  # noqa: E402
 from edgekd.recipe import ModelConfig  # noqa: E402
+from edgekd.recipe_file import load_recipe  # noqa: E402
 from edgekd.runtimes.buffers import HostBuffers  # noqa: E402
 from tests.export_double import CLASSES, ToyDetector  # noqa: E402
 from tests.fake_tensorrt import ORIN, FakeTensorRT  # noqa: E402
@@ -212,6 +215,23 @@ def test_training_is_timed_and_its_hours_counted(options: Options, tmp_path: Pat
     assert tiny["hours"] == pytest.approx(whole, abs=2e-3)
     assert "no GPU-hours" in found["notes"][0]
     assert "tiny: distilled (yolo-nano)" in summary_page._training(found)
+
+
+@pytest.mark.parametrize(("term", "looks"), [("adversarial", 100), ("response", 1)])
+def test_what_a_recipe_costs_is_reckoned_from_its_arithmetic(tmp_path: Path, term: str, looks: int) -> None:
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("adversarial", term), encoding="utf-8")
+    found = estimate.operations(load_recipe(tmp_path / "tiny.yaml"), images=10)
+    small, big = (
+        2 * count_macs(build_detector(spec_for(ModelConfig(model="yolo-nano", input_size=64, width=width), ["a"] * 20)))
+        for width in (0.25, 0.5)
+    )
+    alone = 3 * small * 10 * 100
+    assert found == {
+        "student alone": alone,
+        "teacher big": 3 * big * 10 * 100,
+        "teacher other": alone,
+        "distilled": alone + (small + big) * 10 * looks,
+    }
 
 
 CHILD = """
