@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -121,10 +121,12 @@ def test_importing_the_package_costs_nothing() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "edgekd")
 def test_help_prints_quickly_with_only_typer(command: list[str]) -> None:
     seconds = []
-    for _ in range(3):  # the quickest of three, since other tests run beside this one
-        start = time.perf_counter()
+    for _ in range(3):  # the quickest of three, in CPU time, since other tests run beside this one
+        before = os.times()
         done = run_blocked("from edgekd.cli import main; main()", HEAVY, *command, "--help")
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        taken = (after.children_user - before.children_user, after.children_system - before.children_system)
+        seconds.append(sum(taken))
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
         if seconds[-1] < HELP_LIMIT_S:
