@@ -6,6 +6,7 @@ mAP is of the same files through the same runtimes. The last line is JSON.
 
     python benchmarks/int8_speed.py runs/bccd --data DIR --split test
     python benchmarks/int8_speed.py --untrained vgg16-ssd@300      # ratios only: speed does not depend on the weights
+    python benchmarks/int8_speed.py --untrained mobilenetv2-ssd-lite@256 --width 0.35
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="a run folder or checkpoint")
     parser.add_argument("--untrained", metavar="MODEL[@SIZE]", help="a detector with random weights instead")
+    parser.add_argument("--width", type=float, default=1.0, help="of the untrained one")
     parser.add_argument("--data", type=Path, help="a data set: mAP of each file on --split")
     parser.add_argument("--split", default="test")
     parser.add_argument("--train-split", help="to calibrate on; the run's own recipe says it if left out")
@@ -55,7 +57,7 @@ def write_files(options: argparse.Namespace, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = {precision: folder / f"{precision}.onnx" for precision in PRECISIONS}
     if options.untrained is not None:
-        write_untrained(options.untrained, files)
+        write_untrained(options.untrained, options.width, files)
         return files
     data = None
     if options.train_split is not None:
@@ -69,7 +71,7 @@ def write_files(options: argparse.Namespace, folder: Path) -> dict[str, Path]:
     return files
 
 
-def write_untrained(model: str, files: dict[str, Path]) -> None:
+def write_untrained(model: str, width: float, files: dict[str, Path]) -> None:
     """Random weights, calibrated on noise: as fast as trained ones."""
     import numpy as np
     import torch
@@ -83,7 +85,7 @@ def write_untrained(model: str, files: dict[str, Path]) -> None:
     torch.manual_seed(0)
     name, _, size = model.partition("@")
     detector = build_detector(
-        spec_for(ModelConfig(model=name, input_size=int(size) if size else None), ("a", "b", "c"))
+        spec_for(ModelConfig(model=name, input_size=int(size) if size else None, width=width), ("a", "b", "c"))
     )
     base = trace(detector)
     describe(base, detector, precision="fp32", target="x86", thresholds=Selection())

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekd.detectors import build_detector, spec_for
 from edgekd.errors import DataError, ExportError
 from edgekd.export.calibration import METHODS, collect, entropy_share, percentile_share
 from edgekd.export.float16 import to_float16
@@ -22,8 +23,8 @@ from edgekd.export.placement import int8_nodes, tensors_to_quantise
 from edgekd.export.precision import has_vnni, to_int8
 from edgekd.export.qdq import activation_parameters, quantise
 from edgekd.export.sensitivity import rank_layers
-from edgekd.recipe import ExportConfig
-from tests.export_double import ToyDetector
+from edgekd.recipe import ExportConfig, ModelConfig
+from tests.export_double import CLASSES, ToyDetector
 
 IMAGES = [np.random.default_rng(seed).normal(size=(1, 3, 64, 64)).astype(np.float32) for seed in range(6)]
 TARGETS = ("x86", "tensorrt")
@@ -463,6 +464,28 @@ def test_linter_wants_kept_layers_listed(base: onnx.ModelProto):
     assert [finding.code for finding in lint_qdq(model)] == ["float-conv"]
     set_metadata(model, {INT8_KEY: {"kept_float": [first]}})
     assert lint_qdq(model) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "target", "convolutions"),
+    [
+        ("mobilenetv2-ssd-lite", 0.35, "x86", 3),  # 16, 16 and 8 channels; the next one has 48
+        ("mobilenetv2-ssd-lite", 0.35, "tensorrt", 0),
+        ("mobilenetv2-ssd-lite", 1.0, "x86", 0),  # 32 channels from the start
+        ("vgg11-ssd", 0.25, "x86", 0),  # 16 channels, but at the image's own resolution
+    ],
+)
+def test_a_narrow_stem_stays_float(name: str, width: float, target: str, convolutions: int):
+    config = ModelConfig(model=name, input_size=96, width=width)
+    base = trace(build_detector(spec_for(config, CLASSES)).eval())
+    images = [np.random.default_rng(0).normal(size=(1, 3, 96, 96)).astype(np.float32)]
+    result = to_int8(base, images, config=ExportConfig(target=target))
+    first = [node.name for node in base.graph.node if node.op_type == "Conv"][:convolutions]
+    assert list(result.float_stem) == first == result.facts["float_stem"]
+    assert set(first).isdisjoint(int8_nodes(base, target))
+    assert lint_qdq(result.model, target) == []
+    image_readers = [node.op_type for node in result.model.graph.node if "images" in node.input]
+    assert image_readers == ["Conv" if first else "QuantizeLinear"]
 
 
 @pytest.mark.parametrize(("opset", "dynamic_batch"), [(17, True), (21, False)])

@@ -74,7 +74,8 @@ def _outputs(model: onnx.ModelProto, image: np.ndarray, *, optimised: bool) -> l
 def _assert_same_rounding(
     quantised: QuantisedDetector, model: onnx.ModelProto, base: onnx.ModelProto, image: np.ndarray
 ) -> None:
-    """Simulation and file differ by float noise and rare ties; each differs from fp32 by far more.
+    """Simulation and file differ by float noise and rare ties (more of them behind a stem that stays float, whose sums are
+    not exact); each differs from fp32 by far more.
 
     An x86 file counts as ONNX Runtime runs it, a TensorRT file as it is written: ONNX Runtime's optimiser, which has no say
     on that target, rounds the float biases of such files as well.
@@ -85,7 +86,7 @@ def _assert_same_rounding(
         output = quantised(torch.from_numpy(image))
     outputs = [output.cls_logits, output.bbox_regression, output.objectness]
     for found, truth, fp32 in zip([x.numpy() for x in outputs if x is not None], exported, exact, strict=True):
-        assert np.abs(found - truth).mean() < 0.05 * np.abs(fp32 - truth).mean()
+        assert np.abs(found - truth).mean() < 0.1 * np.abs(fp32 - truth).mean()
 
 
 def _as_calibrated(base: onnx.ModelProto, images: Sequence[np.ndarray], target: Target) -> onnx.ModelProto:

@@ -127,7 +127,7 @@ def export_run(
         gate.nms_inside(model, complete)
     say(f"writing {out.name}")
     _write(out, model, complete)
-    notes = [*notes, *gate.notes, *_kept_note(int8)]
+    notes = [*notes, *gate.notes, *_float_notes(int8)]
     written = None if complete is None else complete_path(out)
     facts = None if int8 is None else int8.facts
     return ExportResult(out, written, precision, target, tuple(gate.reports), facts, tuple(notes))
@@ -195,11 +195,18 @@ def _calibration(detector: Detector, data: ExportData | None, config: ExportConf
     return PreparedImages(spread(dataset.records, config.calibration_images), detector.spec.preprocess)
 
 
-def _kept_note(int8: Int8Result | None) -> list[str]:
-    if int8 is None or not int8.kept_float:
+def _float_notes(int8: Int8Result | None) -> list[str]:
+    if int8 is None:
         return []
-    kept = ", ".join(int8.kept_float)
-    return [f"{len(int8.kept_float)} convolutions stay in float to hold the mAP budget: {kept}"]
+    notes = []
+    if int8.float_stem:
+        notes.append(
+            f"the first {len(int8.float_stem)} convolutions stay in float: with so few channels int8 is slower"
+        )
+    if int8.kept_float:
+        kept = ", ".join(int8.kept_float)
+        notes.append(f"{len(int8.kept_float)} convolutions stay in float to hold the mAP budget: {kept}")
+    return notes
 
 
 def _write(out: Path, model: ModelProto, complete: ModelProto | None) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 INT8_KEY = "edgekd.int8"
-"""Metadata: JSON facts on an int8 model; "kept_float" lists nodes that are float on purpose."""
+"""Metadata: JSON facts on an int8 model; "float_stem" and "kept_float" list nodes that are float on purpose."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,8 @@ def _residual(node: NodeProto, index: GraphIndex) -> Iterator[Finding]:
 
 
 def _convolutions(model: ModelProto, index: GraphIndex, target: Target) -> Iterator[Finding]:
-    kept = set(json.loads(metadata_of(model).get(INT8_KEY, "{}")).get("kept_float", ()))
+    facts = json.loads(metadata_of(model).get(INT8_KEY, "{}"))
+    kept = {*facts.get("float_stem", ()), *facts.get("kept_float", ())}
     body = index.before(raw_tensors(model))
     for node in model.graph.node:
         if node.op_type not in ("Conv", "ConvTranspose") or node.name in kept or node.name not in body:

@@ -4,7 +4,8 @@ Two placements of the same idea (Jacob et al., CVPR 2018, and NVIDIA's "Working 
 
 - **x86** (ONNX Runtime): activations uint8 with a zero point, weights int8 a channel, biases int32. Every int8 node
   has pairs on its inputs and on its output, since ONNX Runtime fuses DQ-node-Q, never DQ-node alone. A ReLU or Clip
-  behind a convolution vanishes into the range of its output, where uint8 saturates at the same values.
+  behind a convolution vanishes into the range of its output, where uint8 saturates at the same values. A narrow
+  network's first layers, of few channels on large maps, are faster in float there and stay so (`float_stem`).
 - **tensorrt**: activations and weights int8, symmetric, all zero points 0; weights stay float behind a pair of their
   own, biases stay float. Pairs only in front of int8 nodes; of a residual Add only the skip side gets one, so that
   TensorRT fuses the Add into the convolution on the other side.
@@ -14,6 +15,7 @@ Decoding, and everything else after the last convolutions, stays float.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +28,7 @@ Target = Literal["x86", "tensorrt"]
 
 WEIGHT_AXIS = {"Conv": 0, "ConvTranspose": 1}
 """Weighted operators, with the axis of their weights that counts output channels."""
+_FEW_CHANNELS = 16
 MOVERS = ("MaxPool", "Resize", "Transpose", "Reshape", "Flatten", "Slice", "Split")
 """Operators that only move values: their output must share their input's scale to be fused."""
 _INT8_OPERATORS: dict[Target, tuple[str, ...]] = {
@@ -38,14 +41,68 @@ def int8_nodes(model: ModelProto, target: Target) -> list[str]:
     """Names of the nodes that can run in int8, in graph order."""
     index = GraphIndex(model)
     body = index.before(raw_tensors(model))
+    if target == "x86":
+        body -= {node.name for node in model.graph.node[: _stem_end(model, body, index)]}
     weighted = [node for node in model.graph.node if node.name in body and is_weighted(node, index)]
-    before_weights = index.before(name for node in weighted for name in index.activations(node))
+    before_weights = body & index.before(name for node in weighted for name in index.activations(node))
     names = {node.name for node in weighted if node.op_type in _INT8_OPERATORS[target]}
     for node in model.graph.node:
         able = node.name in before_weights and node.op_type in _INT8_OPERATORS[target]
         if able and not is_weighted(node, index) and _fits(node, index):
             names.add(node.name)
     return [node.name for node in model.graph.node if node.name in names]
+
+
+def float_stem(model: ModelProto, target: Target) -> list[str]:
+    """Names of the first convolutions, left in float because int8 would be slower there, in graph order."""
+    if target != "x86":
+        return []
+    index = GraphIndex(model)
+    body = index.before(raw_tensors(model))
+    stem = model.graph.node[: _stem_end(model, body, index)]
+    return [node.name for node in stem if node.name in body and is_weighted(node, index)]
+
+
+def _stem_end(model: ModelProto, body: Set[str], index: GraphIndex) -> int:
+    """x86: how many of a graph's first nodes stay float.
+
+    ONNX Runtime's int8 kernels go through channels, its float ones through pixels too: on 16 channels int8 takes up to
+    twice as long. So it starts at the first convolution of more than `_FEW_CHANNELS`, or before it, where what passes
+    from float to int8 has fewer values than the image: to quantise large maps, such as VGG's, costs more than it brings.
+    Never more than a quarter of the convolutions, which are a stem and no network.
+    """
+    shapes = _shapes(model)
+    image = shapes.get(model.graph.input[0].name, ())
+    position = {node.name: number for number, node in enumerate(model.graph.node)}
+    weighted = [node for node in model.graph.node if node.name in body and is_weighted(node, index)]
+    end = 0
+    for node in weighted[: len(weighted) // 4 + 1]:
+        here = position[node.name]
+        passing = {
+            name
+            for reader in model.graph.node[here:]
+            if reader.name in body
+            for name in index.activations(reader)
+            if name in index.producer and position[index.producer[name].name] < here
+        }
+        known = all(name in shapes for name in passing)
+        if passing and known and sum(math.prod(shapes[name]) for name in passing) < math.prod(image):
+            end = here
+        if index.constant(node.input[1]).shape[WEIGHT_AXIS[node.op_type]] > _FEW_CHANNELS:
+            break
+    return end
+
+
+def _shapes(model: ModelProto) -> dict[str, tuple[int, ...]]:
+    """(C, H, W) and the like of every tensor of which they are known: without the batch axis."""
+    from onnx import shape_inference
+
+    graph = shape_inference.infer_shapes(model).graph
+    found = {
+        entry.name: tuple(dim.dim_value for dim in entry.type.tensor_type.shape.dim[1:])
+        for entry in (*graph.input, *graph.value_info)
+    }
+    return {name: shape for name, shape in found.items() if shape and all(shape)}
 
 
 def is_weighted(node: NodeProto, index: GraphIndex) -> bool:

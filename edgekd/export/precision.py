@@ -14,7 +14,7 @@ from edgekd.export.calibration import METHODS, Method, Ranges, TensorStatistics,
 from edgekd.export.float16 import to_float16
 from edgekd.export.graph import set_metadata
 from edgekd.export.lint import INT8_KEY, lint_qdq
-from edgekd.export.placement import Target, int8_nodes, tensors_to_quantise
+from edgekd.export.placement import Target, float_stem, int8_nodes, tensors_to_quantise
 from edgekd.export.qdq import quantise
 from edgekd.export.sensitivity import MEASURED_IMAGES, Evaluate, keep_worst, output_damage, rank_layers
 from edgekd.recipe import ExportConfig
@@ -62,6 +62,7 @@ class Int8Result:
         tried: AP50 (or, without an evaluation, relative output error) by calibration method.
         ap50: of the model, in [0, 1]; None where there was nothing to evaluate on.
         reference_ap50: of the fp32 model.
+        float_stem: the first convolutions, left in float because they are faster so.
         kept_float: convolutions left in float because of what they cost, worst first.
         images: how many it was calibrated on. reduce_range: whether weights have 7 bits.
     """
@@ -71,6 +72,7 @@ class Int8Result:
     tried: dict[str, float] = field(default_factory=dict)
     ap50: float | None = None
     reference_ap50: float | None = None
+    float_stem: tuple[str, ...] = ()
     kept_float: tuple[str, ...] = ()
     images: int = 0
     reduce_range: bool = False
@@ -88,6 +90,7 @@ class Int8Result:
             "calibration_images": self.images,
             "tried": self.tried,
             "reduce_range": self.reduce_range,
+            "float_stem": list(self.float_stem),
             "kept_float": list(self.kept_float),
             "ap50": self.ap50,
             "reference_ap50": self.reference_ap50,
@@ -131,7 +134,8 @@ def to_int8(
     result = job.best_of(methods)
     if evaluate is not None:
         result = job.within_budget(result, evaluate, config.map_budget / 100.0)
-    result = replace(result, images=len(images), reduce_range=narrow)
+    stem = tuple(float_stem(model, target))
+    result = replace(result, images=len(images), reduce_range=narrow, float_stem=stem)
     set_metadata(result.model, {"edgekd.precision": "int8", "edgekd.target": target, INT8_KEY: result.facts})
     findings = lint_qdq(result.model, target)
     if findings:
