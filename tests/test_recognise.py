@@ -235,6 +235,20 @@ def test_many_rows_with_labels_are_detections() -> None:
     rows = np.tile(ROWS[1:], (600, 1))[None]
     found, _, _ = read({"output0": rows}, NAMES[:2])
     assert (found.form.kind, found.form.columns) == ("detections", (0, 1, 2, 3, 4, 5))
+    assert not found.form.is_finished
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_rows_of_every_candidate_s_best_class_are_still_to_be_thinned(classes: int) -> None:
+    """What the exporters of DeepStream-Yolo write: x1, y1, x2, y2, score, label of each cell, and no NMS."""
+    boxes, scores = truth(classes, 126)
+    rows = np.concatenate([boxes, scores.max(1)[:, None], scores.argmax(1)[:, None]], 1).astype(np.float32)
+    found, read_boxes, read_scores = read({"output": rows[None]}, NAMES[:classes])
+    assert (found.form.kind, found.form.is_finished) == ("detections", False)
+    assert any("no NMS" in note for note in found.notes)
+    np.testing.assert_allclose(read_boxes, boxes)
+    np.testing.assert_array_equal(read_scores.argmax(1), scores.argmax(1))
+    np.testing.assert_allclose(read_scores.max(1), scores.max(1))
 
 
 def test_more_classes_than_candidates() -> None:

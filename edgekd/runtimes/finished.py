@@ -70,7 +70,7 @@ def finished(
     box_format, unit_unseen = _boxes(probe, origin, outputs, columns, arrays, declared)
     activation: Activation = "none" if declared.score_activation == "auto" else declared.score_activation
     rows = _row_count(arrays[outputs[0]])
-    overlapping = len(outputs) > 1 and (rows > MOST_FINISHED or grid_cells(probe.input_hw, rows) is not None)
+    overlapping = not _are_too_few_for_raw(probe, rows)
     form = OutputFormat(
         "detections",
         outputs,
@@ -217,8 +217,12 @@ def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, cert
     nothing = not ((rows != 0) & (rows != -1)).any()
     if nothing and (not further or task in ("segment", "pose")):
         return (name,), LAYOUTS[6][0] if further else ()
-    # Labels that are all 0 may be a raw head's scores for a class that it sees nowhere.
-    if not found or not (certain or rows[:, found[0][5]].any() or _are_too_few_for_raw(probe, len(rows))):
+    if not found:
+        return None
+    # Labels that are all 0 may be a raw head's scores for a class that it sees nowhere; not behind corners and one score,
+    # for heads with an objectness give centres.
+    of_one_class = classes == 1 and bool((rows[:, 2:4] >= rows[:, :2]).all())
+    if not (certain or rows[:, found[0][5]].any() or of_one_class or _are_too_few_for_raw(probe, len(rows))):
         return None
     named_ones = [columns for columns in found if columns in fitting(table, classes)]
     if not named_ones:
