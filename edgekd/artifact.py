@@ -142,14 +142,11 @@ def unread_torch_file(path: Path, error: Exception, instead: str) -> tuple[str, 
         (what was found, how to mend it).
     """
     try:
-        with open(path, "rb") as stream:
-            head = stream.read(64)
+        head = _head_of(path)
     except OSError as refused:
         return refused.strerror or str(refused), None
-    if not head:
-        return "an empty file (0 bytes)", "copy or download it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself", "`git lfs pull` fetches the file"
+    if (nothing := _stand_in(head)) is not None:
+        return nothing
     if path.suffix.lower() == ".onnx":
         return "an ONNX file", "give it as a teacher's `onnx`; `edgekd export` takes it with --format engine only"
     if "TorchScript" in str(error):
@@ -159,6 +156,27 @@ def unread_torch_file(path: Path, error: Exception, instead: str) -> tuple[str, 
     if head.startswith(b"PK"):
         return "a damaged or cut-off file", "copy or download it again"
     return f"no file of torch.save: it begins with {head[:16]!r}", None
+
+
+def stand_in(path: Path) -> tuple[str, str] | None:
+    """(What a file is, how to mend it) where it only stands in the place of what was meant; None of all others."""
+    try:
+        return _stand_in(_head_of(path))
+    except OSError:
+        return None
+
+
+def _head_of(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(64)
+
+
+def _stand_in(head: bytes) -> tuple[str, str] | None:
+    if not head:
+        return "an empty file (0 bytes)", "copy or download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself", "`git lfs pull` fetches the file"
+    return None
 
 
 def versions() -> dict[str, str]:

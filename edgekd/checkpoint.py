@@ -5,6 +5,7 @@ Everything is read with `weights_only=True`: a checkpoint from a stranger can be
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,9 @@ def read_payload(path: Path, schema: str) -> dict[str, Any]:
     import torch
 
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's own words about a file that is refused below
+            payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file") from error
     except Exception as error:  # a damaged file makes torch raise nearly anything, struct.error among it
@@ -87,7 +90,7 @@ def read_payload(path: Path, schema: str) -> dict[str, Any]:
             f"{path}: not the expected kind of checkpoint",
             got=found if found is not None else "a file without a schema, such as a bare state dict",
             expected=schema,
-            fix="backbone weights belong under `student.weights` in a recipe"
+            fix="backbone weights belong under `student.weights` in a recipe; a whole detector of another kind teaches as ONNX"
             if found is None
             else f"give the run's folder, or the {MODEL_FILE} in it",
         )

@@ -184,9 +184,10 @@ def test_a_decoded_yolox_is_known_by_its_first_layer(tmp_path: Path) -> None:
         assert (spec.channels, spec.resize, spec.std) == ("bgr", "letterbox-corner", (1 / 255,) * 3)
 
 
-def test_weights_in_another_file_belong_to_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["m.onnx", "M.ONNX"])
+def test_weights_in_another_file_belong_to_the_model(name: str, tmp_path: Path) -> None:
     export = EXPORTS["Ultralytics v8, 11"]
-    path, parts = write(export, tmp_path / "m.onnx"), tmp_path / "m.onnx.data"
+    path, parts = write(export, tmp_path / name), tmp_path / f"{name}.data"
     onnx.save(onnx.load(str(path)), str(path), save_as_external_data=True, location=parts.name, size_threshold=0)
     with opened(export, path) as predictor:
         check(export, predictor)
@@ -208,6 +209,21 @@ def test_a_file_newer_than_the_runtime_says_how_to_mend_it(version: dict[str, in
     export = EXPORTS["Ultralytics v8, 11"]
     with pytest.raises(ArtifactError, match=word):
         opened(export, write(export, tmp_path / "m.onnx", **version))
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "fix"),
+    [
+        (b"", "empty file", "download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer", "git lfs pull"),
+        (b"<!DOCTYPE html>404", "parsing failed", "another kind of file"),
+    ],
+)
+def test_a_file_that_is_no_model_is_named_for_what_it_is(content: bytes, found: str, fix: str, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(ArtifactError, match=found) as caught:
+        load_predictor(tmp_path / "m.onnx")
+    assert fix in str(caught.value.fix)
 
 
 def test_an_old_file_with_its_weights_among_the_inputs(tmp_path: Path) -> None:
@@ -265,6 +281,21 @@ def test_inputs_that_nothing_is_known_of_are_refused(tmp_path: Path) -> None:
     export = replace(EXPORTS["RF-DETR"], inputs={**EXPORTS["RF-DETR"].inputs, "input_ids": ("INT64", (1, 12))})
     with pytest.raises(ArtifactError, match="input_ids"):
         opened(export, write(export, tmp_path / "m.onnx"))
+
+
+def test_a_size_that_is_open_in_name_only(tmp_path: Path) -> None:
+    export = EXPORTS["Ultralytics v8, dynamic"]
+    path = write(export, tmp_path / "m.onnx")
+    model = onnx.load(str(path))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((1, 3, 64, 96), np.float32), "grid"))
+    model.graph.node[0].input[0] = "placed"
+    model.graph.node.insert(0, onnx.helper.make_node("Add", ["images", "grid"], ["placed"]))
+    onnx.save(model, str(path))
+    with opened(export, path):
+        pass
+    with pytest.raises(UserError, match="fails at 160x160") as caught:
+        opened(export, path, input_size=160)
+    assert "input_size" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(

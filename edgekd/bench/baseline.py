@@ -191,7 +191,7 @@ def _earlier(artifact: BenchArtifact, name: str, file: Path, old: Mapping[str, A
         path=file,
         name=name,
         role="baseline",
-        options=None if options is None or file.suffix != ".onnx" else options.model_copy(update={"onnx": str(file)}),
+        options=None if options is None or file.suffix.lower() != ".onnx" else options.model_copy(update={"onnx": str(file)}),
         runtime=_runtime_of(old),
         cuda_graph=bool(old.get("cuda_graph")),
     )
@@ -202,14 +202,14 @@ def _runtime_of(old: Mapping[str, Any]) -> RuntimeChoice:
 
 
 def _runtime_now(artifact: BenchArtifact) -> str:
-    return _NATURAL.get(artifact.path.suffix, "torch") if artifact.runtime == "auto" else artifact.runtime
+    return _NATURAL.get(artifact.path.suffix.lower(), "torch") if artifact.runtime == "auto" else artifact.runtime
 
 
 def _find(old: Mapping[str, Any], beside: Path, folders: Sequence[Path]) -> Path | None:
     """The file or run folder with the row's hash."""
     shown = Path(str(old["artifact"]))
     candidates = [shown, beside / shown, beside / shown.name]
-    candidates += [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in _NATURAL]
+    candidates += [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix.lower() in _NATURAL]
     for candidate in candidates:
         try:
             if sha256_model(deployed_file(candidate)) == old["sha256"]:

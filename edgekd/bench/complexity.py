@@ -51,9 +51,9 @@ def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> Ar
     """
     file = deployed_file(path)
     sha256 = sha256_model(file)
-    if file.suffix in ENGINE_SUFFIXES:
+    if file.suffix.lower() in ENGINE_SUFFIXES:
         return _engine_facts(file)
-    if file.suffix != ".onnx":
+    if file.suffix.lower() != ".onnx":
         return ArtifactFacts(file, sha256, file.stat().st_size, "fp32", *_native_counts(file))
     import onnx
 

@@ -91,7 +91,7 @@ def parse_artifact_argument(text: str) -> BenchArtifact:
 
 
 def _name_of(path: Path) -> str:
-    stem = path.stem if path.suffix in (".onnx", ".pt", ".pth", ".engine") else path.name
+    stem = path.stem if path.suffix.lower() in (".onnx", ".pt", ".pth", ".engine") else path.name
     return path.resolve().parent.name if stem in _GENERIC_STEMS else stem or path.resolve().name
 
 

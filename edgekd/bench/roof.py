@@ -32,7 +32,7 @@ def add_roof(rows: Sequence[dict[str, Any]], files: Sequence[Sequence[Path]], th
 
 def bytes_moved(file: Path, input_hw: Any = None) -> list[int] | None:
     """Least traffic of one inference of an ONNX file by layer: see `bench.layers.Layer`; None for anything else."""
-    if Path(file).suffix != ".onnx":
+    if Path(file).suffix.lower() != ".onnx":
         return None
     counts = [layer.bytes for layer in read_layers(Path(file), input_hw)]
     return None if None in counts or not counts else [count for count in counts if count is not None]

@@ -20,7 +20,7 @@ def declared(
     from dataclasses import replace
 
     options = foreign_options(artifact.path, classes, output, input_size, declare)
-    return artifact if options is None or artifact.path.suffix != ".onnx" else replace(artifact, options=options)
+    return artifact if options is None or artifact.path.suffix.lower() != ".onnx" else replace(artifact, options=options)
 
 
 def doubts(entries: list[BenchArtifact], dataset: Dataset, note: Callable[[str], None] = lambda _: None) -> list[str]:
@@ -34,7 +34,7 @@ def doubts(entries: list[BenchArtifact], dataset: Dataset, note: Callable[[str],
     from edgekd.teacher_check import examine
 
     found = []
-    for entry in {entry.path: entry for entry in reversed(entries) if entry.path.suffix == ".onnx"}.values():
+    for entry in {entry.path: entry for entry in reversed(entries) if entry.path.suffix.lower() == ".onnx"}.values():
         with load_predictor(entry.path, options=entry.options) as predictor:
             if predictor.facts.get("model") is not None:
                 continue
@@ -62,7 +62,7 @@ def with_graphs(artifacts: list[BenchArtifact]) -> list[BenchArtifact]:
     found = []
     for artifact in artifacts:
         found.append(artifact)
-        if artifact.path.suffix in ENGINE_SUFFIXES:
+        if artifact.path.suffix.lower() in ENGINE_SUFFIXES:
             found.append(replace(artifact, name=f"{artifact.name}+graph", cuda_graph=True))
     if len(found) == len(artifacts):
         raise UserError("--cuda-graph is for engines", got="none", fix="export one with --format engine")
@@ -83,7 +83,7 @@ def on_runtimes(
 
     found = []
     for artifact in artifacts:
-        if artifact.path.suffix != ".onnx":
+        if artifact.path.suffix.lower() != ".onnx":
             found.append(artifact)
             continue
         for position, runtime in enumerate(dict.fromkeys(runtimes)):

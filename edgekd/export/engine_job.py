@@ -137,7 +137,7 @@ def _as_onnx(
     say: Callable[[str], None],
 ) -> tuple[Path, tuple[ParityReport, ...], tuple[str, ...]]:
     """The source as an ONNX file; runs and checkpoints go through `export_run`, laid out for TensorRT."""
-    if source.suffix == ".onnx":
+    if source.suffix.lower() == ".onnx":
         if not source.is_file():
             raise ArtifactError(f"{source}: no such file", expected="an ONNX file, a checkpoint or a run folder")
         return source, (), ()
@@ -263,7 +263,7 @@ def _source(source: Path, out: Path) -> dict[str, Any]:
     """Name and hash of the source; its path from the engine where both lie on one drive, with those of its weights."""
     from edgekd.checkpoint import detector_file
 
-    file = source if source.suffix == ".onnx" else detector_file(source)
+    file = source if source.suffix.lower() == ".onnx" else detector_file(source)
     files = [file, *external_files(file)]
     hashes = [sha256_file(part) for part in files]
     try:

@@ -16,7 +16,7 @@ def external_files(file: Path, model: Any = None) -> list[Path]:
         model: the file's `ModelProto` if it has been read already.
     """
     if model is None:
-        if file.suffix != ".onnx":
+        if file.suffix.lower() != ".onnx":
             return []
         try:
             import onnx

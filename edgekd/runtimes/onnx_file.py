@@ -117,7 +117,7 @@ def _found_taps(
     runtime = _open(with_extra_outputs(path, names), provider, threads, engine)
     try:
         input_hw = _foreign_input_hw(path, runtime, runtime.metadata, declared)
-        arrays = _look(runtime, input_hw)
+        arrays = _look(path, runtime, input_hw)
     finally:
         runtime.close()
     return taps_by_stride(path, [(name, arrays[name].shape) for name in names], input_hw)
@@ -128,10 +128,26 @@ def _taps_note(grids: Mapping[str, tuple[int, tuple[int, int]]], taps: Mapping[s
     return f"taps {', '.join(shown)}, not declared: the last maps of their stride that two convolutions read"
 
 
-def _look(runtime: OnnxRuntime, input_hw: tuple[int, int], std: tuple[float, float, float] = ONE) -> Mapping[str, Any]:
-    """What a file gives for the probe picture, in bytes where it takes them."""
+def _look(
+    path: Path, runtime: OnnxRuntime, input_hw: tuple[int, int], std: tuple[float, float, float] = ONE
+) -> Mapping[str, Any]:
+    """What a file gives for the probe picture, in bytes where it takes them.
+
+    Raises:
+        UserError: it fails at this size, which it leaves open. RuntimeFailure: it fails at its own.
+    """
     spec = PreprocessSpec(input_hw, "stretch", ZERO, BYTES if runtime.takes_bytes else std)
-    return runtime.run(normalise(probe_picture(input_hw), spec))
+    try:
+        return runtime.run(normalise(probe_picture(input_hw), spec))
+    except RuntimeFailure as error:
+        if not runtime.dynamic_hw:
+            raise
+        height, width = input_hw
+        raise UserError(
+            f"{path}: it fails at {height}x{width}, though it says that it takes any size",
+            got=error.got,
+            fix="declare the `input_size` that it was exported with",
+        ) from error
 
 
 def _open(model: Path | bytes, provider: str, threads: int | None, engine: OnnxEngine) -> OnnxRuntime:
@@ -191,7 +207,7 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
             fix="leave `mean` and `std` out",
         )
     beginning = Beginning() if runtime.takes_bytes else beginning_of(path, runtime.image_name)
-    raw = _look(runtime, input_hw, BYTES if beginning.pixels == "0 to 255" else ONE)
+    raw = _look(path, runtime, input_hw, BYTES if beginning.pixels == "0 to 255" else ONE)
     arrays = {name: np.array(value) for name, value in raw.items() if isinstance(value, np.ndarray)}
     taps = _tapped(declared)
     own = {n: _first_image(a, runtime.input_shape[0]) for n, a in arrays.items() if n not in taps.values()}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekd.artifact import stand_in
 from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, UserError
 from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, first_line, source_name
 from edgekd.runtimes.tensor_info import TensorInfo
@@ -30,6 +31,7 @@ _LOADING: Mapping[str, str] = {
     "xternal data": _WEIGHTS_APART,
     "should be stored in": _WEIGHTS_APART,  # onnx's own words for it
     "_TRT": "export it without TensorRT's NMS plugin, which only TensorRT has: with decoded boxes and scores, or ONNX's NMS",
+    "Protobuf parsing failed": "copy or download it again: it is cut off, damaged, or another kind of file",
     "not a registered function/op": "export it with standard operators, without plugins of another runtime",
 }
 """What mends a file that does not load, by a word of ONNX Runtime's message."""
@@ -117,11 +119,13 @@ def _open_session(
             model if isinstance(model, bytes) else str(model), options, providers=[provider]
         )
     except Exception as error:  # ONNX Runtime's errors share no base class of their own
+        known = next((fix for word, fix in _LOADING.items() if word in str(error)), None)
+        got, fix = (stand_in(model) if isinstance(model, Path) else None) or (first_line(error), known)
         raise ArtifactError(
             f"{source}: ONNX Runtime cannot load this file",
-            got=first_line(error),
+            got=got,
             expected="a complete ONNX model with operators that ONNX Runtime knows",
-            fix=next((fix for word, fix in _LOADING.items() if word in str(error)), None),
+            fix=fix,
         ) from error
     session.disable_fallback()
     if provider not in session.get_providers()[:1]:
