@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 MODELS: tuple[str, ...] = (
     "vgg16-ssd",
@@ -48,6 +48,38 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Factor = Annotated[float, Field(ge=0)]
+Triple = tuple[float, float, float]
+
+
+def mean_of_shares(mean: Triple) -> Triple:
+    """The mean of pixels from 0 to 1, as it is.
+
+    Raises:
+        ValueError: it can be none.
+    """
+    if any(not -1 <= value <= 1 for value in mean):
+        raise ValueError("of pixels from 0 to 1, so no value over 1: divide what is meant for 0 to 255 by 255")
+    return mean
+
+
+def std_of_shares(std: Triple) -> Triple:
+    """The standard deviation of pixels from 0 to 1, as it is.
+
+    Raises:
+        ValueError: it can be none.
+    """
+    if any(not 0 < value <= 2 for value in std):  # 128 / 127.5 occurs
+        raise ValueError(
+            "of pixels from 0 to 1, so above 0 and hardly over 1: divide what is meant for 0 to 255 by 255"
+        )
+    return std
+
+
+def _no_blank(names: tuple[str, ...]) -> tuple[str, ...]:
+    for place, name in enumerate(names, 1):
+        if not name.strip():
+            raise ValueError(f"name {place} of {len(names)} is blank")
+    return names
 
 
 class _Section(BaseModel):
@@ -171,13 +203,15 @@ class OnnxTeacher(_Section):
     name: Name
     onnx: str
     output: Literal["auto", "yolo", "yolo-objectness", "boxes-scores", "detections"] = "auto"
-    class_names: tuple[str, ...] | Literal["auto", "coco", "coco91", "voc"] = "auto"
+    class_names: Annotated[tuple[str, ...], AfterValidator(_no_blank)] | Literal["auto", "coco", "coco91", "voc"] = (
+        "auto"
+    )
     class_map: dict[str, str] | None = None
     resize: Literal["auto", "stretch", "letterbox", "letterbox-corner"] = "auto"
     channels: Literal["auto", "rgb", "bgr"] = Field("auto", description="Order in which it takes colours.")
     input_size: int | None = Field(None, ge=32, description="Needed where the file's input is dynamic.")
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: Annotated[Triple, AfterValidator(mean_of_shares)] | None = None
+    std: Annotated[Triple, AfterValidator(std_of_shares)] | None = None
     score_activation: Literal["auto", "none", "sigmoid", "softmax"] = "auto"
     background: Literal["auto", "none", "first", "last"] = "auto"
     box_format: Literal[

@@ -56,8 +56,8 @@ def option_problem(error: ValidationError, **options: str) -> RecipeError:
     """The first mistake in values that options of the command line gave; `options`: field -> option, if called otherwise."""
     detail = error.errors(include_url=False)[0]
     field = str(detail["loc"][0])
-    option = options.get(field, field).replace("_", "-")
-    return RecipeError(f"--{option}: {detail['msg']}", got=str(detail["input"]))
+    option = options.get(field, field.replace("_", "-"))
+    return RecipeError(f"--{option}: {detail['msg'].removeprefix('Value error, ')}", got=str(detail["input"]))
 
 
 def _key_path(detail: ErrorDetails, data: Any) -> KeyPath:

@@ -326,6 +326,8 @@ def test_declared_options() -> None:
         named = foreign_options(Path("x.onnx"), name, None, None, None)
         assert named is not None
         assert named.class_names == name
+    with pytest.raises(RecipeError, match="--classes: name 3 of 3 is blank"):
+        foreign_options(Path("x.onnx"), "cat, dog,", None, None, None)
     with pytest.raises(RecipeError, match="--output"):
         foreign_options(Path("x.onnx"), None, "yolo9", None, None)
     said = foreign_options(
@@ -343,6 +345,13 @@ def test_declared_options() -> None:
         ("mean", "KEY=VALUE"),
         ("resize=squash", "--declare resize: "),
         ("mean=[1, 2]", "--declare mean: "),
+        (
+            "mean=[123.7, 116.3, 103.5]",
+            "--declare mean: of pixels from 0 to 1",
+        ),  # as MMDetection's configurations have them
+        ("std=[58.4, 57.1, 57.4]", "--declare std: .*by 255"),
+        ("std=[0, 1, 1]", "--declare std: .*above 0"),
+        ("box_format=corners", "--declare box_format: "),
         ("mean=[1, 2", "--declare mean: not a value"),
     ],
 )

@@ -212,6 +212,9 @@ def nameless():
     adapter = Adapter()
     adapter.class_names = [1, 2]
     return adapter
+class InBytes(Adapter):
+    preprocess = PreprocessSpec((64, 96), "stretch", (123.7, 116.3, 103.5), (58.4, 57.1, 57.4))
+
 class Reversed(Tapped):
     preprocess = PreprocessSpec((64, 96), "stretch", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), channels="bgr")
 
@@ -270,6 +273,8 @@ def test_online_too_a_bgr_teacher_gets_blue_first(adapters: str, tmp_path: Path)
         ("my_adapters:refuses", {}, "no licence"),
         ("my_adapters:nothing", {}, "did not return an adapter"),
         ("my_adapters:nameless", {}, "no list of texts"),
+        ("my_adapters:InBytes", {}, "by 255"),
+        ("my_adapters.py:Adapter", {}, "leave `.py` out: my_adapters:Adapter"),
         ("my_adapters:Adapter", {"scores": 1}, "factory failed"),
     ],
 )

@@ -191,7 +191,9 @@ def _earlier(artifact: BenchArtifact, name: str, file: Path, old: Mapping[str, A
         path=file,
         name=name,
         role="baseline",
-        options=None if options is None or file.suffix.lower() != ".onnx" else options.model_copy(update={"onnx": str(file)}),
+        options=None
+        if options is None or file.suffix.lower() != ".onnx"
+        else options.model_copy(update={"onnx": str(file)}),
         runtime=_runtime_of(old),
         cuda_graph=bool(old.get("cuda_graph")),
     )

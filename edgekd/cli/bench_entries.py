@@ -20,7 +20,9 @@ def declared(
     from dataclasses import replace
 
     options = foreign_options(artifact.path, classes, output, input_size, declare)
-    return artifact if options is None or artifact.path.suffix.lower() != ".onnx" else replace(artifact, options=options)
+    return (
+        artifact if options is None or artifact.path.suffix.lower() != ".onnx" else replace(artifact, options=options)
+    )
 
 
 def doubts(entries: list[BenchArtifact], dataset: Dataset, note: Callable[[str], None] = lambda _: None) -> list[str]:

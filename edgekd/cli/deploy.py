@@ -197,7 +197,9 @@ def export(
             "--data": {"split", "data_format"} if data is None else (),
             "--format engine": engine_only if format == "onnx" else (),
             "--format onnx": {"target", "nms"} if format == "engine" else (),
-            "a run or checkpoint": {"opset", "dynamic_batch", "calibration"} if source.suffix.lower() == ".onnx" else (),
+            "a run or checkpoint": {"opset", "dynamic_batch", "calibration"}
+            if source.suffix.lower() == ".onnx"
+            else (),
             "--precision int8": {"target", "calibration"} if precision != "int8" else (),
             "--precision fp16 or int8": {"max_map_drop"} if precision == "fp32" else (),
         },

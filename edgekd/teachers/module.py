@@ -21,7 +21,7 @@ from edgekd.detectors.base import TapSpec
 from edgekd.errors import RuntimeFailure, UserError
 from edgekd.predictor import Predictor
 from edgekd.preprocess import normalisation
-from edgekd.recipe import ModuleTeacher
+from edgekd.recipe import ModuleTeacher, mean_of_shares, std_of_shares
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.teachers.base import TeacherOutput
 from edgekd.teachers.predicted import PredictorTeacher, soft_targets_from
@@ -285,6 +285,15 @@ def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: st
             expected="preprocess: PreprocessSpec, class_names, and __call__(images) -> [(boxes, class_probs), ...]",
             fix="see edgekd.teachers.module.ModuleAdapter",
         )
+    for key, check in (("mean", mean_of_shares), ("std", std_of_shares)):
+        try:
+            check(getattr(adapter.preprocess, key))
+        except ValueError as error:
+            raise UserError(
+                f"teacher {config.name!r}: the {key} of its `preprocess` is wrong",
+                got=getattr(adapter.preprocess, key),
+                expected=f"that {error}",
+            ) from error
     names = adapter.class_names
     if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(
@@ -359,6 +368,9 @@ def _factory(reference: str) -> Callable[..., Any]:
             f"module {module_name!r} cannot be imported",
             got=f"{type(error).__name__}: {error}",
             expected="a module in the working directory or installed beside edgekd",
+            fix=f"leave `.py` out: {module_name.removesuffix('.py')}:{function_name}"
+            if module_name.endswith(".py")
+            else None,
         ) from error
     factory = getattr(module, function_name, None)
     if not callable(factory):
