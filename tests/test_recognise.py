@@ -417,6 +417,14 @@ def test_one_declared_name_too_few_does_not_make_an_objectness() -> None:
     assert read({"output0": YOLO}, class_names=NAMES[:2], output="yolo-objectness")[0].form.num_classes == 2
 
 
+def test_the_file_s_own_names_are_not_put_into_another_order() -> None:
+    with pytest.raises(UserError, match="another order") as caught:
+        read({"o": YOLO}, ("Cow", "dog", "cat"), class_names=NAMES)
+    assert caught.value.expected == "Cow, dog, cat"
+    for own in (("Katze", "Hund", "Kuh"), ("Cat", "Dog", "Cow")):
+        assert read({"o": YOLO}, own, class_names=NAMES)[0].class_names == NAMES
+
+
 def test_what_is_declared_wins() -> None:
     found, boxes, _ = read({"o": YOLO}, None, class_names=NAMES, box_format="xyxy")
     np.testing.assert_allclose(boxes, CENTRES)

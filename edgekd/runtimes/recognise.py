@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edgekd.errors import UserError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.boxes_scores import box_and_score, boxes_scores
@@ -29,9 +30,10 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
         found_names: class names from the file's metadata, if it has any.
 
     Raises:
-        UserError: the outputs leave more than one reading or none; the message lists them and says what to declare.
+        UserError: the outputs leave more than one reading or none; the message lists them and says what to declare. Or the
+            declared class names are the file's own in another order.
     """
-    names = _declared_names(declared) or (tuple(found_names) if found_names else None)
+    names = _names(probe, _declared_names(declared), found_names)
     objects, objects_declared = _without_background(names, declared)
     arrays = {
         name: array
@@ -83,6 +85,20 @@ def _head(arrays: Arrays, heads: Sequence[str], names: Sequence[str] | None) -> 
         wanted = (classes + 4, classes + 5)
         heads = [name for name in heads if any(extent in wanted for extent in item_of(arrays[name], 0, 2).shape)]
     return heads[0] if len(heads) == 1 else None
+
+
+def _names(probe: Probe, declared: tuple[str, ...] | None, found: Sequence[str] | None) -> tuple[str, ...] | None:
+    if declared is None or found is None:
+        return declared or (tuple(found) if found else None)
+    said, own = ([name.casefold() for name in names] for names in (declared, found))
+    if said != own and sorted(said) == sorted(own):
+        raise UserError(
+            f"{probe.source}: the declared class names are those in the file itself, in another order",
+            got=", ".join(declared),
+            expected=", ".join(found),
+            fix="leave them out for this file; where they are meant for another one, declare them for that one in the recipe",
+        )
+    return declared
 
 
 def _declared_names(declared: OnnxTeacher) -> tuple[str, ...] | None:
