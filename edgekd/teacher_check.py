@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from edgekd.artifact import is_current, write_json, write_manifest
+from edgekd.boxes import iou_matrix
 from edgekd.data.images import load_image
 from edgekd.errors import ArtifactError
 from edgekd.predictor import Predictor
@@ -35,16 +38,21 @@ RARER = 0.02
 """AP50 by which a corner must win over the middle."""
 POOR = 0.1
 """AP50 below which a teacher is hardly one."""
+SURE = 0.25
+"""Score from which on a box says what its object is."""
+FEWEST_CALLED, MOSTLY_CALLED = 5, 0.8
+"""Objects of one class, and the share of them that it finds, which it must call by one other name to be doubted."""
 _PLAIN = ("xyxy", "yxyx", "cxcywh", "xywh")
 RESIZE_MODES: tuple[ResizeMode, ...] = ("stretch", "letterbox", "letterbox-corner")
 _IMAGENET = (0.485, 0.456, 0.406)
-# (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; Caffe's, OpenCV's,
-# and ImageNet's on what OpenCV reads (NanoDet, RTMDet).
+# (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; what OpenCV reads,
+# scaled alone, Caffe's, as it is, and ImageNet's (NanoDet, RTMDet).
 _COLOURS: tuple[tuple[Channels, tuple[float, float, float], tuple[float, float, float]], ...] = (
     ("rgb", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     ("rgb", _IMAGENET, (0.229, 0.224, 0.225)),
     ("rgb", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     ("rgb", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+    ("bgr", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     ("bgr", _IMAGENET[::-1], (1 / 255, 1 / 255, 1 / 255)),
     ("bgr", (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
     ("bgr", _IMAGENET[::-1], (0.225, 0.224, 0.229)),
@@ -155,12 +163,16 @@ def examine(
     count = min(len(records), max(FEWEST_IMAGES, int(SECONDS / per_image / (1 + _TRIES * searched))))
     records, pictures = records[:count], pictures[:count]
 
-    def measure(spec: PreprocessSpec, form: OutputFormat = predictor.form) -> float:
+    def detect(spec: PreprocessSpec, form: OutputFormat = predictor.form) -> list[Detections]:
         prepared = predictor.with_preprocess(spec).with_form(form)
-        return agreement(records, [prepared.detect(picture) for picture in pictures], dataset.class_names, known)
+        return [prepared.detect(picture) for picture in pictures]
+
+    def measure(spec: PreprocessSpec, form: OutputFormat = predictor.form) -> float:
+        return agreement(records, detect(spec, form), dataset.class_names, known)
 
     spec = predictor.preprocess
-    now = measure(spec)
+    as_read = detect(spec)
+    now = agreement(records, as_read, dataset.class_names, known)
     tried: dict[PreprocessSpec, float] = {}
     if searched:  # first colours, then sizes with the best of them: all pairs would take three times as long
         tried = {other: measure(other) for other in other_colours(spec)}
@@ -177,6 +189,8 @@ def examine(
         )
     elif now < POOR and searched and (other := _other_reading(predictor.form, lambda form: measure(spec, form))):
         says = f"{who} may be read wrongly: {where}, but {100 * other[1]:.1f} with `{other[0]}`; declare that for it"
+    elif called := called_otherwise(records, as_read, dataset.class_names, labels):
+        says = f"{who} may have its classes wrong: {where}, and {called}; check its class names, their order and its class map"
     elif now < POOR:
         look = " (`edgekd predict` draws what it finds)" if searched else ""
         says = (
@@ -208,6 +222,31 @@ def agreement(
     per_class = evaluate(records, found, class_names).per_class
     figures = [value for name in known if (value := per_class[name].ap50) is not None]
     return sum(figures) / len(figures) if figures else 0.0
+
+
+def called_otherwise(
+    records: Sequence[ImageRecord], found: Sequence[Detections], class_names: Sequence[str], labels: Collection[int]
+) -> str:
+    """Which class a detector mostly takes for which other one, in words; empty where there is none.
+
+    Args:
+        labels: of the classes that the detector knows.
+    """
+    called = np.zeros((len(class_names), len(class_names)), np.int64)
+    for record, detections in zip(records, found, strict=True):
+        sure = detections.scores > SURE
+        overlaps = iou_matrix(record.boxes_xyxy, detections.boxes_xyxy[sure]) > 0.5
+        for label, there, over in zip(record.labels.tolist(), record.trainable, overlaps, strict=True):
+            if label in labels and there and over.any():
+                called[label, detections.labels[sure][over.argmax()]] += 1  # the best one, since these come best first
+    otherwise = called * (1 - np.eye(len(called), dtype=np.int64))
+    met = called.sum(1, keepdims=True)
+    otherwise[(otherwise < FEWEST_CALLED) | (otherwise < MOSTLY_CALLED * met)] = 0
+    label, other = np.unravel_index(otherwise.argmax(), otherwise.shape)
+    if not otherwise[label, other]:
+        return ""
+    objects = f"of the {met[label, 0]} objects labelled {class_names[label]} that it finds"
+    return f"{objects} it calls {otherwise[label, other]} {class_names[other]}"
 
 
 def _list(values: Sequence[float]) -> str:

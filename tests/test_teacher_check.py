@@ -14,9 +14,9 @@ from edgekd.cli.bench_entries import doubts
 from edgekd.errors import UserError
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.output_format import OutputFormat
-from edgekd.teacher_check import check_readings, other_colours, other_forms, other_sizes, to_declare
+from edgekd.teacher_check import called_otherwise, check_readings, other_colours, other_forms, other_sizes, to_declare
 from edgekd.teachers import build_teacher
-from edgekd.types import Dataset, ImageRecord, PreprocessSpec
+from edgekd.types import Dataset, Detections, ImageRecord, PreprocessSpec
 from tests.data_layouts import make_voc
 from tests.toy_onnx import write_constant_detector
 
@@ -107,7 +107,7 @@ def test_a_teacher_read_rightly_is_left_in_peace(tmp_path: Path) -> None:
     notes, warnings = check(labelled(tmp_path), config, tmp_path / "answers")
     assert not warnings
     assert notes == [
-        "teacher t: AP50 100.0 on 10 of the images of train; 8 other ways to prepare its pictures do no better"
+        "teacher t: AP50 100.0 on 10 of the images of train; 9 other ways to prepare its pictures do no better"
     ]
 
 
@@ -141,7 +141,7 @@ def test_what_was_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_other_reading_differs_from_the_present_one() -> None:
     now = PreprocessSpec((64, 64), "letterbox", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     others = [*other_colours(now), *other_sizes(now)]
-    assert len({now, *others}) == 9
+    assert len({now, *others}) == 10
     assert {spec.channels for spec in others} == {"rgb", "bgr"}
     declared = [to_declare(spec, now) for spec in others]
     assert "channels: bgr, mean: [0.406, 0.456, 0.485], std: [0.003922, 0.003922, 0.003922]" in declared
@@ -181,6 +181,35 @@ def test_bench_says_so_unless_it_is_to_be_quick(tmp_path: Path, quick: bool) -> 
     result = CliRunner().invoke(app, [str(argument) for argument in given])
     assert result.exit_code == 0, result.output
     assert ("wrong may be read wrongly" in result.output) is not quick
+
+
+def test_names_in_another_order_are_found_out(tmp_path: Path) -> None:
+    path = detector_file(tmp_path / "t.onnx", below=10.0)
+    _, warnings = check(labelled(tmp_path), config_of(path, class_names=("ring", "square")), tmp_path / "answers")
+    assert "teacher t may have its classes wrong: AP50 0.0 on 10 of the images of train" in warnings[0]
+    assert "of the 10 objects labelled square that it finds it calls 10 ring" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("calls", "says"),
+    [
+        ([1, 1, 1, 1, 1, 1], "of the 6 objects labelled square that it finds it calls 6 ring"),
+        ([1, 1, 1, 1, 1, 0], "of the 6 objects labelled square that it finds it calls 5 ring"),
+        ([1, 1, 1, 1, 0, 0], ""),
+        ([1, 1, 1, 1], ""),
+        ([], ""),
+    ],
+)
+def test_what_most_of_a_class_is_taken_for(calls: list[int], says: str, tmp_path: Path) -> None:
+    records = labelled(tmp_path, count=len(calls)).records
+    boxes = np.array([BOX, BOX, (50, 50, 60, 60)], np.float32)
+    found = [
+        Detections(boxes, np.array([0.9, 0.8, 0.7], np.float32), np.array([label, 1 - label, 1])) for label in calls
+    ]
+    assert called_otherwise(records, found, ("square", "ring"), {0, 1}) == says
+    assert called_otherwise(records, found, ("square", "ring"), {1}) == "", "a class that it does not know"
+    doubtful = [replace(detections, scores=detections.scores * 0.2) for detections in found]
+    assert called_otherwise(records, doubtful, ("square", "ring"), {0, 1}) == ""
 
 
 @pytest.mark.parametrize(
