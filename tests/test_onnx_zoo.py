@@ -329,6 +329,15 @@ def test_anchors_of_ones_own(tmp_path: Path) -> None:
         opened(export, path, anchors=own[:-1])
 
 
+def test_what_is_declared_to_no_effect_is_said(tmp_path: Path) -> None:
+    export = EXPORTS["Ultralytics v8, 11"]
+    with opened(export, write(export, tmp_path / "m.onnx"), anchors="yolov5", background="first") as predictor:
+        check(export, predictor)
+        said = " ".join(predictor.facts["notes"])
+    assert "declared anchors: not used" in said
+    assert "declared background: first: not used" in said
+
+
 def test_the_command_line_says_what_it_took_and_takes_what_is_declared(tmp_path: Path) -> None:
     path = write(EXPORTS["raw yolov5 in maps"], tmp_path / "m.onnx")
     cv2.imwrite(str(tmp_path / "p.png"), PICTURE)

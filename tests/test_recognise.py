@@ -288,6 +288,12 @@ UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
     "names that do not fit a head": ({"o": YOLO}, (*NAMES, "a", "b"), {}, "class_names"),
     "names that do not fit scores": ({"boxes": BOXES[None], "s": SCORES[None]}, ("a",), {}, "class names"),
     "no background column stands out": ({"boxes": BOXES[None], "s": SCORES[None]}, ("a", "b"), {}, "background"),
+    "a background that would be an objectness": (
+        {"o": np.concatenate([BOXES, WITH_BACKGROUND], 1)[None]},
+        NAMES,
+        {},
+        "name that one among the classes",
+    ),
     "both readings of boxes": ({"boxes": ONE_BOX, "s": SCORES[None, :1]}, NAMES, {}, "box_format"),
     "offsets that are not decoded": (
         {"boxes": NOISE[None], "s": SCORES[None]},

@@ -96,6 +96,11 @@ def _refuse_other_values(probe: Probe, scores: FloatArray, declared: OnnxTeacher
             "only the last value of a candidate lies outside 0 to 1, as an angle of rotated boxes does",
             "declare `output: yolo-objectness` if it is a class score; else take a detection model without angles",
         )
+    if layout.kind == "yolo-objectness" and declared.output == "auto" and _are_shares(scores):
+        raise probe.unclear(
+            "what would be an objectness and the class scores sum to 1, as a softmax's with one for background do",
+            "name that one among the classes, at its place: `class_names: [background, ...]`",
+        )
 
 
 def _channels_first(probe: Probe, table: NDArray[Any], names: tuple[str, ...] | None) -> bool:
@@ -179,6 +184,13 @@ def _yolo_box_format(probe: Probe, boxes: FloatArray, declared: OnnxTeacher, lay
 def _are_grid_offsets(probe: Probe, boxes: FloatArray) -> bool:
     """Whether a head's boxes are not decoded, as YOLOX exports them: one a cell, some extents' logarithms below 0."""
     return bool((boxes[:, 2:] < 0).any()) and grid_cells(probe.input_hw, len(boxes)) is not None
+
+
+def _are_shares(values: FloatArray) -> bool:
+    """Whether the rows of (P, N) values, none below 0, sum to 1; but not behind an objectness that is 1 by itself."""
+    return (
+        _bounded(values) and bool(np.ptp(values[:, 0]) > 0) and float((np.abs(values.sum(1) - 1) < 5e-3).mean()) > 0.99
+    )
 
 
 def _bounded(scores: FloatArray) -> bool:

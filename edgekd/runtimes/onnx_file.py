@@ -220,7 +220,11 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
     custom = custom_of(found.form, inputs, metadata, a_row_a_cell=a_row_a_cell, sliced=beginning.sliced)
     base = custom.preprocess(input_hw, beginning, runtime.takes_bytes)
     preprocess = _declared_preprocess(base, input_hw, declared)
-    notes = (*found.notes, *_preprocess_notes(custom, preprocess, beginning.pixels, runtime, declared))
+    notes = (
+        *found.notes,
+        *_idle(found.form, declared),
+        *_preprocess_notes(custom, preprocess, beginning.pixels, runtime, declared),
+    )
     facts = {"path": str(path), "precision": _precision(runtime), "notes": notes}
     grids = _tap_grids(path, arrays, taps)
     return OnnxDetector(runtime, found.class_names, preprocess, found.form, facts, grids)
@@ -248,6 +252,18 @@ def _candidates(path: Path, arrays: Mapping[str, NDArray[Any]], form: OutputForm
             got=str(error).replace("\n", " "),
             fix="declare another `output` or `box_format`, or leave them out; values that are not finite need another export",
         ) from error
+
+
+def _idle(form: OutputFormat, declared: OnnxTeacher) -> list[str]:
+    """What was declared to no effect, a sentence each."""
+    notes = []
+    if declared.background in ("first", "last") and form.kind.startswith("yolo"):
+        notes.append(
+            f"declared background: {declared.background}: not used, a head in one array has it among its classes"
+        )
+    if declared.anchors is not None and form.box_format != "grid-anchors":
+        notes.append("declared anchors: not used, the boxes are decoded already or have none")
+    return notes
 
 
 def _preprocess_notes(
