@@ -229,12 +229,14 @@ class OnnxTeacher(_Section):
         "grid-distances",
         "grid-distances-corner",
     ] = "auto"
-    anchors: Literal["yolov3", "yolov4", "yolov5", "yolov7", "yolov7-tiny"] | tuple[tuple[float, float], ...] | None = (
-        Field(
-            None,
-            description="Of a raw head in levels: a published set, or (width, height) in input pixels, fine to coarse, which "
-            "are decoded as YOLOv5 does.",
-        )
+    anchors: (
+        Literal["yolov3", "yolov3-tiny", "yolov4", "yolov4-tiny", "yolov5", "yolov7", "yolov7-tiny"]
+        | tuple[tuple[float, float], ...]
+        | None
+    ) = Field(
+        None,
+        description="Of a raw head in levels: a published set, or (width, height) in input pixels, fine to coarse, which "
+        "are decoded as YOLOv5 does.",
     )
     taps: dict[str, str] | Literal["auto"] = Field(
         default_factory=dict,

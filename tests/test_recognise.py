@@ -423,6 +423,28 @@ def test_one_declared_name_too_few_does_not_make_an_objectness() -> None:
     assert read({"output0": YOLO}, class_names=NAMES[:2], output="yolo-objectness")[0].form.num_classes == 2
 
 
+@pytest.mark.parametrize(
+    ("anchors", "finest"), [("yolov3-tiny", (10, 14)), ("yolov4-tiny", (23, 27))], ids=["v3", "v4"]
+)
+def test_a_tiny_raw_head_has_two_levels(anchors: str, finest: tuple[int, int]) -> None:
+    raw = {
+        "016_convolutional": np.zeros((1, 24, 2, 3), np.float32),
+        "023_convolutional": np.zeros((1, 24, 4, 6), np.float32),
+    }
+    found, boxes, scores = read(raw, score_activation="sigmoid", anchors=anchors)
+    assert found.form.box_format == "grid-anchors"
+    centred = cxcywh_from_xyxy(boxes)
+    np.testing.assert_allclose(centred[0], (8, 8, *finest))  # stride 16, the middle of the first cell
+    np.testing.assert_allclose(centred[-1], (80, 48, 344, 319))
+    np.testing.assert_allclose(scores, 0.25)
+    assert len(boxes) == 3 * (24 + 6)
+
+
+def test_values_of_no_name_beside_boxes_and_scores_are_told() -> None:
+    found, _, _ = read({"801": BOXES[None], "802": OBJECTNESS[None], "803": SCORES[None]})
+    assert any(note.startswith("'802' left aside") for note in found.notes)
+
+
 def test_the_file_s_own_names_are_not_put_into_another_order() -> None:
     with pytest.raises(UserError, match="another order") as caught:
         read({"o": YOLO}, ("Cow", "dog", "cat"), class_names=NAMES)

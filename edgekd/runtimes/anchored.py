@@ -31,14 +31,18 @@ class AnchorSet:
 
 _V3 = (10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326)
 _V4 = (12, 16, 19, 36, 40, 28, 36, 75, 76, 55, 72, 146, 142, 110, 192, 243, 459, 401)
+_V3_TINY = (10, 14, 23, 27, 37, 58, 81, 82, 135, 169, 344, 319)
+_V4_TINY = (23, 27, 37, 58, 81, 82, 81, 82, 135, 169, 344, 319)  # its finer level has the second to fourth of v3's six
 ANCHOR_SETS: dict[str, AnchorSet] = {
     "yolov3": AnchorSet(_V3, squared=False),
+    "yolov3-tiny": AnchorSet(_V3_TINY, squared=False),
     "yolov4": AnchorSet(_V4, squared=False, centre_scales=(1.2, 1.1, 1.05)),
+    "yolov4-tiny": AnchorSet(_V4_TINY, squared=False, centre_scales=(1.05, 1.05)),
     "yolov5": AnchorSet(_V3, squared=True),
     "yolov7": AnchorSet(_V4, squared=True),
     "yolov7-tiny": AnchorSet(_V3, squared=True),
 }
-"""Of the authors' own configurations for three levels."""
+"""Of the authors' own configurations, fine to coarse: three levels, two of the tiny ones of v3 and v4."""
 
 
 def grid_of(shape: Sequence[int], values: int, input_hw: tuple[int, int]) -> tuple[int, int, int] | None:

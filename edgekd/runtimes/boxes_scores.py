@@ -53,6 +53,8 @@ def boxes_scores(
         )
     columns = scores.shape[1]
     class_names, notes = names_or_error(probe, names, columns)
+    aside = [n for n, a in probe.arrays.items() if n not in pair and a.size == len(boxes) and a.dtype.kind == "f"]
+    notes = (*notes, *(f"{n!r} left aside: if scores are to be multiplied by it, export them so" for n in aside))
     activation, background = _activation_and_background(probe, scores, class_names, declared)
     has_background = background != "none"
     if coco_by_id(class_names) and columns - has_background == 90:
