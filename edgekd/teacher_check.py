@@ -242,7 +242,7 @@ def called_otherwise(
     otherwise = called * (1 - np.eye(len(called), dtype=np.int64))
     met = called.sum(1, keepdims=True)
     otherwise[(otherwise < FEWEST_CALLED) | (otherwise < MOSTLY_CALLED * met)] = 0
-    label, other = np.unravel_index(otherwise.argmax(), otherwise.shape)
+    label, other = divmod(int(otherwise.argmax()), len(class_names))
     if not otherwise[label, other]:
         return ""
     objects = f"of the {met[label, 0]} objects labelled {class_names[label]} that it finds"

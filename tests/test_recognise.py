@@ -440,6 +440,17 @@ def test_a_tiny_raw_head_has_two_levels(anchors: str, finest: tuple[int, int]) -
     assert len(boxes) == 3 * (24 + 6)
 
 
+def test_an_objectness_that_may_be_a_class_that_was_not_declared_is_told() -> None:
+    boxes, scores = truth(4, 126)
+    head = np.concatenate([cxcywh_from_xyxy(boxes), scores], 1)[None]
+    told = "if it is a class, declare all 4"
+    assert any(told in note for note in read({"o": head})[0].notes)
+    assert not any(told in note for note in read({"o": head}, output="yolo-objectness")[0].notes)
+    assert not any(
+        told in note for note in read({"o": YOLOV5})[0].notes
+    )  # no number of candidates that such heads have
+
+
 def test_values_of_no_name_beside_boxes_and_scores_are_told() -> None:
     found, _, _ = read({"801": BOXES[None], "802": OBJECTNESS[None], "803": SCORES[None]})
     assert any(note.startswith("'802' left aside") for note in found.notes)

@@ -72,6 +72,12 @@ def yolo(probe: Probe, outputs: Sequence[str], declared: OnnxTeacher, names: tup
     )
     if layout.extra:
         notes = (*notes, f"{layout.extra} further values a candidate (mask, keypoints, angle) left aside")
+    guessed = layout.kind == "yolo-objectness" and declared.output == "auto" and box_format != "grid-offsets"
+    if (
+        guessed and grid_cells(probe.input_hw, len(values)) is not None
+    ):  # of heads with one candidate a cell few have one
+        more = layout.classes + 1
+        notes = (*notes, f"the fifth value of each candidate read as objectness; if it is a class, declare all {more}")
     levels = f" over {len(outputs)} levels" if len(outputs) > 1 else ""
     return Recognised(
         form, class_names, (f"outputs recognised as {layout.kind}{levels}, boxes as {box_format}", *notes)
