@@ -130,6 +130,10 @@ class InformationMapTerm(Term):
         )
         self.needs_dense = any(teacher.detector is not None for teacher in pair.teachers)
 
+    def matched(self) -> str:
+        """See `Term.matched`."""
+        return "; ".join(part.matched() for part in self.parts)
+
     def forward(self, batch: DistillBatch) -> Tensor:
         """Backbone and neck parts, weighted."""
         losses = [weight * part(batch) for weight, part in zip(self.weights, self.parts, strict=True)]
