@@ -18,7 +18,7 @@ from edgekd.cluster import MAX_TRIES, _Dispatcher
 from edgekd.compare import CompareJob, Run, _tasks, compare, one_by_one
 from edgekd.comparison import Evaluated, gain, spread, table_markdown
 from edgekd.data.scenes import make_scenes
-from edgekd.errors import EdgeKDError, RecipeError, UserError
+from edgekd.errors import DataError, EdgeKDError, RecipeError, UserError
 from edgekd.recipe import Recipe
 from edgekd.types import Detections
 from tests.toy import CLASSES, toy_dataset
@@ -105,6 +105,16 @@ def test_recipes_that_differ_in_more_than_the_method_are_refused(tmp_path: Path)
 def test_repeats_are_refused(tmp_path: Path, names: tuple[str, ...], seeds: tuple[int, ...]) -> None:
     with pytest.raises(UserError):
         CompareJob(tuple(recipe(tmp_path, name) for name in names), seeds, tmp_path / "out")
+
+
+def test_nothing_is_trained_where_nothing_can_be_compared(tmp_path: Path) -> None:
+    root = make_scenes(tmp_path / "scenes", counts={"train": 4, "val": 2}, image_hw=(96, 128))
+    for name in (root / "ImageSets/Main/val.txt").read_text().split():
+        path = root / f"Annotations/{name}.xml"  # marked difficult, all of them
+        path.write_text(path.read_text().replace("<difficult>0<", "<difficult>1<"))
+    with pytest.raises(DataError, match="nothing can be compared"):
+        compare(CompareJob((recipe(root, "response"),), (0,), tmp_path / "out", quiet=True))
+    assert not (tmp_path / "out/alone").exists()
 
 
 @pytest.mark.slow
