@@ -277,9 +277,13 @@ class TermConfig(_Section):
     gradient_ratio: float | None = Field(
         None, gt=0, description="Instead of weight: target gradient norm as a share of the detection loss's."
     )
-    student_taps: tuple[str, ...] | Literal["auto"] = "auto"
-    teacher_taps: tuple[str, ...] | Literal["auto"] = "auto"
-    params: dict[str, Any] = Field(default_factory=dict)
+    student_taps: tuple[str, ...] | Literal["auto"] = Field(
+        "auto", description="The student's maps that learn, for terms that read maps; auto matches both sides by grid."
+    )
+    teacher_taps: tuple[str, ...] | Literal["auto"] = Field(
+        "auto", description="The teachers' maps, pair by pair with student_taps where both are named."
+    )
+    params: dict[str, Any] = Field(default_factory=dict, description="The term's own settings: see edgekd/losses.")
 
     @model_validator(mode="after")
     def _one_weight(self) -> TermConfig:
