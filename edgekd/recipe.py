@@ -275,7 +275,10 @@ class TermConfig(_Section):
     )
     weight: float | None = Field(None, ge=0, description="Multiplier; the term's own default if left out.")
     gradient_ratio: float | None = Field(
-        None, gt=0, description="Instead of weight: target gradient norm as a share of the detection loss's."
+        None,
+        gt=0,
+        description="Instead of weight: target gradient norm as a share of the detection loss's, whatever a term fades by itself "
+        "(gkd's decay).",
     )
     student_taps: tuple[str, ...] | Literal["auto"] = Field(
         "auto", description="The student's maps that learn, for terms that read maps; auto matches both sides by grid."

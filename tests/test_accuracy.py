@@ -245,6 +245,26 @@ def test_only_the_best_100_an_image_and_class_count() -> None:
     assert mean_ap50(match_coco(records, answers, 3), ones)[0] == pytest.approx(np.nanmean(reference[0, :, :, 0]))
 
 
+@pytest.mark.parametrize(("wrong", "found"), [(99, 1), (100, 0)])
+def test_the_hundredth_detection_counts_and_the_next_does_not(wrong: int, found: int) -> None:
+    right, off = [0.0, 0, 10, 10], [50.0, 50, 60, 60]
+    no = np.zeros(1, bool)
+    record = ImageRecord("0", Path("0.png"), (80, 80), np.array([right], np.float32), np.zeros(1, np.int64), no, no)
+    answer = Detections(
+        np.array([off] * wrong + [right]), np.linspace(0.9, 0.1, wrong + 1), np.zeros(wrong + 1, np.int64)
+    )
+    assert int(match_coco([record], [answer], 1).correct.sum()) == found
+
+
+def test_overlaps_against_plain_arithmetic() -> None:
+    boxes = np.array([[0.0, 0, 10, 10], [20, 20, 30, 40]])
+    objects = np.array([[5.0, 0, 15, 10], [9, 9, 21, 21], [0, 0, 100, 100], [0, 12, 10, 20]])
+    crowd = np.array([False, False, True, False])
+    # half of a box; one corner pixel of each; a crowd that holds both; beside one, apart from the other
+    expected = [[50 / 150, 1 / 243, 1.0, 0.0], [0.0, 1 / 343, 1.0, 0.0]]
+    np.testing.assert_allclose(iou_with_crowds(boxes, objects, crowd), expected)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_weighted_ap50_equals_the_library_on_repeated_images(seed: int) -> None:
     records, answers = make_split(seed, difficult=0.2, crowd=0.1)

@@ -58,7 +58,7 @@ class GKDTerm(LevelTerm):
         inside: weight of the feature loss in boxes. outside: weight elsewhere.
         response_weight: of the weighted KL. temperature: of the KL.
         global_weight: factor of the relation to the prototypes; 0 turns it off, as the public configuration does.
-        decay: scale everything by 1 - epoch / epochs.
+        decay: scale everything by 1 - epoch / epochs. A `gradient_ratio` undoes it, since it holds the pull where it is.
         student_taps: see `LevelTerm`.
         teacher_taps: see `LevelTerm`.
         normalise: see `LevelTerm`.
