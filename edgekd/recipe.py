@@ -277,8 +277,8 @@ class TermConfig(_Section):
     gradient_ratio: float | None = Field(
         None,
         gt=0,
-        description="Instead of weight: target gradient norm as a share of the detection loss's, whatever a term fades by itself "
-        "(gkd's decay).",
+        description="Instead of weight: target gradient norm as a share of the detection loss's; it undoes what a term fades "
+        "by itself (gkd's decay).",
     )
     student_taps: tuple[str, ...] | Literal["auto"] = Field(
         "auto", description="The student's maps that learn, for terms that read maps; auto matches both sides by grid."
@@ -326,6 +326,16 @@ class DistillConfig(_Section):
         None,
         description="Keep what teachers say about a few views of each image, instead of running them at every step.",
     )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistillConfig:
+        if self.detection_weight == 0 and any(term.gradient_ratio is not None for term in self.terms):
+            raise ValueError(
+                "gradient_ratio is a share of the detection loss's pull, and detection_weight is 0: give weight"
+            )
+        if self.detection_weight == 0 and all(term.weight == 0 for term in self.terms):
+            raise ValueError("detection_weight and every term's weight are 0: nothing would be learned")
+        return self
 
 
 class QatConfig(_Section):
