@@ -215,15 +215,17 @@ class _Trainer:
         factor = lr_factor(step, self.total_steps, self.cfg)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
+        gathered = (self.progress.batch - 1) % self.cfg.accumulate  # batches of this optimiser step before this one
+        # An epoch's last step may have fewer batches: its gradient is their mean too.
+        batches = min(self.cfg.accumulate, self.loader.steps_per_epoch - (self.progress.batch - 1 - gathered))
         # On a step's first batch, so that no gradient is gathered with weights that have not been measured yet.
-        first_of_step = (self.progress.batch - 1) % self.cfg.accumulate == 0
-        measure = self.learner.distiller is not None and step % MEASURE_EVERY == 0 and first_of_step
+        measure = self.learner.distiller is not None and step % MEASURE_EVERY == 0 and gathered == 0
         clock = Clock(epoch, self.cfg.epochs, step)
         with self.fabric.no_backward_sync(self.module, enabled=not update):
             losses: dict[str, Tensor] = self.module(StepInput(batch, clock, measure))
             values = self._shared(losses)
             check_finite(values, step, batch.image_ids)
-            self.fabric.backward(losses["loss"] / self.cfg.accumulate)
+            self.fabric.backward(losses["loss"] / batches)
         if self.adversary is not None and self.learner.adversary is not None:
             self._adversary_step(self.learner.adversary)
         if update:

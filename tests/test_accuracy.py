@@ -256,6 +256,16 @@ def test_the_hundredth_detection_counts_and_the_next_does_not(wrong: int, found:
     assert int(match_coco([record], [answer], 1).correct.sum()) == found
 
 
+@pytest.mark.parametrize(("width", "found"), [(5, 1), (4, 0)])
+def test_half_of_an_object_is_enough_in_both_protocols(width: int, found: int) -> None:
+    no = np.zeros(1, bool)
+    boxes = np.array([[0.0, 0, 10, 10]], np.float32)
+    record = ImageRecord("0", Path("0.png"), (80, 80), boxes, np.zeros(1, np.int64), no, no)
+    answer = Detections(np.array([[0.0, 0, width, 10]]), np.array([0.9]), np.zeros(1, np.int64))
+    for match in (match_coco, match_voc):
+        assert int(match([record], [answer], 1).correct.sum()) == found
+
+
 def test_overlaps_against_plain_arithmetic() -> None:
     boxes = np.array([[0.0, 0, 10, 10], [20, 20, 30, 40]])
     objects = np.array([[5.0, 0, 15, 10], [9, 9, 21, 21], [0, 0, 100, 100], [0, 12, 10, 20]])
