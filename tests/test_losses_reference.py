@@ -284,6 +284,43 @@ def with_answers(batch: DistillBatch, answers: list[list[tuple[list[list[float]]
     return replace(batch, teachers=views)
 
 
+@pytest.mark.parametrize("mean", ["objects", "cells"])
+def test_decoupled_foreground(pair: Pair, mean: str) -> None:
+    """Each object is taught by the teacher that sees it best, if that one sees it better than the student does."""
+    term, batch = built(pair, "decoupled", background_weight=0.0, foreground_mean=mean)
+    gt, labels = [plain(b) for b in batch.targets.boxes_xyxy], [v.tolist() for v in batch.targets.labels]
+    (a, b), (c,) = gt[0].tolist(), gt[1].tolist()
+    # Of the first image's objects the first teacher sees one better and the second the other; the last is seen by none.
+    first: list[Any] = [([a, b], [[0.9, 0.0], [0.0, 0.6]]), ([c], [[0.9, 0.0]]), ([], [])]
+    second: list[Any] = [([a, b], [[0.8, 0.1], [0.1, 0.7]]), ([], []), ([], [])]
+    batch = with_answers(batch, [first, second])
+    boxes, scores = (plain(v) for v in pair.student.decode(batch.output))
+    choices: list[list[int]] = []
+    for image in range(3):
+        choices.append([])
+        for box, label in zip(gt[image], labels[image], strict=True):
+            sees = [best_row(boxes[image], scores[image], box, label)[0]]
+            for view in batch.teachers:
+                theirs, probs = plain(view.soft.boxes_xyxy[image]), plain(view.soft.class_probs[image])
+                sees.append(best_row(theirs, probs, box, label)[0] if len(theirs) else 0.0)
+            choices[-1].append(int(np.argmax(sees)) - 1)
+    assert choices == [[0, 1], [-1], []]
+    expected = 0.0
+    for t, _, _, student, teacher in levels_of(term, batch, normalised=False):
+        total = weight = 0.0
+        for image in range(3):
+            owner = owners(gt[image], (student.shape[2], student.shape[3]))
+            for y, x in np.argwhere(owner >= 0):
+                share = 1 / (owner == owner[y, x]).sum() if mean == "objects" else 1.0
+                weight += share
+                if choices[image][owner[y, x]] == t:
+                    s, v = student[image, :, y, x], teacher[image, :, y, x]
+                    total += share * (1 - s @ v / np.sqrt((s @ s) * (v @ v)))
+        expected += total / weight / len(term.levels[t])  # type: ignore[index, arg-type]
+    assert float(term(batch).detach()) == pytest.approx(expected, rel=1e-4)
+    assert term.statistics() == {"gate_open": pytest.approx(2 / 3)}
+
+
 def test_decoupled_background(pair: Pair) -> None:
     """Free rows of highest score; the teacher that is least wrong there; silence reaches to 0.05."""
     term, batch = built(pair, "decoupled", background_weight=1.0)
@@ -321,10 +358,9 @@ def test_decoupled_background(pair: Pair) -> None:
 
 def _worst_free_rows(priors: Array, boxes: Array, scores: Array, gt: Array) -> list[int]:
     free = []
-    for row, (cx, cy, w, h) in enumerate(priors):
-        prior = np.array([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2])
+    for row, (cx, cy, *_) in enumerate(priors):
         inside = any(b[0] <= cx < b[2] and b[1] <= cy < b[3] for b in gt)
-        if not inside and not any(max(iou(prior, b), iou(boxes[row], b)) >= 0.5 for b in gt):
+        if not inside and not any(iou(boxes[row], b) >= 0.5 for b in gt):
             free.append(row)
     return sorted(free, key=lambda row: -float(scores[row].max()))[: max(32, 3 * len(gt))]
 
