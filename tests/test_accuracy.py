@@ -12,7 +12,7 @@ import pytest
 
 from edgekd.bench.accuracy import evaluate
 from edgekd.bench.matching import IOU_THRESHOLD, iou_with_crowds, match_coco, match_voc
-from edgekd.bench.precision_recall import average_precisions_voc, map_difference, mean_ap50
+from edgekd.bench.precision_recall import average_precisions_voc, map_difference, mean_ap50, percentile_interval
 from edgekd.types import Detections, ImageRecord
 
 NAMES = ("cat", "dog", "bird", "never there")
@@ -312,6 +312,15 @@ def test_difference_interval() -> None:
     assert map_difference(records, good, good, 3, resamples=50) == (0.0, 0.0, 0.0)
     swapped = map_difference(records, bad, good, 3, resamples=300)
     assert swapped == pytest.approx((-difference, -high, -low), abs=1e-9)
+
+
+def test_an_interval_holds_its_share_of_the_draws() -> None:
+    draws = np.arange(101) / 100
+    assert percentile_interval(np.r_[0.3, draws]) == pytest.approx((0.3, 0.025, 0.975))
+    assert percentile_interval(np.r_[0.3, draws], 0.9) == pytest.approx((0.3, 0.05, 0.95))
+    assert percentile_interval(np.r_[0.3, draws, np.nan]) == pytest.approx((0.3, 0.025, 0.975))
+    assert percentile_interval(np.r_[np.nan, draws]) is None
+    assert percentile_interval(np.array([0.3])) == (0.3, 0.3, 0.3)
 
 
 @pytest.mark.slow
