@@ -25,7 +25,7 @@ from edgekd.bench.matching import match_coco
 from edgekd.checkpoint import MODEL_FILE, load_detector
 from edgekd.comparison import ALONE, Evaluated, summary, table_markdown
 from edgekd.console import Terminal
-from edgekd.errors import RecipeError, UserError
+from edgekd.errors import DataError, RecipeError, UserError
 from edgekd.recipe import Recipe, TrainedTeacher
 from edgekd.selection import Selection
 from edgekd.side_by_side import Task, run_side_by_side, tasks_at_once
@@ -33,7 +33,7 @@ from edgekd.stages import distill_student, ready_teachers, train_student, train_
 from edgekd.teaching import check_setup
 from edgekd.types import Detections
 from edgekd.validate import ResizedImages, detect_dataset
-from edgekd.workspace import Workspace, open_workspace
+from edgekd.workspace import Workspace, has_objects, open_workspace
 
 _EVALUATION = "evaluation"
 """Of a run: the folder with its detections on the validation images, and their accuracy."""
@@ -115,9 +115,16 @@ def compare(job: CompareJob, finished: Iterator[Run] | None = None, *, jobs: int
         jobs: trainings at once, in processes of their own; None for as many as a CPU has cores and memory for.
 
     Raises:
-        EdgeKDError: a teacher or a term cannot work, said before anything is trained; or a run failed.
+        EdgeKDError: a teacher or a term cannot work, or there is nothing to measure on, said before anything is trained; or
+            a run failed.
     """
     with open_workspace(job.recipes[0], job.out, device=job.device, quiet=job.quiet) as base:
+        if not has_objects(base.val):
+            raise DataError(
+                f"{base.val.root}, split {base.val.split!r}: no object to be found, so that nothing can be compared",
+                got=f"{len(base.val)} images",
+                fix="name a labelled split in `data.val`; `edgekd data check` looks at all of them",
+            )
         for recipe in job.recipes:
             check_setup(replace(base, recipe=recipe))
         found: dict[Run, Evaluated] = {}

@@ -51,7 +51,10 @@ class TeacherSet:
 
 @dataclass(frozen=True)
 class WeightedTerm:
-    """A term with how it is weighted: a fixed number, or a gradient-norm ratio to the detection loss."""
+    """A term with how it is weighted: a fixed number, or a gradient-norm ratio to the detection loss.
+
+    With a ratio, `weight` is the term's default, which holds until there is a gradient to measure.
+    """
 
     label: str
     term: Term
@@ -93,6 +96,15 @@ class Distiller(nn.Module):
         return tuple(dict.fromkeys(name for entry in self.terms for name in entry.term.student_taps))
 
     @property
+    def matched(self) -> list[str]:
+        """Which maps of the student learn from which of the teachers', a line for all terms that match alike."""
+        terms: dict[str, list[str]] = {}
+        for entry in self.terms:
+            if pairs := entry.term.matched():
+                terms.setdefault(pairs, []).append(entry.label)
+        return [f"{', '.join(labels)}: {pairs}" for pairs, labels in terms.items()]
+
+    @property
     def loader_answers(self) -> tuple[Answers, ...]:
         """What the loader must map through each view: every teacher's answers, then the fused ones."""
         if not self.answers_from_images or self.set.fused_answers is None:
@@ -123,7 +135,7 @@ class Distiller(nn.Module):
         entry = self.terms[index]
         if entry.gradient_ratio is None:
             return entry.weight
-        return float(self.ratio_weights[index]) or 1.0  # 0 means not measured yet
+        return float(self.ratio_weights[index]) or entry.weight  # 0: it has had no gradient to be measured yet
 
     def update_ratio_weights(self, detection_norm: float, term_norms: Sequence[float | None]) -> None:
         """Move ratio weights towards their targets, given gradient norms of the unweighted losses."""
@@ -174,7 +186,8 @@ class Distiller(nn.Module):
         """Each term's unweighted loss; None for a term of weight 0, which is not computed at all.
 
         Raises:
-            DistillationSetupError: a term gives a loss that does not depend on the student.
+            DistillationSetupError: a term gives a loss that does not depend on the student, or compares maps that nothing
+                can change.
         """
         losses: list[Tensor | None] = []
         for entry in self.terms:
@@ -185,6 +198,13 @@ class Distiller(nn.Module):
             if not loss.requires_grad:
                 raise DistillationSetupError(
                     f"term {entry.label} does not depend on the student: it would silently do nothing"
+                )
+            taps = entry.term.student_taps
+            if taps and not any(batch.output.taps[name].requires_grad for name in taps):
+                raise DistillationSetupError(  # its adapters would learn, and hide that the student does not
+                    f"term {entry.label} would teach the student nothing: the layers before its taps are frozen",
+                    got=", ".join(taps),
+                    fix="name student_taps behind them, or lower train.freeze_stride (train.backbone_lr_factor: 0 freezes too)",
                 )
             losses.append(loss)
         return losses

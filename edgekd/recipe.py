@@ -311,11 +311,18 @@ class TermConfig(_Section):
     )
     weight: float | None = Field(None, ge=0, description="Multiplier; the term's own default if left out.")
     gradient_ratio: float | None = Field(
-        None, gt=0, description="Instead of weight: target gradient norm as a share of the detection loss's."
+        None,
+        gt=0,
+        description="Instead of weight: target gradient norm as a share of the detection loss's; it undoes what a term fades "
+        "by itself (gkd's decay).",
     )
-    student_taps: tuple[str, ...] | Literal["auto"] = "auto"
-    teacher_taps: tuple[str, ...] | Literal["auto"] = "auto"
-    params: dict[str, Any] = Field(default_factory=dict)
+    student_taps: tuple[str, ...] | Literal["auto"] = Field(
+        "auto", description="The student's maps that learn, for terms that read maps; auto matches both sides by grid."
+    )
+    teacher_taps: tuple[str, ...] | Literal["auto"] = Field(
+        "auto", description="The teachers' maps, pair by pair with student_taps where both are named."
+    )
+    params: dict[str, Any] = Field(default_factory=dict, description="The term's own settings: see edgekd/losses.")
 
     @model_validator(mode="after")
     def _one_weight(self) -> TermConfig:
@@ -355,6 +362,16 @@ class DistillConfig(_Section):
         None,
         description="Keep what teachers say about a few views of each image, instead of running them at every step.",
     )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistillConfig:
+        if self.detection_weight == 0 and any(term.gradient_ratio is not None for term in self.terms):
+            raise ValueError(
+                "gradient_ratio is a share of the detection loss's pull, and detection_weight is 0: give weight"
+            )
+        if self.detection_weight == 0 and all(term.weight == 0 for term in self.terms):
+            raise ValueError("detection_weight and every term's weight are 0: nothing would be learned")
+        return self
 
 
 class QatConfig(_Section):

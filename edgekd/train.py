@@ -120,12 +120,12 @@ def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult
         return trainer.run(log)
 
 
-def _start_of(model: ModelConfig, pretrained: bool) -> str | None:
+def _start_of(model: ModelConfig, pretrained: bool) -> list[str]:
     """What to tell of the weights that training begins with."""
     if model.weights is None:
-        return None
+        return []
     cut = "" if pretrained else f", cut to its width of {model.width:g}"
-    return f"the backbone begins with weights of {model.weights}{cut}"
+    return [f"the backbone begins with weights of {model.weights}{cut}"]
 
 
 class _Trainer:
@@ -138,8 +138,8 @@ class _Trainer:
             torch.use_deterministic_algorithms(True)
         spec = fitted_spec(spec_for(job.model, job.dataset.class_names), job.dataset.records)
         detector, pretrained = initial_detector(job.model, spec)
-        self.start = _start_of(job.model, pretrained)
         distiller = job.make_distiller(detector) if job.make_distiller is not None else None
+        self.notes = [*_start_of(job.model, pretrained), *(distiller.matched if distiller is not None else ())]
         self.learner = LearningStep(detector, distiller, job.detection_weight)
         self.loader = self._make_loader(distiller)
         self.total_steps = max(1, self.cfg.epochs * math.ceil(self.loader.steps_per_epoch / self.cfg.accumulate))
@@ -172,8 +172,8 @@ class _Trainer:
     def run(self, log: RunLog) -> RunResult:
         try:
             with self._signals.caught():
-                if self.start is not None and self.progress.step == 0:
-                    log.write({"event": "note", "step": 0, "message": self.start})
+                for note in self.notes if self.progress.step == 0 else ():
+                    log.write({"event": "note", "step": 0, "message": note})
                 for epoch in range(self.progress.epoch, self.cfg.epochs):
                     self._epoch(epoch, log)
                     if self._is_eval_epoch(epoch):
@@ -215,13 +215,17 @@ class _Trainer:
         factor = lr_factor(step, self.total_steps, self.cfg)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
-        measure = self.learner.distiller is not None and step % MEASURE_EVERY == 0 and update
+        gathered = (self.progress.batch - 1) % self.cfg.accumulate  # batches of this optimiser step before this one
+        # An epoch's last step may have fewer batches: its gradient is their mean too.
+        batches = min(self.cfg.accumulate, self.loader.steps_per_epoch - (self.progress.batch - 1 - gathered))
+        # On a step's first batch, so that no gradient is gathered with weights that have not been measured yet.
+        measure = self.learner.distiller is not None and step % MEASURE_EVERY == 0 and gathered == 0
         clock = Clock(epoch, self.cfg.epochs, step)
         with self.fabric.no_backward_sync(self.module, enabled=not update):
             losses: dict[str, Tensor] = self.module(StepInput(batch, clock, measure))
             values = self._shared(losses)
             check_finite(values, step, batch.image_ids)
-            self.fabric.backward(losses["loss"] / self.cfg.accumulate)
+            self.fabric.backward(losses["loss"] / batches)
         if self.adversary is not None and self.learner.adversary is not None:
             self._adversary_step(self.learner.adversary)
         if update:

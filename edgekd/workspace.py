@@ -100,6 +100,11 @@ def require_objects(train: Dataset, difficult: bool) -> None:
     )
 
 
+def has_objects(val: Dataset) -> bool:
+    """Whether there is anything to be found, neither difficult nor crowd: without it no figure exists."""
+    return any(record.trainable.any() for record in val.records)
+
+
 def doubts_about(train: Dataset, val: Dataset) -> list[str]:
     """What makes figures on `val` say little; nobody is kept from training by it."""
     doubts = []
@@ -109,7 +114,7 @@ def doubts_about(train: Dataset, val: Dataset) -> list[str]:
             f"{both} of the {len(val)} images of split {val.split!r} are trained on as well: figures on them say nothing "
             "of new images (`data.val`; `edgekd data split` draws splits)"
         )
-    if not any(len(record.boxes_xyxy) for record in val.records):
+    if not has_objects(val):
         doubts.append(f"split {val.split!r} has no object: nothing can be measured on it (`edgekd data check`)")
     return doubts
 

@@ -12,7 +12,7 @@ import pytest
 
 from edgekd.bench.accuracy import evaluate
 from edgekd.bench.matching import IOU_THRESHOLD, iou_with_crowds, match_coco, match_voc
-from edgekd.bench.precision_recall import average_precisions_voc, map_difference, mean_ap50
+from edgekd.bench.precision_recall import average_precisions_voc, map_difference, mean_ap50, percentile_interval
 from edgekd.types import Detections, ImageRecord
 
 NAMES = ("cat", "dog", "bird", "never there")
@@ -245,6 +245,36 @@ def test_only_the_best_100_an_image_and_class_count() -> None:
     assert mean_ap50(match_coco(records, answers, 3), ones)[0] == pytest.approx(np.nanmean(reference[0, :, :, 0]))
 
 
+@pytest.mark.parametrize(("wrong", "found"), [(99, 1), (100, 0)])
+def test_the_hundredth_detection_counts_and_the_next_does_not(wrong: int, found: int) -> None:
+    right, off = [0.0, 0, 10, 10], [50.0, 50, 60, 60]
+    no = np.zeros(1, bool)
+    record = ImageRecord("0", Path("0.png"), (80, 80), np.array([right], np.float32), np.zeros(1, np.int64), no, no)
+    answer = Detections(
+        np.array([off] * wrong + [right]), np.linspace(0.9, 0.1, wrong + 1), np.zeros(wrong + 1, np.int64)
+    )
+    assert int(match_coco([record], [answer], 1).correct.sum()) == found
+
+
+@pytest.mark.parametrize(("width", "found"), [(5, 1), (4, 0)])
+def test_half_of_an_object_is_enough_in_both_protocols(width: int, found: int) -> None:
+    no = np.zeros(1, bool)
+    boxes = np.array([[0.0, 0, 10, 10]], np.float32)
+    record = ImageRecord("0", Path("0.png"), (80, 80), boxes, np.zeros(1, np.int64), no, no)
+    answer = Detections(np.array([[0.0, 0, width, 10]]), np.array([0.9]), np.zeros(1, np.int64))
+    for match in (match_coco, match_voc):
+        assert int(match([record], [answer], 1).correct.sum()) == found
+
+
+def test_overlaps_against_plain_arithmetic() -> None:
+    boxes = np.array([[0.0, 0, 10, 10], [20, 20, 30, 40]])
+    objects = np.array([[5.0, 0, 15, 10], [9, 9, 21, 21], [0, 0, 100, 100], [0, 12, 10, 20]])
+    crowd = np.array([False, False, True, False])
+    # half of a box; one corner pixel of each; a crowd that holds both; beside one, apart from the other
+    expected = [[50 / 150, 1 / 243, 1.0, 0.0], [0.0, 1 / 343, 1.0, 0.0]]
+    np.testing.assert_allclose(iou_with_crowds(boxes, objects, crowd), expected)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_weighted_ap50_equals_the_library_on_repeated_images(seed: int) -> None:
     records, answers = make_split(seed, difficult=0.2, crowd=0.1)
@@ -282,6 +312,15 @@ def test_difference_interval() -> None:
     assert map_difference(records, good, good, 3, resamples=50) == (0.0, 0.0, 0.0)
     swapped = map_difference(records, bad, good, 3, resamples=300)
     assert swapped == pytest.approx((-difference, -high, -low), abs=1e-9)
+
+
+def test_an_interval_holds_its_share_of_the_draws() -> None:
+    draws = np.arange(101) / 100
+    assert percentile_interval(np.r_[0.3, draws]) == pytest.approx((0.3, 0.025, 0.975))
+    assert percentile_interval(np.r_[0.3, draws], 0.9) == pytest.approx((0.3, 0.05, 0.95))
+    assert percentile_interval(np.r_[0.3, draws, np.nan]) == pytest.approx((0.3, 0.025, 0.975))
+    assert percentile_interval(np.r_[np.nan, draws]) is None
+    assert percentile_interval(np.array([0.3])) == (0.3, 0.3, 0.3)
 
 
 @pytest.mark.slow

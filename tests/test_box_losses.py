@@ -128,6 +128,16 @@ def test_softened_bce_at_temperature_one_is_bce() -> None:
     torch.testing.assert_close(softened_bce(logits, probs), expected)
 
 
+@pytest.mark.parametrize("temperature", [2.0, 3.0])
+def test_softened_bce_against_plain_arithmetic(temperature: float) -> None:
+    for logit, prob in ((-2.0, 0.3), (0.5, 0.9), (3.0, 0.01)):
+        soft = 1 / (1 + ((1 - prob) / prob) ** (1 / temperature))
+        own = 1 / (1 + math.exp(-logit / temperature))
+        expected = -temperature * temperature * (soft * math.log(own) + (1 - soft) * math.log(1 - own))
+        got = softened_bce(torch.tensor(logit), torch.tensor(prob), temperature)
+        assert float(got) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_softened_bce_is_least_where_the_probabilities_agree(temperature: float) -> None:
     probs = torch.tensor([0.05, 0.4, 0.9])

@@ -18,7 +18,7 @@ from edgekd.cluster import MAX_TRIES, _Dispatcher
 from edgekd.compare import CompareJob, Run, _tasks, compare, one_by_one
 from edgekd.comparison import Evaluated, gain, spread, table_markdown
 from edgekd.data.scenes import make_scenes
-from edgekd.errors import EdgeKDError, RecipeError, UserError
+from edgekd.errors import DataError, EdgeKDError, RecipeError, UserError
 from edgekd.recipe import Recipe
 from edgekd.types import Detections
 from tests.toy import CLASSES, toy_dataset
@@ -64,6 +64,29 @@ def test_a_difference_is_told_for_what_it_is(
     assert result["by_size"]["small"] is None
 
 
+def test_the_interval_over_images_is_of_the_mean_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """95 % of the draws, the same images drawn for every run; a verdict needs both intervals."""
+    a = [evaluated(tmp_path, "alone", seed, (0.5, 0.52)) for seed in range(2)]
+    m = [evaluated(tmp_path, "m", seed, (0.51, 0.53)) for seed in range(2)]
+    own = {id(one.matches): float(place) for place, one in enumerate([*a, *m])}
+    draws: list[np.ndarray] = []
+
+    def drawn(matches: object, weights: np.ndarray) -> np.ndarray:
+        draws.append(weights)
+        return own[id(matches)] * np.arange(len(weights)) / 1000  # (2 - 0 + 3 - 1) / 2 = 2 a draw, in the mean
+
+    monkeypatch.setattr("edgekd.comparison.mean_ap50", drawn)
+    result = gain(m, a, resamples=101)
+    assert result["interval_images"] == pytest.approx([2 * 0.0025, 2 * 0.0975])
+    assert result["interval_seeds"] == pytest.approx([0.01, 0.01])
+    assert result["verdict"] == "gain"
+    assert all(np.array_equal(weights, draws[0]) for weights in draws)
+    assert draws[0].shape == (101, 40)
+    assert (draws[0].sum(1) == 40).all()
+    own.update({id(one.matches): 0.0 for one in [*a, *m]})
+    assert gain(m, a, resamples=101)["verdict"] == "no difference shown"
+
+
 def test_one_seed_shows_nothing(tmp_path: Path) -> None:
     one = [evaluated(tmp_path, name, 0, (share,)) for name, share in (("m", 0.9), ("alone", 0.2))]
     assert gain(one[:1], one[1:])["verdict"] == "no difference shown"
@@ -105,6 +128,16 @@ def test_recipes_that_differ_in_more_than_the_method_are_refused(tmp_path: Path)
 def test_repeats_are_refused(tmp_path: Path, names: tuple[str, ...], seeds: tuple[int, ...]) -> None:
     with pytest.raises(UserError):
         CompareJob(tuple(recipe(tmp_path, name) for name in names), seeds, tmp_path / "out")
+
+
+def test_nothing_is_trained_where_nothing_can_be_compared(tmp_path: Path) -> None:
+    root = make_scenes(tmp_path / "scenes", counts={"train": 4, "val": 2}, image_hw=(96, 128))
+    for name in (root / "ImageSets/Main/val.txt").read_text().split():
+        path = root / f"Annotations/{name}.xml"  # marked difficult, all of them
+        path.write_text(path.read_text().replace("<difficult>0<", "<difficult>1<"))
+    with pytest.raises(DataError, match="nothing can be compared"):
+        compare(CompareJob((recipe(root, "response"),), (0,), tmp_path / "out", quiet=True))
+    assert not (tmp_path / "out/alone").exists()
 
 
 @pytest.mark.slow

@@ -18,9 +18,10 @@ from edgekd.recipe import DistillConfig, TermConfig
 from edgekd.runlog import read_log
 from edgekd.teachers.answers import collect_answers
 from edgekd.train import TrainJob, train_detector
+from edgekd.training_setup import frozen_layers
 from edgekd.types import Dataset, SoftDetections
 from tests.test_train import make_job, step_losses
-from tests.toy import CLASSES, ToyTeacher, toy_detector
+from tests.toy import CLASSES, ToyTeacher, toy_batch, toy_detector
 
 
 def oracle(dataset: Dataset, noise: float = 0.0) -> dict[str, SoftDetections]:
@@ -79,6 +80,55 @@ def test_a_gradient_ratio_is_met_whatever_the_scale(tmp_path: Path) -> None:
     train_detector(job)
     first = next(r for r in read_log(job.out) if r["event"] == "step")
     assert first["pull"]["amd"] == pytest.approx(0.25 * first["pull"]["det"], rel=1e-3)
+
+
+def test_a_gradient_ratio_holds_from_the_first_batch_of_an_accumulated_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: list[float] = []
+    weight_of = Distiller.weight_of
+
+    def noted(self: Distiller, index: int) -> float:
+        weights.append(weight_of(self, index))
+        return weights[-1]
+
+    monkeypatch.setattr(Distiller, "weight_of", noted)
+    config = DistillConfig(terms=(TermConfig(loss="amd", gradient_ratio=0.25),))
+    train_detector(distilling(make_job(tmp_path, epochs=1, accumulate=2), config))
+    assert len(weights) > 2
+    assert len(set(weights)) == 1
+
+
+def test_a_ratio_that_cannot_be_measured_leaves_the_terms_own_weight() -> None:
+    teachers = (ToyTeacher(toy_detector(seed=9)),)
+    config = DistillConfig(terms=(TermConfig(loss="amd", gradient_ratio=0.25),))
+    distiller = Distiller(toy_detector(), TeacherSet(teachers, (1.0,), lambda found: found[0], ({},), {}), config)
+    distiller.update_ratio_weights(2.0, [0.0])
+    assert distiller.weight_of(0) == 2e-5
+    distiller.update_ratio_weights(2.0, [4.0])
+    assert distiller.weight_of(0) == 0.125
+
+
+def test_which_maps_teach_which_is_told(tmp_path: Path) -> None:
+    config = DistillConfig(terms=(TermConfig(loss="pkd"), TermConfig(loss="response"), TermConfig(loss="cwd")))
+    job = distilling(make_job(tmp_path, epochs=1), config)
+    train_detector(job)
+    told = [r["message"] for r in read_log(job.out) if r["event"] == "note"]
+    assert told == ["pkd, cwd: from t0, neck.l0 6x6 <- neck.l0 6x6, neck.l1 3x3 <- neck.l1 3x3"]
+
+
+def test_a_term_on_frozen_maps_is_refused() -> None:
+    student, teacher = toy_detector(), ToyTeacher(toy_detector(seed=9))
+    frozen_layers(student, 8, pretrained=True)
+    for taps in (("backbone.s8",), ("backbone.s8", "backbone.s16")):
+        config = DistillConfig(terms=(TermConfig(loss="feature", student_taps=taps, teacher_taps=taps),))
+        distiller = Distiller(student, TeacherSet((teacher,), (1.0,), lambda found: found[0], ({},), {}), config)
+        batch = toy_batch(student, [teacher], distiller.student_taps)
+        if len(taps) == 1:
+            with pytest.raises(DistillationSetupError, match="frozen"):
+                distiller(batch)
+        else:
+            distiller(batch)
 
 
 def test_an_unmoving_term_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,37 @@ def test_levels_that_do_not_match_are_refused_with_both_sides_grids() -> None:
     assert "6x6" in str(caught.value)
 
 
+STAGES, LAST = ("backbone.s8", "backbone.s16", "backbone.s32"), "neck.l5"
+
+
+@pytest.mark.parametrize(
+    ("named", "alone"),
+    [
+        ({"student_taps": (*STAGES, LAST)}, LAST),  # 1x1 here, 3x3 at the coarsest there
+        ({"teacher_taps": (*STAGES, "neck.p3")}, "neck.p3"),  # the student's only 12x12 map has the other one
+        ({"student_taps": ()}, "student_taps names none"),
+        ({"student_taps": (), "teacher_taps": ()}, "student_taps names none"),
+    ],
+)
+def test_a_named_map_without_partner_is_told_not_left_out(named: dict[str, tuple[str, ...]], alone: str) -> None:
+    pair = make_pair("YOLO teacher, SSD student")
+    with pytest.raises(DistillationSetupError, match=alone) as caught:
+        build_term(TermConfig.model_validate({"loss": "feature", **named}), pair)
+    assert "3x3" in str(caught.value)
+
+
+def test_named_maps_of_one_side_find_theirs_on_the_other() -> None:
+    pair = make_pair("YOLO teacher, SSD student")
+    for named in ({"student_taps": STAGES}, {"teacher_taps": ("neck.p3", "neck.p4", "neck.p5")}):
+        term = build_term(TermConfig.model_validate({"loss": "feature", **named}), pair)
+        expected = (
+            "backbone.s8 12x12 <- neck.p3 12x12, backbone.s16 6x6 <- neck.p4 6x6, backbone.s32 3x3 <- neck.p5 3x3"
+        )
+        assert term.matched() == f"from t0, {expected}"
+    small = build_term(TermConfig(loss="feature", student_taps=("neck.l1", "neck.l2")), pair)
+    assert small.matched() == "from t0, neck.l1 3x3 <- neck.p5 3x3, neck.l2 2x2 <- neck.p5 3x3"
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -127,6 +158,10 @@ def test_levels_that_do_not_match_are_refused_with_both_sides_grids() -> None:
         (TermConfig(loss="feature", params={"normalise": "nonsense"}), "nonsense"),
         (TermConfig(loss="nonsense"), "nonsense"),
         (TermConfig(loss="amd", params={"masked_share": 2.0}), "masked_share"),
+        (TermConfig(loss="gkd", params={"prototypes": 0}), "prototypes"),
+        (TermConfig(loss="gkd", params={"instances": 0}), "instances"),
+        (TermConfig(loss="gkd", params={"percentile": 140}), "percentile"),
+        (TermConfig(loss="gkd", params={"inside": 0, "outside": 0}), "inside"),
     ],
 )
 def test_a_wrong_parameter_is_named(config: TermConfig, words: str) -> None:

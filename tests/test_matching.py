@@ -74,6 +74,14 @@ def test_matching_equals_the_reference(seed: int, soft: bool) -> None:
     assert not match.positive[0].any()
 
 
+def test_a_prior_of_exactly_the_least_iou_learns_the_box() -> None:
+    priors = torch.tensor([[0.0, 0, 16, 16], [0, 0, 16, 8], [0, 0, 16, 7]])
+    match = match_priors(
+        priors, PaddedTargets(torch.tensor([[[0.0, 0, 16, 16]]]), torch.ones(1, 1, 1), torch.ones(1, 1))
+    )
+    assert match.positive.tolist() == [[True, True, False]]
+
+
 def test_every_box_has_a_prior_however_small() -> None:
     boxes = torch.tensor([[[10.0, 10.0, 11.0, 11.0], [0.0, 0.0, 96.0, 2.0], [40.0, 40.0, 60.0, 60.0]]])
     match = match_priors(PRIORS, PaddedTargets(boxes, torch.ones(1, 3, 1), torch.ones(1, 3)))

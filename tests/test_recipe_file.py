@@ -195,6 +195,18 @@ CASES = {
         "2:19: distill.terms.0",
         "give weight or gradient_ratio, not both",
     ),
+    "a share of nothing": (
+        "name: good",
+        "name: good\ndistill: {detection_weight: 0, terms: [{loss: response, gradient_ratio: 1}]}",
+        "2:10: distill",
+        "gradient_ratio is a share of the detection loss's pull, and detection_weight is 0: give weight",
+    ),
+    "nothing to learn": (
+        "name: good",
+        "name: good\ndistill: {detection_weight: 0, terms: [{loss: response, weight: 0}]}",
+        "2:10: distill",
+        "detection_weight and every term's weight are 0: nothing would be learned",
+    ),
     "learned weights of raw outputs": (
         "name: good",
         "name: good\nensemble: {fusion: mean-outputs, weights: learned}",

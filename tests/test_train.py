@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 from edgekd.checkpoint import load_detector
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, Targets
 from edgekd.errors import ArtifactError, NonFiniteLossError, RecipeError, UserError
+from edgekd.learning import LearningStep, StepInput
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
 from edgekd.selection import Selection
@@ -214,6 +216,27 @@ def test_a_small_network_gets_one_thread(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_steps_gradient_is_the_mean_of_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many as there are: an epoch's last step may have fewer."""
+    losses: list[float] = []
+    shares: list[float] = []
+    forward, backward = LearningStep.forward, Fabric.backward
+
+    def forwarded(self: LearningStep, step: StepInput) -> dict[str, torch.Tensor]:
+        found = forward(self, step)
+        losses.append(float(found["loss"].detach()))
+        return found
+
+    def backwarded(self: Fabric, tensor: torch.Tensor) -> None:
+        shares.append(float(tensor.detach()) / losses[-1])
+        backward(self, tensor)
+
+    monkeypatch.setattr(LearningStep, "forward", forwarded)
+    monkeypatch.setattr(Fabric, "backward", backwarded)
+    train_detector(make_job(tmp_path, epochs=2, accumulate=2))
+    assert shares == pytest.approx([1 / 2, 1 / 2, 1] * 2)
 
 
 def test_accumulation_takes_fewer_steps(tmp_path: Path) -> None:

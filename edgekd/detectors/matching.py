@@ -34,8 +34,9 @@ class PriorMatch:
 def match_priors(priors_xyxy: Tensor, targets: PaddedTargets, min_iou: float = 0.5) -> PriorMatch:
     """SSD's rule: each box takes its best prior, and every prior of at least `min_iou` with a box takes that box.
 
-    A prior that several boxes want goes to the box that has it as its best prior before any other, and among those to
-    the one of largest IoU times confidence (ground truth has confidence 1; boxes of confidence 0 take no part).
+    A prior that several boxes want goes to the one of largest IoU times confidence, where the IoU counts 2 more with a box's
+    best prior: of ground truth, whose confidence is 1, to the box that has it as its best prior before any other. Boxes of
+    confidence 0 take no part.
 
     Deviation: of priors with equal IoU the nearest is best. A box smaller than the priors has the same IoU with each
     prior of one size that contains it, and rounding would choose a different one in every view.

@@ -102,6 +102,10 @@ class Term(nn.Module):
         """Parameters that `adversary_loss` trains, with an optimiser of their own; kept out of the student's."""
         return ()
 
+    def matched(self) -> str:
+        """Which maps of the student learn from which of the teachers', in words; nothing for a term without maps."""
+        return ""
+
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Called before each epoch's first step."""
 

@@ -48,12 +48,10 @@ def background_kl(student_scores: Tensor, teacher_scores: Tensor) -> Tensor:
 
 def background_rows(priors_cxcywh: Tensor, boxes_xyxy: Tensor, gt_boxes: Tensor) -> Tensor:
     """Which of the student's rows are background: (P, 4) priors, (P, 4) decoded boxes and (N, 4) objects to (P,) bool."""
+    # The prior's own overlap need not be asked for: with its centre outside an object it is no more than a half.
     centres = priors_cxcywh[:, None, :2]
     inside = ((centres >= gt_boxes[:, :2]) & (centres < gt_boxes[:, 2:])).all(-1)
-    half = priors_cxcywh[:, 2:] / 2
-    rows_xyxy = torch.cat([priors_cxcywh[:, :2] - half, priors_cxcywh[:, :2] + half], 1)
-    overlaps = (pairwise_iou(rows_xyxy, gt_boxes) >= 0.5) | (pairwise_iou(boxes_xyxy, gt_boxes) >= 0.5)
-    return ~(inside | overlaps).any(1)
+    return ~(inside | (pairwise_iou(boxes_xyxy, gt_boxes) >= 0.5)).any(1)
 
 
 class DecoupledTerm(LevelTerm):

@@ -81,6 +81,7 @@ class LevelTerm(Term):
         self.normalise, self.input_hw = normalise, pair.input_hw
         names = pair.student.spec.class_names
         self.unknown = [[i for i, name in enumerate(names) if name in t.unknown_classes] for t in pair.teachers]
+        self.teacher_names = [teacher.name for teacher in pair.teachers]
         self.levels: list[list[LevelPair]] = [
             match_levels(
                 pair.student.tap_specs,
@@ -97,6 +98,13 @@ class LevelTerm(Term):
         self.adapters = nn.ModuleList(
             nn.ModuleList(nn.Conv2d(level.student.channels, level.teacher.channels, 1) for level in levels)
             for levels in self.levels
+        )
+
+    def matched(self) -> str:
+        """See `Term.matched`."""
+        return "; ".join(
+            f"from {teacher}, " + ", ".join(level.describe() for level in levels)
+            for teacher, levels in zip(self.teacher_names, self.levels, strict=True)
         )
 
     def per_level(self, build: type[nn.Module]) -> nn.ModuleList:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair
 from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise
 from edgekd.losses.levels import TapChoice
@@ -57,10 +58,13 @@ class GKDTerm(LevelTerm):
         inside: weight of the feature loss in boxes. outside: weight elsewhere.
         response_weight: of the weighted KL. temperature: of the KL.
         global_weight: factor of the relation to the prototypes; 0 turns it off, as the public configuration does.
-        decay: scale everything by 1 - epoch / epochs.
+        decay: scale everything by 1 - epoch / epochs. A `gradient_ratio` undoes it, since it holds the pull where it is.
         student_taps: see `LevelTerm`.
         teacher_taps: see `LevelTerm`.
         normalise: see `LevelTerm`.
+
+    Raises:
+        DistillationSetupError: levels do not match, or prototypes could never be found with these numbers.
     """
 
     name = "gkd"
@@ -84,6 +88,15 @@ class GKDTerm(LevelTerm):
         normalise: Normalise = "channel",
     ) -> None:
         super().__init__(pair, student_taps=student_taps, teacher_taps=teacher_taps, normalise=normalise)
+        # Told now: prototypes are searched when the second epoch begins.
+        for parameter, value, fits, expected in (
+            ("prototypes", prototypes, prototypes >= 1, "at least 1"),
+            ("instances", instances, instances >= 1, "at least 1"),
+            ("percentile", percentile, percentile <= 100, "between 0 and 100"),
+            ("inside and outside", inside + outside, inside + outside > 0, "weights of which one is above 0"),
+        ):
+            if not fits:
+                raise DistillationSetupError(f"gkd: {parameter} cannot be this", got=value, expected=expected)
         self.student = [pair.student]
         self.count, self.percentile, self.min_side = prototypes, percentile, min_side
         self.inside, self.outside = inside, outside

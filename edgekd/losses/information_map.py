@@ -114,12 +114,14 @@ class InformationMapTerm(Term):
         self.weights = (backbone_weight, neck_weight)
         kinds: tuple[TapKind, TapKind] = ("backbone", "neck")
         for kind in kinds:
-            for owner, taps in [("student", pair.student.tap_specs), *((t.name, t.tap_specs) for t in pair.teachers)]:
+            sides = {"the student": pair.student.tap_specs, **{f"teacher {t.name}": t.tap_specs for t in pair.teachers}}
+            for owner, taps in sides.items():
                 if not any(tap.kind == kind for tap in taps.values()):
                     raise DistillationSetupError(
                         f"information_map distils backbone and neck; {owner} offers no {kind} taps",
-                        got=describe_taps(taps),
-                        fix="use the term feature, or a detector with a neck",
+                        got="\n            ".join(f"{name}: {describe_taps(taps)}" for name, taps in sides.items()),
+                        expected="native detectors with both; an ONNX file's taps are its neck's alone",
+                        fix="use another term that reads maps, such as feature",
                     )
         self.parts = [_WeightedLevels(pair, kind, normalise) for kind in kinds]
         self.backbone, self.neck = self.parts
@@ -129,6 +131,10 @@ class InformationMapTerm(Term):
             for i in range(len(pair.teachers))
         )
         self.needs_dense = any(teacher.detector is not None for teacher in pair.teachers)
+
+    def matched(self) -> str:
+        """See `Term.matched`."""
+        return "; ".join(part.matched() for part in self.parts)
 
     def forward(self, batch: DistillBatch) -> Tensor:
         """Backbone and neck parts, weighted."""

@@ -22,10 +22,10 @@ class LevelPair:
     student: TapSpec
     teacher: TapSpec
 
-    @property
-    def same_grid(self) -> bool:
-        """Whether the two maps have equal grids, so that nothing is resized."""
-        return self.student.grid_hw == self.teacher.grid_hw
+    def describe(self) -> str:
+        """Both maps with their grids."""
+        (h, w), (rows, columns) = self.student.grid_hw, self.teacher.grid_hw
+        return f"{self.student.name} {h}x{w} <- {self.teacher.name} {rows}x{columns}"
 
     def align(self, teacher_map: Tensor, like: Tensor) -> Tensor:
         """The teacher's (B, C, H, W) map on the grid of `like`, bilinear (area when shrinking by 2 or more)."""
@@ -56,11 +56,13 @@ def match_levels(
 ) -> list[LevelPair]:
     """Pair the levels of two detectors.
 
-    Named taps are paired in the order given. "auto" takes, for the first kind in `kinds` that both sides have, every
-    student map whose grid a teacher map has too; failing any equal grid, the nearest grid within `max_resize` times.
+    Named taps are paired in the order given. Where one side is named, each of its taps has to find a partner on the other:
+    an equal grid, or the nearest within `max_resize` times. "auto" on both takes, for the first kind in `kinds` that both
+    sides have, every student map whose grid a teacher map has too; failing any equal grid, the nearest within `max_resize`.
 
     Raises:
-        DistillationSetupError: an unknown tap, or nothing matches; lists both sides' taps with channels and grids.
+        DistillationSetupError: an unknown tap, or one that was named finds no partner, or nothing matches; lists both sides'
+            taps with channels and grids.
     """
     chosen_student = _choose(student, student_taps, "student", who)
     chosen_teacher = _choose(teacher, teacher_taps, "teacher", who)
@@ -73,17 +75,27 @@ def match_levels(
         return [LevelPair(student[s], teacher[t]) for s, t in zip(student_taps, teacher_taps, strict=True)]
     kinds_to_try: list[tuple[TapKind, TapKind]] = [(kind, kind) for kind in kinds]
     kinds_to_try += [(a, b) for a in kinds for b in kinds if a != b]
+    named = [tap.name for tap in chosen_student if student_taps != "auto"]
+    named += [tap.name for tap in chosen_teacher if teacher_taps != "auto"]
+    alone = named
     for limit in (1.0, max_resize):
         for student_kind, teacher_kind in kinds_to_try:
             pairs = _by_grid(
                 [t for t in chosen_student if t.kind == student_kind or student_taps != "auto"],
                 [t for t in chosen_teacher if t.kind == teacher_kind or teacher_taps != "auto"],
                 limit,
+                # A 1x1 or 2x2 map says nothing about where; pairing it would only add noise to the sum over levels.
+                smallest=3 if student_taps == "auto" else 1,
             )
-            if pairs:
+            paired = {pair.student.name if student_taps != "auto" else pair.teacher.name for pair in pairs}
+            left = [name for name in named if name not in paired]
+            if pairs and not left:
                 return pairs
+            alone = min(alone, left, key=len)
     raise DistillationSetupError(
-        f"{who}: no student level finds a partner among the teacher's",
+        f"{who}: no partner for {', '.join(alone)}"
+        if alone
+        else f"{who}: no student level finds a partner among the teacher's",
         got=f"student taps: {describe_taps(student)}\n            teacher taps: {describe_taps(teacher)}",
         expected=f"grids that are equal or within {max_resize:g}x of each other",
         fix="name student_taps and teacher_taps in the term, or choose input sizes whose grids agree",
@@ -93,6 +105,10 @@ def match_levels(
 def _choose(taps: Mapping[str, TapSpec], names: TapChoice, side: str, who: str) -> list[TapSpec]:
     if names == "auto":
         return list(taps.values())
+    if not names:
+        raise DistillationSetupError(
+            f"{who}: {side}_taps names none", expected=f"auto, or some of {describe_taps(taps)}"
+        )
     unknown = [name for name in names if name not in taps]
     if unknown:
         raise DistillationSetupError(
@@ -102,11 +118,10 @@ def _choose(taps: Mapping[str, TapSpec], names: TapChoice, side: str, who: str) 
     return [taps[name] for name in names]
 
 
-def _by_grid(students: Sequence[TapSpec], teachers: Sequence[TapSpec], limit: float) -> list[LevelPair]:
+def _by_grid(students: Sequence[TapSpec], teachers: Sequence[TapSpec], limit: float, smallest: int) -> list[LevelPair]:
     pairs = []
     for s in students:
-        # A 1x1 or 2x2 map says nothing about where; pairing it would only add noise to the sum over levels.
-        if min(s.grid_hw) < 3 and len(students) > 1:
+        if min(s.grid_hw) < smallest and len(students) > 1:
             continue
         ranked = sorted(teachers, key=lambda t: (_ratio(s, t), t.name))
         if ranked and _ratio(s, ranked[0]) <= limit + 1e-6:
