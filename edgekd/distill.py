@@ -142,7 +142,7 @@ class Distiller(nn.Module):
         for index, (entry, norm) in enumerate(zip(self.terms, term_norms, strict=True)):
             if entry.gradient_ratio is None or norm is None or norm <= 0 or detection_norm <= 0:
                 continue
-            wanted = entry.gradient_ratio * detection_norm / norm
+            wanted = entry.gradient_ratio * entry.term.fade * detection_norm / norm
             old = float(self.ratio_weights[index])
             # The geometric mean, since a weight is a ratio: half-way each time damps the noise of one batch.
             self.ratio_weights[index] = wanted if old == 0 else float(np.sqrt(old * wanted))

@@ -313,8 +313,7 @@ class TermConfig(_Section):
     gradient_ratio: float | None = Field(
         None,
         gt=0,
-        description="Instead of weight: target gradient norm as a share of the detection loss's; it undoes what a term fades "
-        "by itself (gkd's decay).",
+        description="Instead of weight: target gradient norm as a share of the detection loss's.",
     )
     student_taps: tuple[str, ...] | Literal["auto"] = Field(
         "auto", description="The student's maps that learn, for terms that read maps; auto matches both sides by grid."

@@ -109,6 +109,20 @@ def test_a_ratio_that_cannot_be_measured_leaves_the_terms_own_weight() -> None:
     assert distiller.weight_of(0) == 0.125
 
 
+def test_a_gradient_ratio_fades_as_its_term_does() -> None:
+    teachers = (ToyTeacher(toy_detector(seed=9)),)
+    config = DistillConfig(terms=(TermConfig(loss="gkd", gradient_ratio=0.25),))
+    distiller = Distiller(toy_detector(), TeacherSet(teachers, (1.0,), lambda found: found[0], ({},), {}), config)
+    pulls = []
+    for epoch in (0, 2, 3):
+        distiller.terms[0].term.fade = 1 - epoch / 4  # as its `forward` sets it, and scales its loss by
+        norm = 5.0 * distiller.terms[0].term.fade
+        distiller.ratio_weights.zero_()
+        distiller.update_ratio_weights(2.0, [norm])
+        pulls.append(distiller.weight_of(0) * norm)
+    assert pulls == pytest.approx([0.5, 0.25, 0.125])
+
+
 def test_which_maps_teach_which_is_told(tmp_path: Path) -> None:
     config = DistillConfig(terms=(TermConfig(loss="pkd"), TermConfig(loss="response"), TermConfig(loss="cwd")))
     job = distilling(make_job(tmp_path, epochs=1), config)

@@ -577,9 +577,10 @@ def test_gkd_finds_prototypes_after_the_first_epoch_and_fades() -> None:
     assert isinstance(copy, GKDTerm)
     now, _ = run_term(term, pair, epoch=1)
     again, _ = run_term(copy, pair, epoch=1)
-    assert float(now) == pytest.approx(float(again))
+    assert now.item() == pytest.approx(again.item())
     last, _ = run_term(term, pair, epoch=3)
     assert float(last) == pytest.approx(float(now) * (1 / 4) / (3 / 4), rel=1e-4)
+    assert (term.fade, copy.fade) == (1 / 4, 3 / 4)
     assert float(first) != pytest.approx(float(now) / 0.75, rel=1e-4), "prototypes change nothing"
 
 

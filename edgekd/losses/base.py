@@ -78,8 +78,10 @@ class Term(nn.Module):
         student_taps: taps of the student that `forward` reads.
         teacher_taps: for each teacher, the taps that `forward` reads.
         needs_dense: whether `TeacherView.dense` must be there (the teachers then run online).
+        fade: what the term's own schedule leaves of its last loss, in (0, 1]: a gradient ratio fades by the same.
     """
 
+    fade: float = 1.0
     name: str = ""
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[tuple[str, ...], ...] = ()

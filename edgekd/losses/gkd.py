@@ -58,7 +58,7 @@ class GKDTerm(LevelTerm):
         inside: weight of the feature loss in boxes. outside: weight elsewhere.
         response_weight: of the weighted KL. temperature: of the KL.
         global_weight: factor of the relation to the prototypes; 0 turns it off, as the public configuration does.
-        decay: scale everything by 1 - epoch / epochs. A `gradient_ratio` undoes it, since it holds the pull where it is.
+        decay: scale everything by 1 - epoch / epochs.
         student_taps: see `LevelTerm`.
         teacher_taps: see `LevelTerm`.
         normalise: see `LevelTerm`.
@@ -124,7 +124,7 @@ class GKDTerm(LevelTerm):
 
     def forward(self, batch: DistillBatch) -> Tensor:
         """Feature, response and global parts, scaled by what is left of training."""
-        scale = 1 - batch.epoch / batch.epochs if self.decay else 1.0
+        self.fade = 1 - batch.epoch / batch.epochs if self.decay else 1.0
         boxes, scores = self.student[0].decode(batch.output)
         rows = [
             object_quality(boxes[i].detach(), scores[i].detach(), gt, labels)[1]
@@ -139,7 +139,7 @@ class GKDTerm(LevelTerm):
                 total = total + maps.view.weight * (self.global_weight * relation + self.response_weight * response)
             total = total + maps.share * self._weighted_feature(maps, batch, weights)
         self.images += len(batch.images) * world_size()
-        return scale * total
+        return self.fade * total
 
     def _relate(self, maps: LevelMaps, batch: DistillBatch) -> tuple[list[list[Tensor]], Tensor]:
         """Per image the objects' weights r, and the global term; feeds the bank on the way."""
