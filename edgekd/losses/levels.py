@@ -22,11 +22,6 @@ class LevelPair:
     student: TapSpec
     teacher: TapSpec
 
-    @property
-    def same_grid(self) -> bool:
-        """Whether the two maps have equal grids, so that nothing is resized."""
-        return self.student.grid_hw == self.teacher.grid_hw
-
     def align(self, teacher_map: Tensor, like: Tensor) -> Tensor:
         """The teacher's (B, C, H, W) map on the grid of `like`, bilinear (area when shrinking by 2 or more)."""
         target_hw = like.shape[-2:]
