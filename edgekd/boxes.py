@@ -28,12 +28,6 @@ def iou_matrix(a_xyxy: FloatArray, b_xyxy: FloatArray) -> FloatArray:
     return np.asarray(width, np.float32)
 
 
-def clip_boxes(boxes_xyxy: FloatArray, image_hw: tuple[int, int]) -> FloatArray:
-    """(N, 4) boxes cut to an image of (height, width)."""
-    h, w = image_hw
-    return np.clip(np.asarray(boxes_xyxy, np.float32).reshape(-1, 4), 0.0, np.array([w, h, w, h], np.float32))
-
-
 def xyxy_from_cxcywh(boxes_cxcywh: FloatArray) -> FloatArray:
     """Centre and extent to corners, (..., 4)."""
     half = boxes_cxcywh[..., 2:] * np.float32(0.5)

@@ -81,12 +81,6 @@ class ClassMap:
         """The student's classes that the teacher does not know: its silence about them means nothing."""
         return tuple(name for name, found in zip(self.target_names, self.sources, strict=True) if not found)
 
-    @property
-    def dropped_classes(self) -> tuple[str, ...]:
-        """The teacher's classes that the student has no use for."""
-        used = {label for found in self.sources for label in found}
-        return tuple(name for label, name in enumerate(self.source_names) if label not in used)
-
     def changes(self) -> str:
         """What it does to classes whose names or places differ, in words."""
         to = {label: name for name, found in zip(self.target_names, self.sources, strict=True) for label in found}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgekd.boxes import area, clip_boxes, cxcywh_from_xyxy, iou_matrix, xyxy_from_cxcywh
+from edgekd.boxes import area, cxcywh_from_xyxy, iou_matrix, xyxy_from_cxcywh
 
 
 def f32(rows: list[list[float]]) -> np.ndarray:
@@ -45,12 +45,7 @@ def test_empty_boxes_give_empty_results() -> None:
     none = f32([])
     assert iou_matrix(none, f32([[0, 0, 1, 1]])).shape == (0, 1)
     assert area(none).shape == (0,)
-    assert clip_boxes(none, (4, 4)).shape == (0, 4)
     assert xyxy_from_cxcywh(none).shape == (0, 4)
-
-
-def test_clip_boxes() -> None:
-    np.testing.assert_array_equal(clip_boxes(f32([[-5, -1, 50, 3]]), (2, 40)), [[0, 0, 40, 2]])
 
 
 def test_centre_form_and_back() -> None:

@@ -18,7 +18,7 @@ import pytest
 from edgekd.artifact import sha256_file
 from edgekd.bench import stats
 from edgekd.bench.entries import BenchArtifact
-from edgekd.device import timing
+from edgekd.device import bundle_start, timing
 from edgekd.device.bundle import Bundle, is_bundle, make_bundle
 from edgekd.device.bundle_bench import read_bundle, run_bundle
 from edgekd.device.bundle_program import program_modules
@@ -169,6 +169,29 @@ def test_what_is_missing_is_said(made: Bundle, monkeypatch: pytest.MonkeyPatch) 
         run_bundle(made.folder, provider="cpu", plan=QUICK, say=lambda text: None)
 
 
+def test_a_device_without_numpy_is_told_so(copy: Path) -> None:
+    (copy / "numpy.py").write_text("raise ImportError('none here')", encoding="utf-8")
+    done = bench(copy)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: NumPy is missing: none here\n  fix: ")
+
+
+def test_a_python_that_is_too_old_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JetPack 4 has Python 3.6, which must be able to read the file that says so."""
+    ast.parse(program_source().read_text(encoding="utf-8"), feature_version=(3, 6))
+    with monkeypatch.context() as older:
+        older.setattr(sys, "version_info", (3, 6, 9))
+        assert bundle_start.main() == 2
+    assert "this Python is too old" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_not_passed_over(made: Bundle) -> None:
+    with pytest.raises(ArtifactError, match=r"got: +studnet\.onnx\n +expected: +first-teacher\.fp32\.onnx, "):
+        run_bundle(made.folder, only=["student.fp32.onnx", "studnet.onnx"], say=lambda text: None)
+
+
 def test_auto_says_what_it_passes_over(made: Bundle) -> None:
     said: list[str] = []
     found = run_bundle(made.folder, plan=QUICK, check_only=True, say=said.append)
@@ -286,9 +309,7 @@ def test_the_program_runs_on_the_numpy_of_jetpack_5(made: Bundle) -> None:
 
 
 def program_source() -> Path:
-    from edgekd.device import bundle_bench
-
-    return Path(bundle_bench.__file__)
+    return Path(bundle_start.__file__)
 
 
 SINCE_3_9 = {"Callable", "Mapping", "Sequence", "Iterator", "Iterable", "dict", "list", "tuple", "set", "type"}
@@ -493,6 +514,22 @@ def test_engines_are_built_once_and_kept_by_all_that_decides_them(
     assert len(list(tmp_path.glob("*.engine"))) == 4
 
 
+STEADY = {
+    "name": "toy",
+    "precision": "fp16",
+    "settled": True,
+    "drift": 0.0,
+    "latency_ms": {"median": 2.0, "p90": 2.5},
+    "session": None,
+}
+
+
+def test_a_long_tail_is_said() -> None:
+    row = {**STEADY, "latency_ms": {"median": 2.0, "p90": 7.0}}
+    said = warnings_of([row], {"throttled": [], "before": {"clocks": {}}})
+    assert said == ["toy fp16: every tenth inference took over 3.5x the median"]
+
+
 @pytest.mark.parametrize(
     ("built", "said"),
     [
@@ -504,7 +541,7 @@ def test_engines_are_built_once_and_kept_by_all_that_decides_them(
 )
 def test_an_engine_that_is_not_in_its_precision_is_said(built: dict[str, int] | None, said: list[str]) -> None:
     session = None if built is None else {"layer_precisions": built}
-    row = {"name": "toy", "precision": "fp16", "settled": True, "drift": 0.0, "session": session}
+    row = {**STEADY, "session": session}
     assert warnings_of([row], {"throttled": [], "before": {"clocks": {}}}) == said
 
 

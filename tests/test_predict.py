@@ -341,6 +341,7 @@ def test_declared_options() -> None:
     ("text", "says"),
     [
         ("resiz=stretch", r"KEY=VALUE(?s:.*)did you mean resize"),
+        ("class_names=a", r"KEY=VALUE(?s:.*)did you mean --classes"),
         ("name=x", "KEY=VALUE"),
         ("mean", "KEY=VALUE"),
         ("resize=squash", "--declare resize: "),

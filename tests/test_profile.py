@@ -11,10 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from edgekd.bench.entries import BenchArtifact
-from edgekd.bench.layers import Layer
+from edgekd.bench.layers import Layer, read_layers
 from edgekd.bench.profile import add_profiles, macs_of, profile_predictor, profile_text, read_trace
 from edgekd.cli import app
+from edgekd.detectors import build_detector
+from edgekd.export.onnx import Precision, export_onnx
 from edgekd.predictor import load_predictor
+from edgekd.types import DetectorSpec, PreprocessSpec
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, SIDE, make_dataset, write_detector
 
 
@@ -48,6 +51,7 @@ def test_a_trace_is_read_without_its_first_runs() -> None:
         ("conv2d_1_nchwc", "Conv", 2),
         ("node_conv2d_1_token_9", "QLinearConv", 2),
         ("conv2d_12", "Conv", 3),
+        ("InsertedPrecisionFreeCast_conv2d_1_nchwc", "Conv", 2),
         ("conv2d_13", "Conv", None),
         ("conv2d_1/relu", "Relu", None),
         ("elsewhere", "Conv", None),
@@ -73,6 +77,19 @@ def test_the_layers_of_a_real_session(tmp_path: Path) -> None:
     times = [layer["ms"] for layer in found["layers"]]
     assert times == sorted(times, reverse=True)
     assert not list(tmp_path.glob("*.json")), "the trace is not left behind"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_every_convolution_of_a_student_is_counted(tmp_path: Path, precision: Precision) -> None:
+    """ReLU6 behind a convolution, and the sum of a residual, give the fused layer their name."""
+    spec = DetectorSpec("mobilenetv2-ssd-lite", ("a",), PreprocessSpec((64, 64)), width=0.35)
+    images = [np.random.default_rng(0).random((1, 3, 64, 64), np.float32)] * 2
+    file = export_onnx(build_detector(spec), tmp_path / "a.onnx", precision=precision, calibration=images)
+    with load_predictor(file, threads=1) as predictor:
+        found = profile_predictor(predictor, file, images, 1, runs=2)
+    assert found is not None
+    convolutions = [layer for layer in found["layers"] if "Conv" in layer["op"]]
+    assert sum(layer["macs"] or 0 for layer in convolutions) == sum(layer.macs or 0 for layer in read_layers(file))
 
 
 def test_profiles_go_into_the_result(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from edgekd.export.graph import open_session, raw_tensors, with_outputs
 from edgekd.export.onnx import trace
 from edgekd.export.placement import Target, int8_nodes, tensors_to_quantise
 from edgekd.export.precision import to_int8, weight_limit
-from edgekd.export.qat import FACTS_KEY, learned_ranges
+from edgekd.export.qat import FACTS_KEY, learned_ranges, unused_ranges
 from edgekd.export.qdq import activation_parameters, quantise
 from edgekd.export.simulation import (
     ActivationGrid,
@@ -226,6 +226,9 @@ def test_the_export_takes_learned_ranges_for_its_target_alone(base: onnx.ModelPr
     """Also those of earlier versions, which had ranges for the inputs of convolutions alone."""
     facts = {FACTS_KEY: {"target": "x86", "ranges": {"cls": [0.0, 2.55]}}}
     assert learned_ranges(base, facts, "tensorrt") == {}
+    assert "quantize with --set export.target=tensorrt" in (unused_ranges(facts, "tensorrt") or "")
+    assert unused_ranges(facts, "x86") is None
+    assert unused_ranges({}, "tensorrt") is None
     assert learned_ranges(base, {}, "x86") == {}
     learned = learned_ranges(base, facts, "x86")
     (tensor,) = learned

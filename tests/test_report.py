@@ -405,6 +405,7 @@ def test_markdown_table() -> None:
     assert "a\\|b &lt;i&gt; fp32" in lines[2]
     assert "A\\|B &lt;c&gt;" in lines[-1]
     assert "faster than its ensemble" in plain(lines[-3])
+    assert "batch 1, 1 thread on" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -10,6 +11,8 @@ from typing import Any
 
 Shape = tuple[int, ...]
 COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_FUSED = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "Add")
+"""Operators that runtimes compute within the layer before them, which then goes by what they give out."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Layer:
     """A convolution or matrix product.
 
     Attributes:
-        names: its node's name, and its output's: runtimes keep one of them.
+        names: its node's name, its output's, and those of what a runtime may fuse behind it: runtimes keep one of them.
         macs: multiply-accumulates for one image. None where a shape is open.
         bytes: least traffic: weights once, input read, output written, all as wide as the weights are stored.
     """
@@ -54,13 +57,33 @@ def graph_layers(graph: Any) -> tuple[Layer, ...]:
     """The layers of a graph with inferred shapes, in its order."""
     shapes, stored = _shapes(graph), stored_shapes(graph)
     widths = _widths(graph)
+    readers = _readers(graph)
     found = []
     for node in graph.node:
         if node.op_type in COUNTED:
-            names = tuple(name for name in (node.name, node.output[0]) if name)
+            names = tuple(name for name in (node.name, node.output[0], *_fused_outputs(node, readers)) if name)
             macs, moved = _macs(node, shapes, stored), _bytes(node, shapes, stored, widths)
             found.append(Layer(names, node.op_type, macs, moved))
     return tuple(found)
+
+
+def _readers(graph: Any) -> dict[str, list[Any]]:
+    """Tensor name to the nodes that read it."""
+    found: dict[str, list[Any]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            found[name].append(node)
+    return found
+
+
+def _fused_outputs(node: Any, readers: Mapping[str, list[Any]]) -> list[str]:
+    """What is given out by the activations and additions behind a layer that read nothing but it, in their order."""
+    found: list[str] = []
+    name = node.output[0]
+    while len(behind := readers.get(name, [])) == 1 and behind[0].op_type in _FUSED:
+        name = behind[0].output[0]
+        found.append(name)
+    return found
 
 
 def stored_shapes(graph: Any) -> dict[str, Shape]:

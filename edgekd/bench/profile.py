@@ -29,6 +29,8 @@ _ANOTHER = re.compile(r"[A-Za-z0-9]|_\d")
 """What follows a name if it only begins alike: conv2d_13 is not made of conv2d, conv2d_nchwc is."""
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
 _SUFFIX = "_kernel_time"
+_CAST = "InsertedPrecisionFreeCast_"
+"""What ONNX Runtime puts before a name where a CPU computes float16 in float32."""
 
 
 def add_profiles(
@@ -95,6 +97,7 @@ def macs_of(name: str, op: str | None, counted: Mapping[str, Layer]) -> int | No
     """Of a node of the optimised graph, which goes by the name of the node that it came from, with something added."""
     if op is None or not any(word in op for word in _PRODUCTS):
         return None
+    name = name.removeprefix(_CAST)
     fitting = [known for known in counted if name.startswith(known) and not _ANOTHER.match(name, len(known))]
     return counted[max(fitting, key=len)].macs if fitting else None
 

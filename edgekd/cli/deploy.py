@@ -122,7 +122,9 @@ def quantize(
     found = {"folder": str(out), "model": str(result.model), "metrics": result.metrics, "skipped": result.skipped}
     losses = ", ".join(f"{loss:.4g}" for loss in result.metrics.get("loss", ()))
     said = f"{'nothing to do: ' if result.skipped else ''}{result.model} (loss of each epoch: {losses})"
-    session.finish(found, lambda: typer.echo(f"{said}\nnext: edgekd export {out} --precision int8 --out FILE"))
+    laid_out = "" if checked.export.target == "x86" else f" --target {checked.export.target}"
+    hint = f"next: edgekd export {out} --precision int8{laid_out} --out FILE"
+    session.finish(found, lambda: typer.echo(f"{said}\n{hint}"))
 
 
 def export(
@@ -316,6 +318,8 @@ _DECLARABLE = (
     "anchors",
     "input_size",
 )
+_OTHERWISE = {"class_names": "--classes", "classes": "--classes", "output": "--output"}
+"""Keys of a recipe's ONNX teachers that have options of their own; messages about files name the keys."""
 
 
 def foreign_options(
@@ -362,7 +366,7 @@ def _declared_keys(texts: list[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or key not in _DECLARABLE:
-            near = difflib.get_close_matches(key, _DECLARABLE, n=1)
+            near = [_OTHERWISE[key]] if key in _OTHERWISE else difflib.get_close_matches(key, _DECLARABLE, n=1)
             raise UserError(
                 "--declare takes KEY=VALUE",
                 got=text,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -107,10 +106,3 @@ def decode_boxes(offsets: Tensor, priors_cxcywh: Tensor) -> Tensor:
     centre = prior_centre + offsets[..., :2] * (prior_size * CENTRE_VARIANCE)
     half = (offsets[..., 2:] * SIZE_VARIANCE).clamp(max=_MAX_LOG_SIZE).exp() * (prior_size / 2)
     return torch.cat([centre - half, centre + half], dim=-1)
-
-
-def level_slices(layout: PriorLayout) -> list[slice]:
-    """Which rows belong to each level."""
-    counts = [h * w * n for (h, w), n in zip(layout.grids_hw, layout.priors_a_cell, strict=True)]
-    ends = [sum(counts[:index]) for index in range(len(counts) + 1)]
-    return [slice(start, end) for start, end in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""Measure the models of this bundle on this machine: `python3 bench.py`. Shipped in bundles as `bench.py`.
+"""Measure the models of this bundle on this machine: `python3 bench.py`, which `edgekd.device.bundle_start` is there.
 
 Needs Python 3.8, NumPy, and TensorRT (with its GPU) or ONNX Runtime. First every file is compared with its hash, then
 every model with its golden outputs; only if all of that is well is anything timed. Times are of inference alone: from a
@@ -77,9 +77,10 @@ def run_bundle(
     """
     say("checking files")
     manifest = read_bundle(folder)
+    files = [entry["file"] for entry in manifest["models"]]
+    if unknown := [name for name in only if name not in files]:
+        raise ArtifactError("no such model in this bundle", got=", ".join(unknown), expected=", ".join(files))
     entries = [entry for entry in manifest["models"] if not only or entry["file"] in only]
-    if not entries:
-        raise ArtifactError("no such model in this bundle", got=", ".join(only))
     cache = cache or folder / "engines"
     provider = choose_provider(folder / entries[0]["file"], entries[0], provider, threads, cache, say)
     subjects: list[Subject] = []
@@ -236,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _arguments(arguments)
     try:
         result = run_bundle(
-            Path(__file__).resolve().parent,
+            Path(__file__).resolve().parents[2],  # of edgekd/device/ in a bundle
             provider=given.provider,
             threads=given.threads,
             plan=Plan(given.samples, given.seconds, given.limit, given.warmup),
@@ -257,7 +258,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("all golden outputs agree" if given.check else table(result))
     print(f"result: {given.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent.parent
-PROGRAM = "edgekd.device.bundle_bench"
+PROGRAM = "edgekd.device.bundle_start"
 
 
 def program_modules() -> dict[str, Path]:

@@ -111,6 +111,9 @@ def warnings_of(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]
             said.append(f"{name}: the median had not settled when the warm-up ended")
         if abs(row["drift"]) > 0.1:
             said.append(f"{name}: the median moved by {row['drift']:+.0%} from the first half to the second")
+        latency = row["latency_ms"]
+        if latency["p90"] > 2 * latency["median"]:
+            said.append(f"{name}: every tenth inference took over {latency['p90'] / latency['median']:.1f}x the median")
         built = set((row["session"] or {}).get("layer_precisions") or ()) - {"unknown"}
         if built and row["precision"] not in built:
             said.append(f"{name}: TensorRT built no layer in {row['precision']}, only in " + ", ".join(sorted(built)))

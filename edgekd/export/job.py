@@ -20,7 +20,7 @@ from edgekd.export.onnx import Precision, describe, detections_form, trace, writ
 from edgekd.export.opset import require_opset
 from edgekd.export.parity import ParityReport
 from edgekd.export.precision import Int8Result, to_int8
-from edgekd.export.qat import learned_ranges
+from edgekd.export.qat import learned_ranges, unused_ranges
 from edgekd.recipe import ExportConfig
 from edgekd.selection import Selection
 
@@ -117,7 +117,9 @@ def export_run(
         say(f"converting to {precision}, and comparing with fp32")
         evaluate = None if gate.meter is None else gate.meter.of_model
         if precision == "int8":
-            learned = learned_ranges(base, checkpoint_facts(source), target)
+            found = checkpoint_facts(source)
+            learned = learned_ranges(base, found, target)
+            notes += [said] if (said := unused_ranges(found, target)) else []
             int8 = to_int8(base, calibration, config=config, evaluate=evaluate, learned=learned)
         model = to_float16(base) if int8 is None else int8.model
         gate.against_fp32(base, model, precision, None if int8 is None else int8.ap50_pair)

@@ -59,6 +59,17 @@ def learned_ranges(model: ModelProto, facts: Mapping[str, Any], target: Target) 
     return {tensors[key]: (low, high) for key, (low, high) in learned["ranges"].items()}
 
 
+def unused_ranges(facts: Mapping[str, Any], target: Target) -> str | None:
+    """What to say of ranges that were learned for another target, and so do not count; None where there are none."""
+    learned = facts.get(FACTS_KEY)
+    if not learned or learned["target"] == target:
+        return None
+    return (
+        f"`edgekd quantize` learned int8 ranges for {learned['target']}, which {target} cannot take: they were found by "
+        f"calibration instead; quantize with --set export.target={target}"
+    )
+
+
 @dataclass(frozen=True)
 class QatResult:
     """A fine-tuned detector, the facts that its export reads, and the loss of each epoch."""

@@ -71,11 +71,6 @@ def plain(value: Any) -> str | None:
     return {True: "yes", False: "no"}.get(value, text(value)) if isinstance(value, bool) else text(value)
 
 
-def either(one: Shape, other: Shape) -> Callable[[Any], Any]:
-    """Fitted to `one` if it is a list, else to `other`."""
-    return lambda value: fit(value, one if isinstance(value, list) else other)
-
-
 def pair(of: Callable[[Any], float | int | None]) -> Callable[[Any], list[float] | None]:
     """[low, high], both there and in order."""
 

@@ -52,11 +52,12 @@ def conditions(result: Mapping[str, Any]) -> str:
     """What was measured on, how, and what the figures mean."""
     data, settings = result["data"], result["settings"]
     cpu = result["device"]["cpu"] or result["device"]["machine"] or "an unknown processor"
+    threads = settings.get("threads") or NOTHING
     kind = "Synthetic data" if data["synthetic"] else "Data"
     return (
         f"{kind}: {data['name'] or 'unnamed'}, split {data['split'] or NOTHING}, {images(result)}. Latency: batch 1, "
-        f"{settings.get('threads') or NOTHING} threads on {cpu}, decoded image to detections, median. AP in points; "
-        "intervals are 95 %."
+        f"{threads} {'thread' if str(threads) == '1' else 'threads'} on {cpu}, decoded image to detections, median. "
+        "AP in points; intervals are 95 %."
     )
 
 
