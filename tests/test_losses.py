@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -245,6 +246,24 @@ def test_dense_response_against_a_plain_loop(activation: str) -> None:
             box_den += confidence
     assert float(cls) == pytest.approx(num / max(1, den) * temperature**2, rel=1e-4)
     assert float(box) == pytest.approx(box_num / max(1, box_den), rel=1e-4)
+
+
+def test_distributions_over_distances_are_distilled_as_distributions() -> None:
+    torch.manual_seed(0)
+    s, t = (DetectorOutput(torch.randn(2, 5, 3), torch.randn(2, 5, 4 * 8)) for _ in range(2))
+    _, box = dense_response_losses(s, t, "sigmoid", 1.0, 0.1, box_temperature=3.0)
+    num = den = 0.0
+    for b in range(2):
+        for p in range(5):
+            confidence = t.cls_logits[b, p].sigmoid().max().item()
+            for side in range(4):
+                at = slice(8 * side, 8 * side + 8)
+                tp, sp = (x.bbox_regression[b, p, at].div(3).softmax(0).tolist() for x in (t, s))
+                num += confidence * sum(x * math.log(x / y) for x, y in zip(tp, sp, strict=True)) / 4
+            den += confidence
+    assert box.item() == pytest.approx(9 * num / max(1, den), rel=1e-4)
+    shifted = DetectorOutput(t.cls_logits, t.bbox_regression + 2.5)  # the same distributions
+    assert dense_response_losses(shifted, t, "sigmoid", 1.0, 0.1)[1].item() == pytest.approx(0, abs=1e-5)
 
 
 def test_equal_outputs_cost_nothing() -> None:

@@ -2,9 +2,11 @@
 
 Sources: G. Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (temperature); G. Chen et al.,
 "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS 2017 (class and box imitation in
-detectors). Reading (ours): a row's weight is the teacher's foreground confidence plus a small share for background,
-because an unweighted sum over thousands of background priors drowns the objects. Objects of classes that no teacher knows
-are left to the ground truth: a teacher's silence there is not background.
+detectors); Z. Zheng et al., "Localization Distillation for Dense Object Detection", CVPR 2022 (where a head gives a
+distribution over each side's distance, that distribution is what is taught). Reading (ours): a row's weight is the teacher's
+foreground confidence plus a small share for background, because an unweighted sum over thousands of background priors drowns
+the objects. Objects of classes that no teacher knows are left to the ground truth: a teacher's silence there is not
+background.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair, Term
 from edgekd.ranks import normaliser
 
+BOX_TEMPERATURE = 10.0  # published
+
 
 class ResponseTerm(Term):
     """The student learns the teachers' class distributions and boxes.
@@ -30,6 +34,7 @@ class ResponseTerm(Term):
         mode: "boxes" assigns the ensemble's fused boxes to the student's priors (works for any teacher, black boxes
             too); "priors" compares raw outputs row by row and needs native teachers of the student's own layout.
         temperature: softens class distributions; gradients are rescaled by its square.
+        box_temperature: in "priors" mode, the same of distributions over distances, for heads that have them.
         cls_weight: weight of the class part. box_weight: weight of the box part.
         background: share of weight that a pure background row keeps in "priors" mode.
 
@@ -45,6 +50,7 @@ class ResponseTerm(Term):
         *,
         mode: Literal["boxes", "priors"] = "boxes",
         temperature: float = 1.0,
+        box_temperature: float = BOX_TEMPERATURE,
         cls_weight: float = 1.0,
         box_weight: float = 1.0,
         background: float = 0.02,
@@ -53,7 +59,7 @@ class ResponseTerm(Term):
         if mode not in ("boxes", "priors"):
             raise DistillationSetupError("response: unknown mode", got=mode, expected="boxes or priors")
         self.student = [pair.student]  # in a list: the student is not a submodule of its own loss
-        self.mode, self.temperature = mode, temperature
+        self.mode, self.temperature, self.box_temperature = mode, temperature, box_temperature
         self.cls_weight, self.box_weight, self.background = cls_weight, box_weight, background
         names = pair.student.spec.class_names
         self.unknown = [i for i, name in enumerate(names) if all(name in t.unknown_classes for t in pair.teachers)]
@@ -72,7 +78,12 @@ class ResponseTerm(Term):
             if view.dense is None:
                 raise DistillationSetupError(f"response: teacher {view.name} gave no raw outputs")
             cls_loss, box_loss = dense_response_losses(
-                batch.output, view.dense, student.score_activation, self.temperature, self.background
+                batch.output,
+                view.dense,
+                student.score_activation,
+                self.temperature,
+                self.background,
+                self.box_temperature,
             )
             total = total + view.weight * (self.cls_weight * cls_loss + self.box_weight * box_loss)
         return total
@@ -92,12 +103,14 @@ def dense_response_losses(
     activation: ScoreActivation,
     temperature: float,
     background: float,
+    box_temperature: float = BOX_TEMPERATURE,
 ) -> tuple[Tensor, Tensor]:
     """Row-by-row (class, box) losses between two detectors of equal layout.
 
     Class: KL(teacher || student) at `temperature`, times its square; for sigmoid heads the binary KL summed over
-    classes. Objectness, where there is one, is not softened. Box: smooth L1 on the raw coding. Both are means weighted
-    by the teacher's foreground confidence, to which the class part adds `background`.
+    classes. Objectness, where there is one, is not softened. Box: smooth L1 on the raw coding of four offsets; of
+    distributions, the mean over the sides of KL(teacher || student) at `box_temperature`, times its square. Both are means
+    weighted by the teacher's foreground confidence, to which the class part adds `background`.
     """
     s_logits, t_logits = student.cls_logits.float(), teacher.cls_logits.float().detach()
     if activation == "softmax":
@@ -119,11 +132,21 @@ def dense_response_losses(
         confidence = confidence * t_obj
     weight = confidence + background
     cls_loss = (weight * kl).sum() / normaliser(weight.sum(), least=1.0)
-    difference = functional.smooth_l1_loss(
-        student.bbox_regression.float(), teacher.bbox_regression.float().detach(), reduction="none"
-    ).mean(-1)
+    difference = _box_difference(student.bbox_regression.float(), teacher.bbox_regression.float(), box_temperature)
     box_loss = (confidence * difference).sum() / normaliser(confidence.sum(), least=1.0)
     return cls_loss, box_loss
+
+
+def _box_difference(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """(B, P) between raw codings (B, P, R): R = 4 offsets, or 4 distributions of R / 4 logits."""
+    teacher = teacher.detach()
+    if student.shape[-1] == 4:
+        return functional.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
+    told, wanted = (
+        functional.log_softmax(logits.unflatten(-1, (4, -1)) / temperature, -1) for logits in (student, teacher)
+    )
+    kl = functional.kl_div(told, wanted, reduction="none", log_target=True).sum(-1).mean(-1)
+    return kl * temperature**2
 
 
 def _require_equal_layouts(pair: Pair) -> None:
