@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -143,7 +144,7 @@ def map_classes(
 
 
 def _key(name: str) -> str:
-    return re.sub(r"[\s_\-]+", "", name).casefold()
+    return re.sub(r"[\s_\-]+", "", unicodedata.normalize("NFC", name)).casefold()
 
 
 def _canonical(name: str) -> str:

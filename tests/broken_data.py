@@ -218,6 +218,12 @@ VOC_CASES = {
         "boxes-as-shares",
         "all 2 boxes",
     ),
+    "names alike to the eye": Case(
+        "voc",
+        xml(voc_xml([("K\u00e4fer", (2, 3, 30, 20)), ("Ka\u0308fer", (3, 3, 9, 9))])),
+        "alike-classes",
+        "are two classes",
+    ),
     "names alike": Case("voc", xml(voc_xml([*DOG, ("Dog ", (3, 3, 9, 9))])), "alike-classes", "'Dog' and 'dog'"),
     "sidecar": Case("voc", write("edgekd.json", "[]"), "bad-layout", "edgekd.json"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,21 @@ def yaml_without_names(root: Path) -> None:
     put(root / "classes.txt", "cat\n\n")
 
 
+def of_two_machines(root: Path, form: str) -> None:
+    """The picture's name as a Mac writes it, with the accent apart; the annotation's in one character."""
+    apart, whole = (unicodedata.normalize(way, "Kätzchen") for way in ("NFD", "NFC"))
+    if form == "voc":
+        put(root / "Annotations" / f"{whole}.xml", XML)
+        put(root / "ImageSets/Main/train.txt", f"{apart}\n")
+    elif form == "coco":
+        coco(root, name=f"{whole}.png")
+        (root / "train" / "a.png").unlink()
+    else:
+        put(root / ("labels/train" if form == "yolo" else "train") / f"{whole}.txt", LINE)
+        put(root / "classes.txt", "cat")
+    picture(root / {"voc": "JPEGImages", "yolo": "images/train"}.get(form, "train") / f"{apart}.png")
+
+
 POLYGON = [[6, 4, 30, 4, 30, 20], [8, 8, 9, 8, 9, 9]]
 WILD: dict[str, Make] = {
     "voc, image in other letters": lambda root: voc(root, image="A.PNG"),
@@ -158,6 +174,7 @@ WILD: dict[str, Make] = {
     "yolo, in a folder, without yaml": lambda root: (yolo(root / "set", None), put(root / "set/classes.txt", "cat")),
     "coco, in a folder": lambda root: (coco(root / "coco"), put(root / "__MACOSX/coco/._a.png", "")),
     **{f"{form}, CVAT's capitals": partial(cvat_with_capitals, form=form) for form in ("coco", "voc", "yaml", "names")},
+    **{f"{form}, a Mac's names": partial(of_two_machines, form=form) for form in ("voc", "coco", "yolo", "yolo, beside")},
     "yolo, name with spaces": lambda root: yolo(root, name="my picture (1)"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -192,7 +193,8 @@ def _duplicates(
 def _alike(root: Path, names: Sequence[str]) -> list[Problem]:
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault("".join(filter(str.isalnum, name.casefold())), []).append(name)
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        groups.setdefault("".join(filter(str.isalnum, plain)), []).append(name)
     alike = [group for key, group in groups.items() if key and len(group) > 1]
     return [Problem("alike-classes", root, " and ".join(map(repr, group)) + " are two classes") for group in alike]
 

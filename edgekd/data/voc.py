@@ -20,6 +20,7 @@ from edgekd.data.layout import (
     RawImage,
     each_file,
     files_under,
+    forms,
     index_by_stem,
     is_part,
     numbered_lines,
@@ -203,7 +204,7 @@ class VocSource:
         return self._annotations[base]
 
     def _annotation_path(self, split: str, key: str) -> Path | None:
-        found = self._annotation_index(split).get(printable(key))
+        found = _named(self._annotation_index(split), printable(key))
         return found[0] if found else None
 
     def _image_folder(self, split: str) -> Path:
@@ -217,8 +218,8 @@ class VocSource:
         if folder not in self._images:
             self._images[folder] = index_by_stem(folder, IMAGE_SUFFIXES)
         by_stem = self._images[folder]
-        other = by_stem.get(stem_of(file_name) if file_name else "") or []
-        choices = by_stem.get(printable(key)) or other or self._in_other_letters(split, key)
+        other = _named(by_stem, stem_of(file_name)) if file_name else []
+        choices = _named(by_stem, printable(key)) or other or self._in_other_letters(split, key)
         if other and choices[0] not in other:
             message = (
                 f"<filename> names another image, {printable(other[0].name)}; {printable(choices[0].name)} is used"
@@ -243,6 +244,11 @@ class VocSource:
                     folded.setdefault(stem.casefold(), []).extend(paths)
         found = self._folded[folder].get(printable(key).casefold(), [])
         return found if len(found) == 1 else []
+
+
+def _named(index: Mapping[str, list[Path]], stem: str) -> list[Path]:
+    """The files of this name, or of one that is the same to the eye."""
+    return next((index[form] for form in forms(stem) if form in index), [])
 
 
 def _object_names(path: Path) -> set[str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekd.data.layout import each_file, is_image, is_part, numbered_lines, tails
+from edgekd.data.layout import each_file, forms, is_image, is_part, numbered_lines, tails
 from edgekd.data.problems import printable
 from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names, find_yaml
 from edgekd.errors import DataError
@@ -96,14 +96,21 @@ def label_path(image: Path) -> Path:
         if parts[position] == "images":
             parts[position] = "labels"
             label = Path(*parts).with_suffix(".txt")
-            return beside if not label.is_file() and beside.is_file() else label
-    return beside
+            return _in_any_form(label) or _in_any_form(beside) or label
+    return _in_any_form(beside) or beside
+
+
+def _in_any_form(path: Path) -> Path | None:
+    """The file of this name, or of one that is the same to the eye; None where there is none."""
+    return next((found for found in map(path.with_name, forms(path.name)) if found.is_file()), None)
 
 
 def _has_labels_beside(folder: Path) -> bool:
     """Whether some image in the folder has a .txt of its name beside it."""
     names = set(os.listdir(folder))
-    return any(is_image(Path(name)) and os.path.splitext(name)[0] + ".txt" in names for name in names)
+    return any(
+        is_image(Path(name)) and not names.isdisjoint(forms(os.path.splitext(name)[0] + ".txt")) for name in names
+    )
 
 
 def _lists_labelled_images(path: Path) -> bool:
