@@ -321,6 +321,12 @@ YOLO_CASES = {
     "label in upper case": Case(
         "yolo", rename_label("a.TXT"), "misnamed-label", "a.TXT: the image of this label wants"
     ),
+    "names of another order": Case(
+        "yolo",
+        write("labels/train/classes.txt", "cat\ndog\n"),
+        "other-names",
+        "class 0 is 'cat' here, 'dog' in the data set",
+    ),
     "label of another case": Case("yolo", rename_label("A.txt"), "misnamed-label", "to be called a.txt"),
     "label with the image's suffix": Case("yolo", rename_label("a.png.txt"), "misnamed-label", "a.png.txt"),
     "label of two images": Case(

@@ -57,8 +57,9 @@ def voc_bases(root: Path) -> list[Path]:
 class VocSource:
     """A folder in VOC layout.
 
-    Splits are the files of ImageSets/Main. Without them, each subfolder with XML files is a split, and a folder with
-    nothing but annotations and images is one split, "all".
+    Splits are the files of ImageSets/Main, or train.txt, val.txt, ... in the folder itself, as PaddleDetection has them.
+    Without them, each subfolder with XML files is a split, and a folder with nothing but annotations and images is one
+    split, "all".
     """
 
     format: Format = "voc"
@@ -86,7 +87,7 @@ class VocSource:
         self._folded: dict[Path, dict[str, list[Path]]] = {}
 
     def splits(self) -> tuple[str, ...]:
-        """File names of ImageSets/Main, or folder names, or ("all",)."""
+        """Names of the lists, or of folders, or ("all",)."""
         return tuple(self._lists) or tuple(self._folders) or ("all",)
 
     def class_names(self) -> tuple[str, ...]:
@@ -276,7 +277,10 @@ def _list_files(base: Path) -> list[Path]:
 
 def _split_lists(base: Path) -> dict[str, Path]:
     """Split -> its file, leaving out the files a class of the official sets (aeroplane_train.txt)."""
-    files = {path.stem: path for path in _list_files(base)}
+    paths = _list_files(base)
+    if not paths and _annotation_folder(base) is not None:
+        paths = sorted(path for path in base.glob("*.txt") if is_part(path.stem) and path.is_file())
+    files = {path.stem: path for path in paths}
     return {split: path for split, path in files.items() if not _is_class_list(split, path, files)}
 
 

@@ -112,6 +112,7 @@ class YoloSource:
                 continue
             ids.add(raw.image_id)
             raws.append(raw)
+        self._report_other_names(split, raws, problems)
         lacking = self._report_misnamed(split, listed[:limit], problems)
         if limit is None:
             self._report_orphans(split, listed, lacking, problems)
@@ -217,6 +218,16 @@ class YoloSource:
                     f"images {printable(first[label].name)} and {printable(image.path.name)} share it; both are read"
                 )
                 problems.append(Problem("ambiguous-image", label, message, split=split))
+
+    def _report_other_names(self, split: str, raws: list[RawImage], problems: list[Problem]) -> None:
+        """Name what LabelImg has left beside the labels, where it tells other classes by their numbers."""
+        for path in sorted({raw.annotation.with_name("classes.txt") for raw in raws}):
+            there = {number - 1: name for number, name in numbered_lines(path)} if path.is_file() else {}
+            for index, name in enumerate(self._names or ()):
+                if index in there and there[index].casefold() != name.casefold():
+                    message = f"class {index} is {printable(there[index])!r} here, {name!r} in the data set"
+                    problems.append(Problem("other-names", path, message, index + 1, split=split))
+                    break
 
     def _report_misnamed(self, split: str, listed: list[_Listed], problems: list[Problem]) -> set[Path]:
         """Name label files that an image misses by a hair; returns the plain names of all labels that images lack."""
