@@ -166,6 +166,12 @@ def _find(name: str, names: Sequence[str], whose: str) -> int:
     )
 
 
+def some_of(names: Sequence[str], shown: int = 6) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:90])
     return shown if len(names) <= 90 else f"{shown}, ... ({len(names)} in all)"

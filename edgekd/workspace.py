@@ -17,6 +17,7 @@ from edgekd.artifact import read_manifest, sha256_file
 from edgekd.console import Terminal
 from edgekd.data import read_dataset
 from edgekd.errors import ArtifactError, DataError, UserError
+from edgekd.labels import some_of
 from edgekd.recipe import Recipe
 from edgekd.training_setup import uses_gpu
 from edgekd.types import Dataset
@@ -116,6 +117,17 @@ def doubts_about(train: Dataset, val: Dataset) -> list[str]:
         )
     if not has_objects(val):
         doubts.append(f"split {val.split!r} has no object: nothing can be measured on it (`edgekd data check`)")
+        return doubts
+    trained, measured = (
+        {label for record in split.records for label in record.labels[record.trainable].tolist()}
+        for split in (train, val)
+    )
+    absent = [train.class_names[label] for label in sorted(trained - measured)]
+    if absent:
+        doubts.append(
+            f"split {val.split!r} has no object of {some_of(absent)}, unlike {train.split!r}: figures on it say nothing of "
+            f"{'them' if len(absent) > 1 else 'it'}"
+        )
     return doubts
 
 

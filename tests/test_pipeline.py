@@ -330,7 +330,9 @@ def test_figures_on_training_images_or_on_nothing_are_doubted(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_workspace(recipe(home), tmp_path / "a", device="cpu"):
-        assert "warning" not in capsys.readouterr().err
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("warning") == 1
+        assert "'val' has no object of ring, star5, unlike 'train': figures on it say nothing of them" in said
     with open_workspace(recipe(home, "data.val=train", "data.limit_val=3"), tmp_path / "b", device="cpu"):
         assert "3 of the 3 images of split 'train' are trained on" in " ".join(capsys.readouterr().err.split())
     shutil.copytree(home / "scenes", tmp_path / "scenes")

@@ -19,6 +19,7 @@ from edgekd.data.problems import Problem, printable
 from edgekd.data.reading import NO_CLASS, class_names_of, detect_format, open_source
 from edgekd.data.records import resolve
 from edgekd.errors import DataError
+from edgekd.labels import some_of
 from edgekd.types import ImageRecord
 
 __all__ = ["CheckReport", "SplitSummary", "check_dataset", "write_contact_sheet"]
@@ -216,5 +217,5 @@ def _empty(root: Path, records: Mapping[str, list[ImageRecord]], names: Sequence
             absent = [name for label, name in enumerate(names) if not counts[label]]
             if absent:
                 message = f"{len(absent)} of {len(names)} classes have no object to train on in split {split!r}: "
-                problems.append(Problem("absent-class", root, message + ", ".join(absent), split=split))
+                problems.append(Problem("absent-class", root, message + some_of(absent, 20), split=split))
     return problems
