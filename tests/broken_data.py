@@ -321,6 +321,12 @@ YOLO_CASES = {
     "label in upper case": Case(
         "yolo", rename_label("a.TXT"), "misnamed-label", "a.TXT: the image of this label wants"
     ),
+    "labels in capitals": Case(
+        "yolo",
+        lambda root: (root / "labels").rename(root / "Labels"),
+        "unlabelled-split",
+        "labels/train/a.txt: no image of",
+    ),
     "names of another order": Case(
         "yolo",
         write("labels/train/classes.txt", "cat\ndog\n"),

@@ -321,6 +321,30 @@ def test_an_empty_line_among_class_names_does_not_shift_them(tmp_path: Path, tex
     assert read_dataset(tmp_path, "train").class_names == ("cat", "dog")
 
 
+@pytest.mark.parametrize(("images", "labels"), [("images", "annotations"), ("Images", "Labels")])
+def test_labels_in_a_folder_that_is_not_looked_at_are_told(tmp_path: Path, images: str, labels: str) -> None:
+    picture(tmp_path / images / "a.png")
+    put(tmp_path / labels / "a.txt", LINE)
+    with pytest.raises(DataError, match=r"1 \.txt file of the images' names[\s\S]*labels/ beside images/") as caught:
+        detect_format(tmp_path)
+    assert "data label" not in str(caught.value)
+
+
+def test_an_annotation_that_is_not_found_is_no_missing_class(tmp_path: Path) -> None:
+    voc(tmp_path)
+    (tmp_path / "Annotations/a.xml").rename(tmp_path / "Annotations/a.png.xml")
+    with pytest.raises(DataError, match=r"no class is annotated[\s\S]*train\.txt:1: 'a' has no annotation") as caught:
+        read_dataset(tmp_path, "train")
+    assert "annotate some" not in str(caught.value)
+    assert {problem.kind for problem in check_dataset(tmp_path).problems} == {"missing-annotation", "empty-split"}
+
+
+def test_a_missing_split_to_train_on_is_not_made_of_the_one_to_measure_on(tmp_path: Path) -> None:
+    yolo(tmp_path, "train: images/train/*.png\nval: images/val\nnames: [cat]")
+    with pytest.raises(DataError, match=r"which is not there \["):
+        read_dataset(tmp_path, "train")
+
+
 def test_classes_that_labelimg_numbers_differently_are_told(tmp_path: Path) -> None:
     labelimg(tmp_path, "labels")
     put(tmp_path / "labels/val/classes.txt", "dog\n")

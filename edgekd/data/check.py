@@ -16,7 +16,7 @@ from edgekd.data.contact_sheet import write_contact_sheet
 from edgekd.data.images import Oddity, examine_image
 from edgekd.data.layout import Source, find_split
 from edgekd.data.problems import Problem, printable
-from edgekd.data.reading import NO_CLASS, class_names_of, detect_format, open_source
+from edgekd.data.reading import NO_CLASS, UNREAD_ANNOTATIONS, class_names_of, detect_format, open_source
 from edgekd.data.records import resolve
 from edgekd.errors import DataError
 from edgekd.labels import some_of
@@ -61,7 +61,7 @@ def check_dataset(
             continue
         judged = problems if names else []  # without class names every object would be of an unknown one
         records[split] = [item.record for item in resolve(raws, names, split, judged)]
-    if any(problem.kind == "bad-annotation" for problem in problems):  # the reason, and what to mend
+    if any(problem.kind in UNREAD_ANNOTATIONS for problem in problems):  # the reason, and what to mend
         problems = [problem for problem in problems if NO_CLASS not in problem.message]
     paths = {split: [record.path for record in found] for split, found in records.items()}
     digests = pixel_digests(paths, problems, progress)

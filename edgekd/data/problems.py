@@ -62,6 +62,7 @@ RULES: dict[str, Rule] = {
     "repeated-annotation-id": Rule("warning", False, "two COCO annotations share an id: both are read"),
     "orphan-annotation": Rule("error", False, "the annotation belongs to no listed image: left out"),
     "orphan-label": Rule("warning", False, "a label file without its image: left out"),
+    "unlabelled-split": Rule("warning", False, "no label file for any of the split's images: all show background"),
     "misnamed-label": Rule("error", True, "a label file that its image does not find by its name: reading stops"),
     "other-names": Rule(
         "error",

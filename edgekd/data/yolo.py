@@ -22,6 +22,7 @@ from edgekd.data.layout import (
     files_under,
     is_image,
     is_part,
+    is_validation,
     numbered_lines,
     require_split,
     split_advice,
@@ -116,6 +117,9 @@ class YoloSource:
         lacking = self._report_misnamed(split, listed[:limit], problems)
         if limit is None:
             self._report_orphans(split, listed, lacking, problems)
+            if raws and not any(raw.annotation.exists() for raw in raws):
+                message = f"no image of split {split!r} has a label file; the first one's would be this"
+                problems.append(Problem("unlabelled-split", raws[0].annotation, message, split=split))
         return raws
 
     def _is_above(self, folder: Path) -> bool:
@@ -159,7 +163,7 @@ class YoloSource:
     def _instead(self) -> str:
         """How to do without a split that was never exported, such as Roboflow's data.yaml names."""
         there = [name for name, entries in self._splits.items() if is_part(name) and any(map(os.path.exists, entries))]
-        return f"; without it, {split_advice(self.root, there)}" if there else ""
+        return f"; without it, {split_advice(self.root, there)}" if there and not any(map(is_validation, there)) else ""
 
     def _read_list(self, listing: Path, split: str, problems: list[Problem]) -> list[_Listed]:
         found: list[tuple[Path, int]] = []
