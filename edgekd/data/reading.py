@@ -100,13 +100,16 @@ def _no_data_set(root: Path) -> DataError:
     kinds = ", ".join(f"{count} {suffix} file{'s' * (count > 1)}" for suffix, count in others.most_common(3))
     holds = f"{images} image{'s' * (images > 1)} but no annotations" if images else "no data set"
     fix = "`edgekd data label RECIPE` has the recipe's teachers annotate them" if images else None
+    tools = (
+        "have the tool that made them, or FiftyOne, CVAT, Roboflow, Label Studio and the like, write them as COCO, VOC "
+    )
+    tools += "or YOLO"
     if texts:
         kinds = f"{texts} .txt file{'s' * (texts > 1)} of the images' names, in a folder where none is looked for"
-        fix = "if these are YOLO's labels, put them into a folder labels/ beside images/ (so written), or beside the images"
+        fix = f"YOLO's labels belong into labels/ beside images/ (so written), or beside the images; of other kinds, {tools}"
     elif others:
         kinds += ", of a kind that is not read"
-        fix = "if these hold the annotations, have the tool that made them, or FiftyOne, CVAT, Roboflow, Label Studio and "
-        fix += "the like, write them as COCO, VOC or YOLO"
+        fix = f"if these hold the annotations, {tools}"
         fix += "; `edgekd data label RECIPE` is for images that nobody has annotated" if images else ""
     return DataError(
         f"{printable(root)} holds {holds} in a known layout",
