@@ -47,7 +47,7 @@ def write_contact_sheet(
         y = _MARGIN + position // columns * cell_h
         tile = _tile(record, dataset.class_names, tile_px)
         sheet.paste(tile, (x + (tile_px - tile.width) // 2, y + (tile_px - tile.height) // 2))
-        caption = printable(record.image_id)
+        caption = printable(record.image_id).replace("\n", " ")  # one line, whatever a file name holds
         font = label_font(caption, _FONT_PX)
         draw.text((x, y + tile_px + 2), _fit(draw, caption, font, tile_px), _INK, font)
     encoded = io.BytesIO()  # Pillow itself does not notice where a file ends short, on a full disk
