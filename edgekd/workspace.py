@@ -20,7 +20,7 @@ from edgekd.errors import ArtifactError, DataError, UserError
 from edgekd.labels import some_of
 from edgekd.recipe import Recipe
 from edgekd.training_setup import uses_gpu
-from edgekd.types import Dataset
+from edgekd.types import LABELLED_BY_TEACHERS, Dataset
 
 LOCK_FILE = ".edgekd.lock"
 
@@ -115,6 +115,8 @@ def doubts_about(train: Dataset, val: Dataset) -> list[str]:
             f"{both} of the {len(val)} images of split {val.split!r} are trained on as well: figures on them say nothing "
             "of new images (`data.val`; `edgekd data split` draws splits)"
         )
+    if val.by_teachers:
+        doubts.append(f"split {val.split!r} {LABELLED_BY_TEACHERS}")
     if not has_objects(val):
         doubts.append(f"split {val.split!r} has no object: nothing can be measured on it (`edgekd data check`)")
         return doubts

@@ -293,6 +293,9 @@ COCO_CASES = {
         "images[1] (id 2)",
     ),
     "nothing": Case("coco", edit(lambda data: data.update(images=[], annotations=[])), "empty-split", ""),
+    "labelled by teachers": Case(
+        "coco", edit(lambda data: data.update(info={"teachers": {"y": "1"}})), "labels-of-teachers", "annotated by y"
+    ),
     "no objects": Case("coco", edit(lambda data: data.update(annotations=[])), "empty-split", ""),
 }
 

@@ -37,7 +37,7 @@ from edgekd.labels import some_of
 from edgekd.predictor import Predictor, RuntimeChoice
 from edgekd.recipe import BenchConfig
 from edgekd.selection import OPTIONS
-from edgekd.types import Dataset
+from edgekd.types import LABELLED_BY_TEACHERS, Dataset
 
 
 def bench_artifacts(
@@ -118,6 +118,8 @@ def bench_artifacts(
             f"split {dataset.split!r} has no object: accuracy cannot be measured on it (`edgekd data check`)"
         )
     told = [f"{s.name}: {said}" for s in found.subjects for said in _about_thresholds(s)]
+    if dataset.by_teachers:
+        told.append(f"split {dataset.split!r} {LABELLED_BY_TEACHERS}")
     absent = [name for name, one in accuracies[0].per_class.items() if not one.objects]
     if absent and accuracies[0].objects:
         which = f"{len(absent)} of the {len(dataset.class_names)} classes"

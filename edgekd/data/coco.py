@@ -126,6 +126,11 @@ class CocoSource:
         except CocoError as error:
             problems.append(Problem("bad-annotation", path, str(error), error.line, split=split))
             return []
+        info = data.get("info")
+        teachers = info.get("teachers") if isinstance(info, dict) else None
+        if isinstance(teachers, dict):  # as edgekd.labelling writes it
+            message = f"annotated by {printable(', '.join(teachers))}, as `teachers` in `info` says"
+            problems.append(Problem("labels-of-teachers", path, message, split=split))
         reader = _Reader(path, split, self._image_folders(split), problems)
         return reader.read(data, limit)
 

@@ -60,6 +60,9 @@ RULES: dict[str, Rule] = {
         "error", True, "two annotations are of one image file, each with a part of its objects: reading stops"
     ),
     "repeated-annotation-id": Rule("warning", False, "two COCO annotations share an id: both are read"),
+    "labels-of-teachers": Rule(
+        "warning", False, "`edgekd data label` made the annotations: figures measure agreement with those teachers"
+    ),
     "orphan-annotation": Rule("error", False, "the annotation belongs to no listed image: left out"),
     "orphan-label": Rule("warning", False, "a label file without its image: left out"),
     "unlabelled-split": Rule("warning", False, "no label file for any of the split's images: all show background"),

@@ -212,4 +212,5 @@ def read_dataset(
     if lost:
         counts = ", ".join(f"{count} {kind}" for kind, count in lost.most_common())
         _log.warning("%s, split %s: %s; `edgekd data check` names each", printable(root), split, counts)
-    return Dataset(Path(root), source.format, split, names, tuple(item.record for item in resolved))
+    by_teachers = any(problem.kind == "labels-of-teachers" for problem in problems)
+    return Dataset(Path(root), source.format, split, names, tuple(item.record for item in resolved), by_teachers)
