@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import contextlib
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +14,37 @@ from edgekd.types import Detections, ImageArray
 
 Rectangle = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+_SYSTEM_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+)
+_NO_CHARACTER = "\U0010ffff"
+
+
+def label_font(text: str, size: int) -> Font:
+    """Pillow's own font, or, as that knows ASCII alone, the one of the system's that has most of the text."""
+    own = ImageFont.load_default(size=size)
+    return own if text.isascii() else max((own, *_system_fonts(size)), key=lambda font: _written(font, text))
+
+
+@functools.cache
+def _system_fonts(size: int) -> tuple[Font, ...]:
+    found = []
+    for name in _SYSTEM_FONTS:
+        with contextlib.suppress(OSError):  # it is not installed
+            found.append(ImageFont.truetype(name, size))
+    return tuple(found)
+
+
+def _written(font: Font, text: str) -> int:
+    """How many different characters of the text are not drawn as what stands for a missing one."""
+    missing = bytes(font.getmask(_NO_CHARACTER))
+    return sum(bytes(font.getmask(character)) != missing for character in set(text))
 
 
 def class_colour(label: int) -> Colour:
@@ -29,7 +62,10 @@ def draw_detections(image: ImageArray, detections: Detections, class_names: Sequ
     canvas = ImageDraw.Draw(picture)
     side = max(height, width)
     line = max(1, round(side / 400))
-    font = ImageFont.load_default(size=max(10, round(side / 45)))
+    names = {
+        label: class_names[label] if label < len(class_names) else str(label) for label in detections.labels.tolist()
+    }
+    font = label_font("".join(names.values()), max(10, round(side / 45)))
     order = np.argsort(detections.scores, kind="stable")
     for index in order:
         box = tuple(float(v) for v in detections.boxes_xyxy[index])
@@ -37,8 +73,7 @@ def draw_detections(image: ImageArray, detections: Detections, class_names: Sequ
     taken: list[Rectangle] = []
     for index in order[::-1]:
         label = int(detections.labels[index])
-        name = class_names[label] if label < len(class_names) else str(label)
-        text = f"{name} {detections.scores[index]:.2f}"
+        text = f"{names[label]} {detections.scores[index]:.2f}"
         left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
         size = (right - left + 2 * line + 2, bottom - top + 2 * line + 2)
         place = _label_place(tuple(float(v) for v in detections.boxes_xyxy[index]), size, (width, height), taken)

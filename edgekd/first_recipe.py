@@ -26,6 +26,7 @@ from edgekd.detectors.prior_fit import suited_options
 from edgekd.detectors.weights import PUBLISHED
 from edgekd.device.sysfs import CPU_BF16, cpu_flags
 from edgekd.errors import ArtifactError, DataError, UserError
+from edgekd.labels import some_of
 from edgekd.recipe import CheckpointTeacher, ModelConfig, OnnxTeacher
 from edgekd.recipe_draft import RecipeDraft
 from edgekd.recipe_file import RESERVED_NAMES, WEIGHT_NAMES, load_recipe
@@ -256,8 +257,7 @@ def _put_teachers(
         found.reasons["teachers", number, key] = why
     if unknown:
         named = [name for name in classes if name in unknown]
-        more = f" and {len(named) - 6} more" if len(named) > 6 else ""
-        found.warnings.append(f"no teacher knows {', '.join(named[:6])}{more}: learned from ground truth alone")
+        found.warnings.append(f"no teacher knows {some_of(named)}: learned from ground truth alone")
 
 
 def _put_own_teachers(found: RecipeDraft, student: ModelConfig, options: Mapping[str, Any], on_gpu: bool) -> None:

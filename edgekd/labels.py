@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -143,7 +144,7 @@ def map_classes(
 
 
 def _key(name: str) -> str:
-    return re.sub(r"[\s_\-]+", "", name).casefold()
+    return re.sub(r"[\s_\-]+", "", unicodedata.normalize("NFC", name)).casefold()
 
 
 def _canonical(name: str) -> str:
@@ -163,6 +164,12 @@ def _find(name: str, names: Sequence[str], whose: str) -> int:
         expected=_listed(names),
         fix=f"did you mean {near[0]!r}?" if near else None,
     )
+
+
+def some_of(names: Sequence[str], shown: int = 6) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _listed(names: Sequence[str]) -> str:

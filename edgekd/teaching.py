@@ -17,6 +17,7 @@ from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.errors import ArtifactError, DistillationSetupError
+from edgekd.labels import some_of
 from edgekd.recipe import (
     CacheConfig,
     CheckpointTeacher,
@@ -77,8 +78,7 @@ def check_terms(work: Workspace) -> None:
     Distiller(student, TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, nothing, {}), recipe.distill)
     unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in built)]
     if unknown:
-        shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
-        work.terminal.warn(f"no teacher knows {shown}: learned from ground truth alone")
+        work.terminal.warn(f"no teacher knows {some_of(unknown)}: learned from ground truth alone")
     ensemble.close()
 
 

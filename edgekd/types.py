@@ -139,15 +139,26 @@ class ImageRecord:
         return ~(self.difficult | self.crowd)
 
 
+LABELLED_BY_TEACHERS = (
+    "has been annotated by teachers (`edgekd data label`): figures on it say how far a detector agrees with them, not how "
+    "often it is right"
+)
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """One split of a detection data set, held in memory as annotations (images stay on disk)."""
+    """One split of a detection data set, held in memory as annotations (images stay on disk).
+
+    Attributes:
+        by_teachers: `edgekd data label` has annotated it: figures on it measure agreement with those teachers.
+    """
 
     root: Path
     format: Literal["voc", "coco", "yolo"]
     split: str
     class_names: tuple[str, ...]
     records: tuple[ImageRecord, ...]
+    by_teachers: bool = False
 
     def __len__(self) -> int:
         return len(self.records)

@@ -17,9 +17,10 @@ from edgekd.artifact import read_manifest, sha256_file
 from edgekd.console import Terminal
 from edgekd.data import read_dataset
 from edgekd.errors import ArtifactError, DataError, UserError
+from edgekd.labels import some_of
 from edgekd.recipe import Recipe
 from edgekd.training_setup import uses_gpu
-from edgekd.types import Dataset
+from edgekd.types import LABELLED_BY_TEACHERS, Dataset
 
 LOCK_FILE = ".edgekd.lock"
 
@@ -108,15 +109,38 @@ def has_objects(val: Dataset) -> bool:
 def doubts_about(train: Dataset, val: Dataset) -> list[str]:
     """What makes figures on `val` say little; nobody is kept from training by it."""
     doubts = []
-    both = len({record.path for record in train.records} & {record.path for record in val.records})
+    both = _images_in(train, val)
     if both:
         doubts.append(
             f"{both} of the {len(val)} images of split {val.split!r} are trained on as well: figures on them say nothing "
             "of new images (`data.val`; `edgekd data split` draws splits)"
         )
+    if val.by_teachers:
+        doubts.append(f"split {val.split!r} {LABELLED_BY_TEACHERS}")
     if not has_objects(val):
         doubts.append(f"split {val.split!r} has no object: nothing can be measured on it (`edgekd data check`)")
+        return doubts
+    trained, measured = (
+        {label for record in split.records for label in record.labels[record.trainable].tolist()}
+        for split in (train, val)
+    )
+    absent = [train.class_names[label] for label in sorted(trained - measured)]
+    if absent:
+        doubts.append(
+            f"split {val.split!r} has no object of {some_of(absent)}, unlike {train.split!r}: figures on it say nothing of "
+            f"{'them' if len(absent) > 1 else 'it'}"
+        )
     return doubts
+
+
+def _images_in(train: Dataset, val: Dataset) -> int:
+    """How many images of `val` are files of `train`, or copies of such; only files of equal size are read."""
+    by_size: dict[int, list[Path]] = {}
+    for path in {record.path for record in train.records}:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    sizes = {path: path.stat().st_size for path in {record.path for record in val.records}}
+    content = {sha256_file(path) for size in set(sizes.values()) for path in by_size.get(size, ())}
+    return sum(size in by_size and sha256_file(path) in content for path, size in sizes.items())
 
 
 @contextlib.contextmanager

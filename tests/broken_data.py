@@ -218,6 +218,12 @@ VOC_CASES = {
         "boxes-as-shares",
         "all 2 boxes",
     ),
+    "names alike to the eye": Case(
+        "voc",
+        xml(voc_xml([("K\u00e4fer", (2, 3, 30, 20)), ("Ka\u0308fer", (3, 3, 9, 9))])),
+        "alike-classes",
+        "are two classes",
+    ),
     "names alike": Case("voc", xml(voc_xml([*DOG, ("Dog ", (3, 3, 9, 9))])), "alike-classes", "'Dog' and 'dog'"),
     "sidecar": Case("voc", write("edgekd.json", "[]"), "bad-layout", "edgekd.json"),
 }
@@ -287,6 +293,9 @@ COCO_CASES = {
         "images[1] (id 2)",
     ),
     "nothing": Case("coco", edit(lambda data: data.update(images=[], annotations=[])), "empty-split", ""),
+    "labelled by teachers": Case(
+        "coco", edit(lambda data: data.update(info={"teachers": {"y": "1"}})), "labels-of-teachers", "annotated by y"
+    ),
     "no objects": Case("coco", edit(lambda data: data.update(annotations=[])), "empty-split", ""),
 }
 
@@ -314,6 +323,18 @@ YOLO_CASES = {
     "label without image": Case("yolo", image("yolo", Path.unlink), "orphan-label", "a.txt"),
     "label in upper case": Case(
         "yolo", rename_label("a.TXT"), "misnamed-label", "a.TXT: the image of this label wants"
+    ),
+    "labels in capitals": Case(
+        "yolo",
+        lambda root: (root / "labels").rename(root / "Labels"),
+        "unlabelled-split",
+        "labels/train/a.txt: no image of",
+    ),
+    "names of another order": Case(
+        "yolo",
+        write("labels/train/classes.txt", "cat\ndog\n"),
+        "other-names",
+        "class 0 is 'cat' here, 'dog' in the data set",
     ),
     "label of another case": Case("yolo", rename_label("A.txt"), "misnamed-label", "to be called a.txt"),
     "label with the image's suffix": Case("yolo", rename_label("a.png.txt"), "misnamed-label", "a.png.txt"),

@@ -287,6 +287,17 @@ def test_a_split_without_objects_is_told(tmp_path: Path) -> None:
     assert any("has no object: accuracy cannot be measured" in text for text in found["warnings"])
 
 
+def test_classes_without_an_object_are_told(tmp_path: Path) -> None:
+    path = write_detector(tmp_path / "a.onnx", GOOD_BOXES, GOOD_SCORES)
+    dataset = make_dataset(tmp_path / "data", images=3)
+    dataset = replace(dataset, records=dataset.records[2:], by_teachers=True)
+    found = bench_artifacts([BenchArtifact(path, "a")], dataset, config=CONFIG, memory=False, out=tmp_path / "r.json")
+    says = f"split 'val' has no object of 1 of the 2 classes, and AP leaves them out: {dataset.class_names[1]}"
+    assert says in found["warnings"]
+    assert says not in found["unfit_to_publish"]
+    assert any("annotated by teachers" in text for text in found["warnings"])
+
+
 def test_empty_split(tmp_path: Path) -> None:
     path = write_detector(tmp_path / "a.onnx", GOOD_BOXES, GOOD_SCORES)
     with pytest.raises(DataError, match="no images"):

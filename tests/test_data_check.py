@@ -242,6 +242,11 @@ def test_contact_sheet_of_any_number_with_broken_images(tmp_path: Path, count: i
     assert Image.open(path).size == (width * 70 + 6, -(-shown // width) * 86 + 6)
 
 
+def test_contact_sheet_of_a_name_with_a_newline(tmp_path: Path) -> None:
+    root = make_yolo(tmp_path / "set", {"train": {"a\nb": ["0 0.5 0.5 0.5 0.5"]}}, ["dog"])
+    assert write_contact_sheet(read_dataset(root, "train"), tmp_path / "sheet.png").is_file()
+
+
 def test_contact_sheet_of_nothing(tmp_path: Path) -> None:
     root = voc(tmp_path)
     (root / "ImageSets" / "Main" / "test.txt").write_text("")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -120,9 +121,41 @@ def fiftyone_voc(root: Path, images: str = "data") -> None:
     put(root / "train" / "labels" / "a.xml", XML)
 
 
+def paddle(root: Path, listing: str) -> None:
+    voc(root)
+    (root / "ImageSets/Main/train.txt").unlink()
+    for name in ("b", "c"):
+        picture(root / "JPEGImages" / f"{name}.png")
+        put(root / f"Annotations/{name}.xml", XML)
+    put(root / "train.txt", listing)
+    put(root / "val.txt", listing.replace("a", "b", 1) if len(listing) < 4 else "JPEGImages/b.png Annotations/b.xml\n")
+
+
+def labelimg(root: Path, place: str) -> None:
+    for split, names in (("train", "cat\ndog\n"), ("val", "cat\n")):
+        picture(root / place.replace("labels", "images") / split / "a.png", seed=len(split))
+        put(root / place / split / "a.txt", LINE)
+        put(root / place / split / "classes.txt", names)
+
+
 def yaml_without_names(root: Path) -> None:
     yolo(root, "train: images/train\nval: images/val\n")
     put(root / "classes.txt", "cat\n\n")
+
+
+def of_two_machines(root: Path, form: str) -> None:
+    """The picture's name as a Mac writes it, with the accent apart; the annotation's in one character."""
+    apart, whole = (unicodedata.normalize(way, "Kätzchen") for way in ("NFD", "NFC"))
+    if form == "voc":
+        put(root / "Annotations" / f"{whole}.xml", XML)
+        put(root / "ImageSets/Main/train.txt", f"{apart}\n")
+    elif form == "coco":
+        coco(root, name=f"{whole}.png")
+        (root / "train" / "a.png").unlink()
+    else:
+        put(root / ("labels/train" if form == "yolo" else "train") / f"{whole}.txt", LINE)
+        put(root / "classes.txt", "cat")
+    picture(root / {"voc": "JPEGImages", "yolo": "images/train"}.get(form, "train") / f"{apart}.png")
 
 
 POLYGON = [[6, 4, 30, 4, 30, 20], [8, 8, 9, 8, 9, 9]]
@@ -145,12 +178,19 @@ WILD: dict[str, Make] = {
     "coco, Windows names": lambda root: coco(root, name="C:\\pictures\\a.png"),
     "coco, Label Studio": lambda root: coco(root, "annotations/train.json", "images", "../../media/upload/1/a.png"),
     "coco, FiftyOne": lambda root: coco(root, "train/labels.json", "train/data"),
+    "coco, Supervisely": lambda root: coco(root, "train/annotations/instances.json", "train/images"),
+    "coco, images in a folder with the year": lambda root: coco(root, "annotations/train.json", "train2017"),
+    "coco, images in a folder of capitals": lambda root: coco(root, "annotations/train.json", "images/Train"),
     "coco, keypoints alone": lambda root: coco(root, "annotations/person_keypoints_train.json"),
     "yolo, lists from where training started": lambda root: yolo_lists(root, "data/mine/"),
     "yolo, lists from another disk": lambda root: yolo_lists(root, "D:\\data\\mine\\"),
     "yolo, CVAT for Darknet": cvat_darknet,
     "yolo, Roboflow for Darknet": roboflow_darknet,
     "yolo, labels in UTF-16": lambda root: yolo(root, line=LINE.encode("utf-16")),
+    "voc, PaddleDetection": lambda root: paddle(root, "JPEGImages/a.png Annotations/a.xml\n"),
+    "voc, lists beside": lambda root: paddle(root, "a\n"),
+    "yolo, LabelImg": partial(labelimg, place="."),
+    "yolo, LabelImg, labels apart": partial(labelimg, place="labels"),
     "voc, FiftyOne": fiftyone_voc,
     "voc, xml in labels": lambda root: fiftyone_voc(root, "images"),
     "yolo, data.yaml beside classes.txt": yaml_without_names,
@@ -158,6 +198,10 @@ WILD: dict[str, Make] = {
     "yolo, in a folder, without yaml": lambda root: (yolo(root / "set", None), put(root / "set/classes.txt", "cat")),
     "coco, in a folder": lambda root: (coco(root / "coco"), put(root / "__MACOSX/coco/._a.png", "")),
     **{f"{form}, CVAT's capitals": partial(cvat_with_capitals, form=form) for form in ("coco", "voc", "yaml", "names")},
+    **{
+        f"{form}, a Mac's names": partial(of_two_machines, form=form)
+        for form in ("voc", "coco", "yolo", "yolo, beside")
+    },
     "yolo, name with spaces": lambda root: yolo(root, name="my picture (1)"),
 }
 
@@ -275,6 +319,40 @@ def test_an_empty_line_among_class_names_does_not_shift_them(tmp_path: Path, tex
         read_dataset(tmp_path, "train")
     put(tmp_path / "classes.txt", "cat\r\ndog\r\n\r\n")
     assert read_dataset(tmp_path, "train").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(("images", "labels"), [("images", "annotations"), ("Images", "Labels")])
+def test_labels_in_a_folder_that_is_not_looked_at_are_told(tmp_path: Path, images: str, labels: str) -> None:
+    picture(tmp_path / images / "a.png")
+    put(tmp_path / labels / "a.txt", LINE)
+    with pytest.raises(DataError, match=r"1 \.txt file of the images' names[\s\S]*labels/ beside images/") as caught:
+        detect_format(tmp_path)
+    assert "data label" not in str(caught.value)
+
+
+def test_an_annotation_that_is_not_found_is_no_missing_class(tmp_path: Path) -> None:
+    voc(tmp_path)
+    (tmp_path / "Annotations/a.xml").rename(tmp_path / "Annotations/a.png.xml")
+    with pytest.raises(DataError, match=r"no class is annotated[\s\S]*train\.txt:1: 'a' has no annotation") as caught:
+        read_dataset(tmp_path, "train")
+    assert "annotate some" not in str(caught.value)
+    assert {problem.kind for problem in check_dataset(tmp_path).problems} == {"missing-annotation", "empty-split"}
+
+
+def test_a_missing_split_to_train_on_is_not_made_of_the_one_to_measure_on(tmp_path: Path) -> None:
+    yolo(tmp_path, "train: images/train/*.png\nval: images/val\nnames: [cat]")
+    with pytest.raises(DataError, match=r"which is not there \["):
+        read_dataset(tmp_path, "train")
+
+
+def test_classes_that_labelimg_numbers_differently_are_told(tmp_path: Path) -> None:
+    labelimg(tmp_path, "labels")
+    put(tmp_path / "labels/val/classes.txt", "dog\n")
+    with pytest.raises(DataError, match=r"val/classes\.txt and \S*train/classes\.txt number the classes differently"):
+        read_dataset(tmp_path, "train")
+    put(tmp_path / "data.yaml", YAML + "[Cat, dog]")
+    (problem,) = (problem for problem in check_dataset(tmp_path).errors if problem.kind != "leak")
+    assert (problem.kind, problem.split) == ("other-names", "val")
 
 
 def test_no_class_where_no_annotation_can_be_read_names_the_reason(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from edgekd.cli import app
 from edgekd.data import list_splits, read_dataset
 from edgekd.data.check import check_dataset
 from edgekd.errors import RuntimeFailure
+from edgekd.workspace import doubts_about
 from tests.data_layouts import picture
 
 
@@ -55,6 +56,8 @@ def test_images_become_a_data_set(tmp_path: Path, photos: Path, checkpoint: Path
     split = CliRunner().invoke(app, ["data", "split", str(photos), "--val", "0.3", "--quiet"])
     assert (split.exit_code, split.output) == (0, "")
     assert set(list_splits(photos)) == {"all", "train", "val"}
+    train, val = (read_dataset(photos, name) for name in ("train", "val"))
+    assert any("how far a detector agrees with them" in doubt for doubt in doubts_about(train, val))
 
 
 def test_the_score_is_a_bound(tmp_path: Path, photos: Path, checkpoint: Path) -> None:

@@ -330,10 +330,21 @@ def test_figures_on_training_images_or_on_nothing_are_doubted(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_workspace(recipe(home), tmp_path / "a", device="cpu"):
-        assert "warning" not in capsys.readouterr().err
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.count("warning") == 1
+        assert "'val' has no object of ring, star5, unlike 'train': figures on it say nothing of them" in said
     with open_workspace(recipe(home, "data.val=train", "data.limit_val=3"), tmp_path / "b", device="cpu"):
         assert "3 of the 3 images of split 'train' are trained on" in " ".join(capsys.readouterr().err.split())
     shutil.copytree(home / "scenes", tmp_path / "scenes")
+    images = tmp_path / "scenes" / "JPEGImages"
+    trained, measured = (next(iter(sorted(images.glob(f"{split}*")))) for split in ("train", "val"))
+    kept = measured.read_bytes()
+    shutil.copy(trained, measured)
+    with open_workspace(recipe(home, f"data.root={tmp_path / 'scenes'}"), tmp_path / "e", device="cpu"):
+        assert "images of split 'val' are trained on" in " ".join(capsys.readouterr().err.split()), (
+            "a copy is the same image"
+        )
+    measured.write_bytes(kept)
     for annotation in (tmp_path / "scenes" / "Annotations").glob("val*.xml"):
         annotation.write_text("<annotation/>")
     with open_workspace(recipe(home, f"data.root={tmp_path / 'scenes'}"), tmp_path / "c", device="cpu"):

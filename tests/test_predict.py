@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 from typer.testing import CliRunner
 
 from edgekd.cli import app
@@ -248,6 +248,16 @@ def test_names_tell_images_apart(images: list[str], names: list[str] | None) -> 
 
 def boxes(*rows: tuple[float, ...]) -> Detections:
     return Detections(np.array(rows, np.float32), np.linspace(0.9, 0.5, len(rows)), np.arange(len(rows)) % 2)
+
+
+def test_names_beyond_ascii_are_drawn_where_the_system_has_a_font() -> None:
+    image = np.full((200, 300, 3), 128, np.uint8)
+    try:
+        ImageFont.truetype("DejaVuSans.ttf", 10)
+    except OSError:
+        pytest.skip("no such font here")
+    one, other = (draw_detections(image, boxes((100, 80, 200, 160)), (name,)) for name in ("Tür", "Tör"))
+    assert (one != other).any()
 
 
 def test_a_box_is_drawn_where_it_is_and_the_source_stays() -> None:

@@ -33,10 +33,11 @@ from edgekd.bench.roof import add_roof
 from edgekd.bench.saved import Saved, SavedRow, save
 from edgekd.bench.subjects import Opener, Subject
 from edgekd.errors import DataError
+from edgekd.labels import some_of
 from edgekd.predictor import Predictor, RuntimeChoice
 from edgekd.recipe import BenchConfig
 from edgekd.selection import OPTIONS
-from edgekd.types import Dataset
+from edgekd.types import LABELLED_BY_TEACHERS, Dataset
 
 
 def bench_artifacts(
@@ -116,6 +117,13 @@ def bench_artifacts(
         warnings.append(
             f"split {dataset.split!r} has no object: accuracy cannot be measured on it (`edgekd data check`)"
         )
+    told = [f"{s.name}: {said}" for s in found.subjects for said in _about_thresholds(s)]
+    if dataset.by_teachers:
+        told.append(f"split {dataset.split!r} {LABELLED_BY_TEACHERS}")
+    absent = [name for name, one in accuracies[0].per_class.items() if not one.objects]
+    if absent and accuracies[0].objects:
+        which = f"{len(absent)} of the {len(dataset.class_names)} classes"
+        told.append(f"split {dataset.split!r} has no object of {which}, and AP leaves them out: {some_of(absent)}")
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -131,7 +139,7 @@ def bench_artifacts(
         "rows": rows,
         "reference": None if reference is None else rows[reference]["name"],
         "comparisons": comparisons,
-        "warnings": [*warnings, *(f"{s.name}: {said}" for s in found.subjects for said in _about_thresholds(s))],
+        "warnings": warnings + told,
         "unfit_to_publish": unfit_to_publish(rows, settings, warnings),
     }
     first = reference if reference is not None else 0

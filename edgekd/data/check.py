@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,10 @@ from edgekd.data.contact_sheet import write_contact_sheet
 from edgekd.data.images import Oddity, examine_image
 from edgekd.data.layout import Source, find_split
 from edgekd.data.problems import Problem, printable
-from edgekd.data.reading import NO_CLASS, class_names_of, detect_format, open_source
+from edgekd.data.reading import NO_CLASS, UNREAD_ANNOTATIONS, class_names_of, detect_format, open_source
 from edgekd.data.records import resolve
 from edgekd.errors import DataError
+from edgekd.labels import some_of
 from edgekd.types import ImageRecord
 
 __all__ = ["CheckReport", "SplitSummary", "check_dataset", "write_contact_sheet"]
@@ -59,7 +61,7 @@ def check_dataset(
             continue
         judged = problems if names else []  # without class names every object would be of an unknown one
         records[split] = [item.record for item in resolve(raws, names, split, judged)]
-    if any(problem.kind == "bad-annotation" for problem in problems):  # the reason, and what to mend
+    if any(problem.kind in UNREAD_ANNOTATIONS for problem in problems):  # the reason, and what to mend
         problems = [problem for problem in problems if NO_CLASS not in problem.message]
     paths = {split: [record.path for record in found] for split, found in records.items()}
     digests = pixel_digests(paths, problems, progress)
@@ -192,7 +194,8 @@ def _duplicates(
 def _alike(root: Path, names: Sequence[str]) -> list[Problem]:
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault("".join(filter(str.isalnum, name.casefold())), []).append(name)
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        groups.setdefault("".join(filter(str.isalnum, plain)), []).append(name)
     alike = [group for key, group in groups.items() if key and len(group) > 1]
     return [Problem("alike-classes", root, " and ".join(map(repr, group)) + " are two classes") for group in alike]
 
@@ -214,5 +217,5 @@ def _empty(root: Path, records: Mapping[str, list[ImageRecord]], names: Sequence
             absent = [name for label, name in enumerate(names) if not counts[label]]
             if absent:
                 message = f"{len(absent)} of {len(names)} classes have no object to train on in split {split!r}: "
-                problems.append(Problem("absent-class", root, message + ", ".join(absent), split=split))
+                problems.append(Problem("absent-class", root, message + some_of(absent, 20), split=split))
     return problems

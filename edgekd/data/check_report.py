@@ -12,6 +12,7 @@ import numpy as np
 
 from edgekd.data.layout import is_part, split_advice
 from edgekd.data.problems import RULES, Problem, printable
+from edgekd.labels import some_of
 from edgekd.types import ImageRecord
 
 SMALL_AREA_PX, LARGE_AREA_PX = 32.0**2, 96.0**2
@@ -156,5 +157,5 @@ def _split_lines(split: SplitSummary) -> list[str]:
             bar = "#" * round(30 * count / max(split.per_class.values()))
             lines.append(f"  {printable(name):{width}s} {count:7d} {count / split.objects:6.1%} {bar}")
         absent = [name for name, count in split.per_class.items() if not count]
-        lines += [f"  no object: {printable(', '.join(absent))}"] if absent else []
+        lines += [f"  no object: {printable(some_of(absent, 20))}"] if absent else []
     return lines

@@ -2,8 +2,8 @@
 
 Labels follow the category ids, in order, over all splits together. Splits are annotations/instances_SPLIT.json,
 SPLIT/_annotations.coco.json, or any JSON file of that content in `annotations/` or in the folder itself, under its own
-name, or SPLIT/*.json. Boxes are [x, y, width, height] in pixels; of segmentations, only the box around
-polygons is read, and only where there is no other.
+name, or SPLIT/*.json, or SPLIT/annotations/*.json. Boxes are [x, y, width, height] in pixels; of segmentations, only the
+box around polygons is read, and only where there is no other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from edgekd.data.coco_json import (
     stamp,
     whole,
 )
-from edgekd.data.layout import Format, RawImage, RawObject, is_part, is_regular, require_split, tails
+from edgekd.data.layout import Format, RawImage, RawObject, is_part, is_regular, require_split, tails, usual_split
 from edgekd.data.problems import Problem, printable
 from edgekd.errors import DataError
 
@@ -59,11 +59,12 @@ def coco_files(root: Path) -> dict[str, Path]:
 
 
 def _in_split_folders(root: Path) -> dict[str, Path]:
-    """train/labels.json, val/annotations.json, ...: the one such file of each folder that is called like a split."""
+    """train/labels.json, val/annotations/instances.json, ...: the one such file of each folder called like a split."""
     found: dict[str, Path] = {}
     folders = root.iterdir() if root.is_dir() else ()
     for folder in sorted(path for path in folders if is_part(path.name) and path.is_dir()):
-        paths = [path for path in folder.glob("[!.]*.json") if is_regular(path) and looks_like_coco(path)]
+        paths = [*folder.glob("[!.]*.json"), *folder.glob("annotations/[!.]*.json")]
+        paths = [path for path in paths if is_regular(path) and looks_like_coco(path)]
         if len(paths) == 1:
             found[folder.name] = paths[0]
     return found
@@ -125,14 +126,28 @@ class CocoSource:
         except CocoError as error:
             problems.append(Problem("bad-annotation", path, str(error), error.line, split=split))
             return []
+        info = data.get("info")
+        teachers = info.get("teachers") if isinstance(info, dict) else None
+        if isinstance(teachers, dict):  # as edgekd.labelling writes it
+            message = f"annotated by {printable(', '.join(teachers))}, as `teachers` in `info` says"
+            problems.append(Problem("labels-of-teachers", path, message, split=split))
         reader = _Reader(path, split, self._image_folders(split), problems)
         return reader.read(data, limit)
 
     def _image_folders(self, split: str) -> list[Path]:
         path = self._files[split]
         base = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
-        folders = [base / split, base / "images" / split, base / "images", base / "data", path.parent, base]
+        own = [folder / (_called_like(split, folder) or split) for folder in (base, base / "images")]
+        folders = [*own, base / "images", base / "data", path.parent, base]
         return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def _called_like(split: str, place: Path) -> str | None:
+    """The folder in `place` that is called like the split, or the only one that means the same: train2017 for train."""
+    if not place.is_dir():
+        return None
+    with os.scandir(place) as entries:
+        return usual_split([split], tuple(entry.name for entry in entries if entry.is_dir()), place)
 
 
 @dataclass

@@ -119,7 +119,7 @@ def corners(entry: Mapping[str, Any]) -> tuple[float, float, float, float]:
         xs, ys = [x for part in parts for x in part[::2]], [y for part in parts for y in part[1::2]]
         return float(min(xs)), float(min(ys)), float(max(xs)), float(max(ys))
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise CocoError(f"bbox must be [x, y, width, height], got {str(box)[:80]}")
+        raise CocoError(f"bbox must be [x, y, width, height], got {repr(box)[:80]}")
     x, y, w, h = map(float, box)
     return x, y, x + w, y + h
 

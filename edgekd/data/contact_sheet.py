@@ -9,15 +9,16 @@ import random
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from edgekd.artifact import atomic_path
 from edgekd.data.images import load_image
 from edgekd.data.problems import printable
+from edgekd.draw import Font, label_font
 from edgekd.errors import DataError
 from edgekd.types import Dataset, ImageRecord
 
-_MARGIN, _CAPTION = 6, 16
+_MARGIN, _CAPTION, _FONT_PX = 6, 16, 11
 _PAGE, _INK, _BROKEN = (24, 24, 27), (228, 228, 231), (127, 29, 29)
 
 
@@ -40,14 +41,15 @@ def write_contact_sheet(
     cell_w, cell_h = tile_px + _MARGIN, tile_px + _CAPTION + _MARGIN
     sheet = Image.new("RGB", (columns * cell_w + _MARGIN, rows * cell_h + _MARGIN), _PAGE)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=11)
     for position, index in enumerate(chosen):
         record = dataset.records[index]
         x = _MARGIN + position % columns * cell_w
         y = _MARGIN + position // columns * cell_h
         tile = _tile(record, dataset.class_names, tile_px)
         sheet.paste(tile, (x + (tile_px - tile.width) // 2, y + (tile_px - tile.height) // 2))
-        draw.text((x, y + tile_px + 2), _fit(draw, printable(record.image_id), font, tile_px), _INK, font)
+        caption = printable(record.image_id).replace("\n", " ")  # one line, whatever a file name holds
+        font = label_font(caption, _FONT_PX)
+        draw.text((x, y + tile_px + 2), _fit(draw, caption, font, tile_px), _INK, font)
     encoded = io.BytesIO()  # Pillow itself does not notice where a file ends short, on a full disk
     sheet.save(encoded, format="PNG" if path.suffix.lower() not in (".jpg", ".jpeg") else "JPEG")
     with atomic_path(path) as temporary:
@@ -86,7 +88,7 @@ def _draw_name(
     draw: ImageDraw.ImageDraw, name: str, x: float, y: float, colour: tuple[int, int, int], tile_width: int
 ) -> None:
     """The name on a patch of its colour, above (x, y) where there is room."""
-    font = ImageFont.load_default(size=11)
+    font = label_font(name, _FONT_PX)
     _, _, width, height = draw.textbbox((0, 0), name, font=font)
     left = min(max(0.0, x), max(0.0, tile_width - width - 3))
     top = y - (height + 2) if y >= height + 2 else y
@@ -95,7 +97,7 @@ def _draw_name(
     draw.text((left + 2, top), name, (0, 0, 0) if 0.3 * r + 0.59 * g + 0.11 * b > 110 else (255, 255, 255), font)
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
+def _fit(draw: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
     if draw.textlength(text, font=font) <= width:
         return text
     while text and draw.textlength("..." + text, font=font) > width:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import stat
+import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,12 +252,23 @@ def tails(text: str) -> list[str]:
     r"""A path as another machine has written it, then without its first folders, one after the other.
 
     "/home/me/set/images/1.jpg" and "C:\\set\\images\\1.jpg" end in "1.jpg"; of a path that claims no place on a disk
-    ("data/images/1.jpg") the last folder stays, since names repeat between folders.
+    ("data/images/1.jpg") the last folder stays, since names repeat between folders. Then all of them in their other `forms`.
     """
     text = re.sub(r"^([a-z]:|[a-z]+://)", "/", text.replace("\\", "/"), flags=re.IGNORECASE)
     parts = [part for part in text.split("/") if part not in ("", ".", "..")]
     least = 1 if text.startswith(("/", "../")) else 2
-    return [text] + ["/".join(parts[start:]) for start in range(len(parts) - least + 1)]
+    found = [text] + ["/".join(parts[start:]) for start in range(len(parts) - least + 1)]
+    return found + [form for tail in found for form in forms(tail)[1:]]
+
+
+def forms(name: str) -> list[str]:
+    """A file name as it stands, then with an accented letter as one character and as two, where that differs.
+
+    To the eye they are one: a Mac writes two, and what goes through an archive or a labelling tool may come out as one.
+    """
+    if name.isascii():
+        return [name]
+    return list(dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))))
 
 
 def index_by_stem(folder: Path, suffixes: Collection[str]) -> dict[str, list[Path]]:

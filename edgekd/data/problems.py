@@ -60,9 +60,18 @@ RULES: dict[str, Rule] = {
         "error", True, "two annotations are of one image file, each with a part of its objects: reading stops"
     ),
     "repeated-annotation-id": Rule("warning", False, "two COCO annotations share an id: both are read"),
+    "labels-of-teachers": Rule(
+        "warning", False, "`edgekd data label` made the annotations: figures measure agreement with those teachers"
+    ),
     "orphan-annotation": Rule("error", False, "the annotation belongs to no listed image: left out"),
     "orphan-label": Rule("warning", False, "a label file without its image: left out"),
+    "unlabelled-split": Rule("warning", False, "no label file for any of the split's images: all show background"),
     "misnamed-label": Rule("error", True, "a label file that its image does not find by its name: reading stops"),
+    "other-names": Rule(
+        "error",
+        False,
+        "a classes.txt beside the labels numbers the classes otherwise: the data set's own names are used",
+    ),
     "unannotated-image": Rule("warning", False, "an image without annotation, in a folder that needs one: ignored"),
     "ambiguous-image": Rule(
         "warning", False, "several images may be the annotated one: the one of its name, then the one that it names"

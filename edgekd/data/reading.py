@@ -36,6 +36,7 @@ _LAYOUTS: dict[Format, Callable[[Path], bool]] = {
 }
 
 NO_CLASS = "no class is annotated in any split"
+UNREAD_ANNOTATIONS = frozenset({"bad-annotation", "missing-annotation"})
 _NAME_ALL = "data.classes must name every class that is annotated; without it, the data set's own are taken"
 _GIVE_NAMES = "in a recipe, `data.classes` can name the classes"
 
@@ -93,17 +94,26 @@ def _no_data_set(root: Path) -> DataError:
     """What to say of a folder in no layout: what it holds instead."""
     files = list(itertools.islice(files_under(root), _MOST_LOOKED_AT)) if root.is_dir() else []
     images = sum(map(is_image, files))
+    stems = {path.stem for path in files if is_image(path)}
+    texts = sum(path.suffix.lower() == ".txt" and path.stem in stems for path in files)
     others = Counter(path.suffix.lower() for path in files if path.suffix.lower() in _OTHER_KINDS)
     kinds = ", ".join(f"{count} {suffix} file{'s' * (count > 1)}" for suffix, count in others.most_common(3))
     holds = f"{images} image{'s' * (images > 1)} but no annotations" if images else "no data set"
     fix = "`edgekd data label RECIPE` has the recipe's teachers annotate them" if images else None
-    if others:
-        fix = "if these hold the annotations, have the tool that made them, or FiftyOne, CVAT, Roboflow, Label Studio and "
-        fix += "the like, write them as COCO, VOC or YOLO"
+    tools = (
+        "have the tool that made them, or FiftyOne, CVAT, Roboflow, Label Studio and the like, write them as COCO, VOC "
+    )
+    tools += "or YOLO"
+    if texts:
+        kinds = f"{texts} .txt file{'s' * (texts > 1)} of the images' names, in a folder where none is looked for"
+        fix = f"YOLO's labels belong into labels/ beside images/ (so written), or beside the images; of other kinds, {tools}"
+    elif others:
+        kinds += ", of a kind that is not read"
+        fix = f"if these hold the annotations, {tools}"
         fix += "; `edgekd data label RECIPE` is for images that nobody has annotated" if images else ""
     return DataError(
         f"{printable(root)} holds {holds} in a known layout",
-        got=f"{kinds}, of a kind that is not read" if others else None,
+        got=kinds or None,
         expected="VOC (Annotations/*.xml, JPEGImages/, ImageSets/Main/*.txt), COCO (annotations/instances_*.json), YOLO "
         "(data.yaml, or images/ beside labels/ with classes.txt), or a .xml or .txt of its name beside each image",
         fix=fix,
@@ -162,11 +172,11 @@ def class_names_of(source: Source, asked: Sequence[str] | None) -> tuple[str, ..
 
 
 def _reasons(source: Source, shown: int = 5) -> str:
-    """The annotations that cannot be understood, where no class is found: the classes may stand in those."""
+    """The annotations that are not found or not understood, where there is no class: the classes may stand in those."""
     problems: list[Problem] = []
     for split in source.splits():
         source.scan(split, problems)
-    bad = [problem for problem in problems if problem.kind == "bad-annotation"]
+    bad = [problem for problem in problems if problem.kind in UNREAD_ANNOTATIONS]
     lines = [f", for {len(bad)} annotation{'s' * (len(bad) > 1)} cannot be read", *map(str, bad[:shown])]
     lines += [f"... and {len(bad) - shown} more"] if len(bad) > shown else []
     return "\n  ".join(lines) if bad else ""
@@ -202,4 +212,5 @@ def read_dataset(
     if lost:
         counts = ", ".join(f"{count} {kind}" for kind, count in lost.most_common())
         _log.warning("%s, split %s: %s; `edgekd data check` names each", printable(root), split, counts)
-    return Dataset(Path(root), source.format, split, names, tuple(item.record for item in resolved))
+    by_teachers = any(problem.kind == "labels-of-teachers" for problem in problems)
+    return Dataset(Path(root), source.format, split, names, tuple(item.record for item in resolved), by_teachers)

@@ -20,6 +20,7 @@ from edgekd.data.layout import (
     RawImage,
     each_file,
     files_under,
+    forms,
     index_by_stem,
     is_part,
     numbered_lines,
@@ -56,8 +57,9 @@ def voc_bases(root: Path) -> list[Path]:
 class VocSource:
     """A folder in VOC layout.
 
-    Splits are the files of ImageSets/Main. Without them, each subfolder with XML files is a split, and a folder with
-    nothing but annotations and images is one split, "all".
+    Splits are the files of ImageSets/Main, or train.txt, val.txt, ... in the folder itself, as PaddleDetection has them.
+    Without them, each subfolder with XML files is a split, and a folder with nothing but annotations and images is one
+    split, "all".
     """
 
     format: Format = "voc"
@@ -85,7 +87,7 @@ class VocSource:
         self._folded: dict[Path, dict[str, list[Path]]] = {}
 
     def splits(self) -> tuple[str, ...]:
-        """File names of ImageSets/Main, or folder names, or ("all",)."""
+        """Names of the lists, or of folders, or ("all",)."""
         return tuple(self._lists) or tuple(self._folders) or ("all",)
 
     def class_names(self) -> tuple[str, ...]:
@@ -203,7 +205,7 @@ class VocSource:
         return self._annotations[base]
 
     def _annotation_path(self, split: str, key: str) -> Path | None:
-        found = self._annotation_index(split).get(printable(key))
+        found = _named(self._annotation_index(split), printable(key))
         return found[0] if found else None
 
     def _image_folder(self, split: str) -> Path:
@@ -217,8 +219,8 @@ class VocSource:
         if folder not in self._images:
             self._images[folder] = index_by_stem(folder, IMAGE_SUFFIXES)
         by_stem = self._images[folder]
-        other = by_stem.get(stem_of(file_name) if file_name else "") or []
-        choices = by_stem.get(printable(key)) or other or self._in_other_letters(split, key)
+        other = _named(by_stem, stem_of(file_name)) if file_name else []
+        choices = _named(by_stem, printable(key)) or other or self._in_other_letters(split, key)
         if other and choices[0] not in other:
             message = (
                 f"<filename> names another image, {printable(other[0].name)}; {printable(choices[0].name)} is used"
@@ -243,6 +245,11 @@ class VocSource:
                     folded.setdefault(stem.casefold(), []).extend(paths)
         found = self._folded[folder].get(printable(key).casefold(), [])
         return found if len(found) == 1 else []
+
+
+def _named(index: Mapping[str, list[Path]], stem: str) -> list[Path]:
+    """The files of this name, or of one that is the same to the eye."""
+    return next((index[form] for form in forms(stem) if form in index), [])
 
 
 def _object_names(path: Path) -> set[str]:
@@ -270,7 +277,10 @@ def _list_files(base: Path) -> list[Path]:
 
 def _split_lists(base: Path) -> dict[str, Path]:
     """Split -> its file, leaving out the files a class of the official sets (aeroplane_train.txt)."""
-    files = {path.stem: path for path in _list_files(base)}
+    paths = _list_files(base)
+    if not paths and _annotation_folder(base) is not None:
+        paths = sorted(path for path in base.glob("*.txt") if is_part(path.stem) and path.is_file())
+    files = {path.stem: path for path in paths}
     return {split: path for split, path in files.items() if not _is_class_list(split, path, files)}
 
 

@@ -22,6 +22,7 @@ from edgekd.data.layout import (
     files_under,
     is_image,
     is_part,
+    is_validation,
     numbered_lines,
     require_split,
     split_advice,
@@ -112,9 +113,13 @@ class YoloSource:
                 continue
             ids.add(raw.image_id)
             raws.append(raw)
+        self._report_other_names(split, raws, problems)
         lacking = self._report_misnamed(split, listed[:limit], problems)
         if limit is None:
             self._report_orphans(split, listed, lacking, problems)
+            if raws and not any(raw.annotation.exists() for raw in raws):
+                message = f"no image of split {split!r} has a label file; the first one's would be this"
+                problems.append(Problem("unlabelled-split", raws[0].annotation, message, split=split))
         return raws
 
     def _is_above(self, folder: Path) -> bool:
@@ -158,7 +163,7 @@ class YoloSource:
     def _instead(self) -> str:
         """How to do without a split that was never exported, such as Roboflow's data.yaml names."""
         there = [name for name, entries in self._splits.items() if is_part(name) and any(map(os.path.exists, entries))]
-        return f"; without it, {split_advice(self.root, there)}" if there else ""
+        return f"; without it, {split_advice(self.root, there)}" if there and not any(map(is_validation, there)) else ""
 
     def _read_list(self, listing: Path, split: str, problems: list[Problem]) -> list[_Listed]:
         found: list[tuple[Path, int]] = []
@@ -217,6 +222,16 @@ class YoloSource:
                     f"images {printable(first[label].name)} and {printable(image.path.name)} share it; both are read"
                 )
                 problems.append(Problem("ambiguous-image", label, message, split=split))
+
+    def _report_other_names(self, split: str, raws: list[RawImage], problems: list[Problem]) -> None:
+        """Name what LabelImg has left beside the labels, where it tells other classes by their numbers."""
+        for path in sorted({raw.annotation.with_name("classes.txt") for raw in raws}):
+            there = {number - 1: name for number, name in numbered_lines(path)} if path.is_file() else {}
+            for index, name in enumerate(self._names or ()):
+                if index in there and there[index].casefold() != name.casefold():
+                    message = f"class {index} is {printable(there[index])!r} here, {name!r} in the data set"
+                    problems.append(Problem("other-names", path, message, index + 1, split=split))
+                    break
 
     def _report_misnamed(self, split: str, listed: list[_Listed], problems: list[Problem]) -> set[Path]:
         """Name label files that an image misses by a hair; returns the plain names of all labels that images lack."""

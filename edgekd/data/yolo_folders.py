@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgekd.data.layout import each_file, is_image, is_part, numbered_lines, tails
+from edgekd.data.layout import each_file, forms, is_image, is_part, numbered_lines, tails
 from edgekd.data.problems import printable
 from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names, find_yaml
 from edgekd.errors import DataError
@@ -22,21 +22,42 @@ def is_label(path: Path) -> bool:
 def names_beside(folder: Path) -> tuple[str, ...] | None:
     """Class names from classes.txt or a *.names file, one a line; None where there is no such file.
 
+    LabelImg writes a classes.txt beside the labels of every folder, with the classes known by then: the longest counts.
+
     Raises:
-        DataError: they repeat, there is none in it, or a line before the last one is empty: that would shift the ids.
+        DataError: they repeat, there is none in it, two folders number them differently, or a line before the last one is
+            empty: that would shift the ids.
     """
     for path in [folder / name for name in _NAME_FILES] + sorted(folder.glob("*.names")):
         if path.is_file():
-            lines = numbered_lines(path)
-            for expected, (number, _) in enumerate(lines, 1):
-                if number != expected:
-                    raise DataError(
-                        f"{printable(path)}: line {expected} is empty, and class ids count lines",
-                        expected="one class name a line",
-                        fix="name the class whose id that line is, or take the line out if the labels do not count it",
-                    )
-            return distinct_names(path, tuple(printable(text) for _, text in lines))
-    return None
+            return _names_in(path)
+    found = {
+        path: _names_in(path) for path in sorted([*folder.glob("*/classes.txt"), *folder.glob("labels/*/classes.txt")])
+    }
+    if not found:
+        return None
+    longest = max(found, key=lambda path: len(found[path]))
+    for path, names in found.items():
+        if names != found[longest][: len(names)]:
+            raise DataError(
+                f"{printable(path)} and {printable(longest)} number the classes differently",
+                got=f"{', '.join(names[:20])}; {', '.join(found[longest][:20])}",
+                expected="the same order: class ids count lines",
+                fix="if the labels of all folders count alike, a classes.txt in the data set's own folder settles it",
+            )
+    return found[longest]
+
+
+def _names_in(path: Path) -> tuple[str, ...]:
+    lines = numbered_lines(path)
+    for expected, (number, _) in enumerate(lines, 1):
+        if number != expected:
+            raise DataError(
+                f"{printable(path)}: line {expected} is empty, and class ids count lines",
+                expected="one class name a line",
+                fix="name the class whose id that line is, or take the line out if the labels do not count it",
+            )
+    return distinct_names(path, tuple(printable(text) for _, text in lines))
 
 
 def plain_splits(root: Path) -> dict[str, list[Path]]:
@@ -96,14 +117,21 @@ def label_path(image: Path) -> Path:
         if parts[position] == "images":
             parts[position] = "labels"
             label = Path(*parts).with_suffix(".txt")
-            return beside if not label.is_file() and beside.is_file() else label
-    return beside
+            return _in_any_form(label) or _in_any_form(beside) or label
+    return _in_any_form(beside) or beside
+
+
+def _in_any_form(path: Path) -> Path | None:
+    """The file of this name, or of one that is the same to the eye; None where there is none."""
+    return next((found for found in map(path.with_name, forms(path.name)) if found.is_file()), None)
 
 
 def _has_labels_beside(folder: Path) -> bool:
     """Whether some image in the folder has a .txt of its name beside it."""
     names = set(os.listdir(folder))
-    return any(is_image(Path(name)) and os.path.splitext(name)[0] + ".txt" in names for name in names)
+    return any(
+        is_image(Path(name)) and not names.isdisjoint(forms(os.path.splitext(name)[0] + ".txt")) for name in names
+    )
 
 
 def _lists_labelled_images(path: Path) -> bool:
