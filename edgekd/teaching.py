@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import ranks
-from edgekd.artifact import is_current, sha256_file, write_json, write_manifest
+from edgekd.artifact import is_current, sha256_file, sha256_json, write_json, write_manifest
 from edgekd.checkpoint import detector_file
 from edgekd.data.view_plan import ViewPlan
 from edgekd.detectors import build_detector, spec_for
@@ -213,8 +213,10 @@ def ensemble_weights(work: Workspace, teachers: Sequence[TeacherConfig], answers
         return tuple(weight / sum(given) for weight in given)
     identities = [teacher_identity(config) for config in teachers]
     fusion = work.recipe.ensemble.model_dump(mode="json")
-    inputs = {"teachers": identities, "ensemble": fusion, "data": work.data_identity["train"]}
-    folder = answers / "weights"
+    data = {"images": work.data_identity["train"], "classes": list(work.train.class_names)}
+    inputs = {"teachers": identities, "ensemble": fusion, "data": data}
+    # Each ensemble has its own: a comparison's recipes may fit theirs at the same time.
+    folder = answers / "weights" / sha256_json(inputs)[:16]
     with ranks.first_goes_first():
         if not is_current(folder, "weights", inputs):
             if any("run" in one for one in identities):
