@@ -99,7 +99,7 @@ def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult
         ArtifactError: `job.out` holds a run of other inputs.
         NonFiniteLossError: a loss became NaN or infinite.
         DistillationSetupError: a term cannot be built for this pair.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint has been written.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint has been written, or the result.
     """
     if len(job.dataset) == 0:
         raise UserError("the training split holds no images", got=f"{job.dataset.root}, split {job.dataset.split}")
@@ -181,9 +181,9 @@ class _Trainer:
                     self.progress.epoch, self.progress.batch = epoch + 1, 0
                     self._save_state()
                     give_back()
+                return self._finish()
         finally:
             self.loader.close()
-        return self._finish()
 
     def _epoch(self, epoch: int, log: RunLog) -> None:
         self.learner.train()
@@ -329,7 +329,9 @@ class _Trainer:
     def _finish(self) -> RunResult:
         if self.is_first:
             self._write_result()
-        ranks.barrier()
+        told = torch.tensor(float(self._signals.noted), device=self.fabric.device)
+        if ranks.mean_over_ranks(told) > 0:  # since the last step, while it was measured: what follows is not begun
+            raise KeyboardInterrupt
         return RunResult(self.job.out, self.job.out / MODEL_FILE, dict(self.progress.metrics))
 
     def _write_result(self) -> None:

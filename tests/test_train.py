@@ -23,7 +23,7 @@ from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
 from edgekd.selection import Selection
 from edgekd.train import TrainJob, lr_factor, train_detector
-from edgekd.training_setup import fitting_threads, make_optimizer
+from edgekd.training_setup import StopSignals, fitting_threads, make_optimizer
 from edgekd.validate import detect_dataset
 from tests.toy import toy_dataset
 
@@ -197,6 +197,31 @@ def test_a_run_that_was_stopped_goes_on_step_for_step(tmp_path: Path, how: signa
     assert step_losses(tmp_path / "killed") == step_losses(whole.out)
     ours, theirs = (load_detector(tmp_path / name).state_dict() for name in ("killed", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_only_a_second_ctrl_c_ends_a_run_at_once() -> None:
+    signals = StopSignals()
+    with signals.caught():
+        for _ in range(2):  # a service manager tells a whole group, and so does the process that started this one
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.noted
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_during_the_last_measurement_stops_what_would_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, epochs=1)
+
+    def told(*arguments: object, **options: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return detect_dataset(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("edgekd.train.detect_dataset", told)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(job)
+    assert train_detector(job).skipped, "the run itself is finished"
 
 
 @pytest.mark.parametrize(("omp", "batch_size", "expected"), [(None, 2, 1), (None, 10**6, 2), ("2", 2, 2)])
