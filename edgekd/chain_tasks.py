@@ -185,7 +185,9 @@ class Exports:
             self.failed[file] = result
         elif isinstance(result, dict):
             manifest = read_manifest(self.folder)
-            made = {} if manifest is None else {n: i for n, i in manifest.inputs.items() if self._is_intact(manifest, n)}
+            made = (
+                {} if manifest is None else {n: i for n, i in manifest.inputs.items() if self._is_intact(manifest, n)}
+            )
             made[file] = result
             write_manifest(self.folder, "onnx", made, sorted(made), {})
 

@@ -42,7 +42,7 @@ from edgekd.training_setup import (
     make_optimizer,
     moving_average,
 )
-from edgekd.training_state import RunState, clear_leftovers, refuse_foreign
+from edgekd.training_state import RunState, clear_leftovers, refuse_foreign, require_best
 from edgekd.types import Dataset
 from edgekd.validate import ResizedImages, detect_dataset
 
@@ -163,6 +163,8 @@ class _Trainer:
         self.state = RunState(self.learner, ema, self.optimizer, self.adversary)
         self.state.load(job.out)
         self.progress = self.state.progress
+        if self.cfg.select == "best" and self.progress.best >= 0:
+            require_best(job.out)
         self.learner.single_precision = self.progress.bf16_until is not None
         # A run may have been cut off between the last step of an epoch and the checkpoint after it.
         self.progress.batch = min(self.progress.batch, self.loader.steps_per_epoch)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def test_a_damaged_state_says_how_to_begin_anew(tmp_path: Path) -> None:
     (job.out / "last.pt").unlink()
     (job.out / "model.pt").unlink()
     assert not train_detector(job).skipped
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:1000]), Path.unlink])
+def test_a_lost_best_detector_is_not_shipped(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    job = make_job(tmp_path, epochs=1, select="best")
+    train_detector(job)
+    shipped = (job.out / "model.pt").read_bytes()
+    damage(job.out / "best.pt")
+    with pytest.raises(ArtifactError, match=r"best\.pt: the run is to ship it"):
+        train_detector(job)
+    assert (job.out / "model.pt").read_bytes() == shipped
 
 
 def test_the_same_seed_gives_the_same_losses(tmp_path: Path) -> None:
