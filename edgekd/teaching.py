@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edgekd import ranks
 from edgekd.artifact import is_current, sha256_file, sha256_json, write_json, write_manifest
 from edgekd.checkpoint import detector_file
@@ -223,7 +225,9 @@ def ensemble_weights(work: Workspace, teachers: Sequence[TeacherConfig], answers
                 work.terminal.warn(
                     "weights are fitted on images that trained teachers have seen: they favour overfitting"
                 )
-            write_json(folder / "weights.json", list(_fitted_weights(work, teachers, identities, answers)))
+            with torch.random.fork_rng(devices=[]):  # what is drawn afterwards is the same where they are there already
+                fitted = _fitted_weights(work, teachers, identities, answers)
+            write_json(folder / "weights.json", list(fitted))
             write_manifest(folder, "weights", inputs, ["weights.json"], {})
     return tuple(json.loads((folder / "weights.json").read_text(encoding="utf-8")))
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from edgekd.artifact import read_manifest
 from edgekd.console import Terminal
@@ -254,16 +255,19 @@ def test_learned_weights_of_two_ensembles_stay_apart(
 
     def fit(work: Workspace, *_: object) -> tuple[float, ...]:
         fitted.append(work.recipe.ensemble.fusion)
+        torch.rand(1)  # as building the teachers does
         return (0.9, 0.1) if fitted[-1] == "wbf" else (0.3, 0.7)
 
     monkeypatch.setattr("edgekd.teaching._fitted_weights", fit)
     monkeypatch.setattr("edgekd.teaching.teacher_identity", lambda config: {"sha256": config.name})
+    before = torch.get_rng_state()
     for _ in range(2):  # a comparison's recipes by turns
         for fusion, expected in (("wbf", (0.9, 0.1)), ("nms", (0.3, 0.7))):
             ensemble = EnsembleConfig(fusion=fusion, weights="learned")  # type: ignore[arg-type]
             other = replace(work, recipe=work.recipe.model_copy(update={"ensemble": ensemble}))
             assert ensemble_weights(other, work.recipe.teachers, tmp_path / "answers") == expected
     assert fitted == ["wbf", "nms"], "each once"
+    assert torch.equal(torch.get_rng_state(), before), "a run that finds them there begins with the same random weights"
 
 
 def test_setup_of_a_good_recipe_passes(work: Workspace) -> None:
