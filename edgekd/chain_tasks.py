@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import read_manifest, sha256_file, sha256_json, write_manifest
+from edgekd.artifact import Manifest, read_manifest, sha256_file, sha256_json, write_manifest
 from edgekd.checkpoint import detector_file
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.prior_fit import fitted_spec
@@ -172,17 +172,24 @@ class Exports:
     def is_current(self, work: Workspace, one: Export) -> bool:
         """Whether the file is there, intact and from the same inputs."""
         manifest = read_manifest(self.folder) if self.folder.is_dir() else None
-        if manifest is None or not one.path.is_file():
+        if manifest is None or not self._is_intact(manifest, one.file):
             return False
-        same = sha256_json(manifest.inputs.get(one.file)) == sha256_json(one.inputs(work))
-        return same and sha256_file(one.path) == manifest.files.get(one.file)
+        return sha256_json(manifest.inputs.get(one.file)) == sha256_json(one.inputs(work))
 
     def note(self, file: str, result: Any) -> None:
-        """Keep what came of a task: of an export, that is; anything else is kept by itself."""
+        """Keep what came of a task: of an export, that is; anything else is kept by itself.
+
+        What was said of the other files stays only where they are still the same: else a damaged one would be vouched for.
+        """
         if isinstance(result, EdgeKDError):
             self.failed[file] = result
         elif isinstance(result, dict):
             manifest = read_manifest(self.folder)
-            made = dict(manifest.inputs) if manifest is not None else {}
-            made = {name: value for name, value in made.items() if (self.folder / name).is_file()} | {file: result}
+            made = (
+                {} if manifest is None else {n: i for n, i in manifest.inputs.items() if self._is_intact(manifest, n)}
+            )
+            made[file] = result
             write_manifest(self.folder, "onnx", made, sorted(made), {})
+
+    def _is_intact(self, manifest: Manifest, file: str) -> bool:
+        return (self.folder / file).is_file() and sha256_file(self.folder / file) == manifest.files.get(file)

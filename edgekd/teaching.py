@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edgekd import ranks
-from edgekd.artifact import is_current, sha256_file, write_json, write_manifest
+from edgekd.artifact import is_current, sha256_file, sha256_json, write_json, write_manifest
 from edgekd.checkpoint import detector_file
 from edgekd.data.view_plan import ViewPlan
 from edgekd.detectors import build_detector, spec_for
@@ -213,15 +215,19 @@ def ensemble_weights(work: Workspace, teachers: Sequence[TeacherConfig], answers
         return tuple(weight / sum(given) for weight in given)
     identities = [teacher_identity(config) for config in teachers]
     fusion = work.recipe.ensemble.model_dump(mode="json")
-    inputs = {"teachers": identities, "ensemble": fusion, "data": work.data_identity["train"]}
-    folder = answers / "weights"
+    data = {"images": work.data_identity["train"], "classes": list(work.train.class_names)}
+    inputs = {"teachers": identities, "ensemble": fusion, "data": data}
+    # Each ensemble has its own: a comparison's recipes may fit theirs at the same time.
+    folder = answers / "weights" / sha256_json(inputs)[:16]
     with ranks.first_goes_first():
         if not is_current(folder, "weights", inputs):
             if any("run" in one for one in identities):
                 work.terminal.warn(
                     "weights are fitted on images that trained teachers have seen: they favour overfitting"
                 )
-            write_json(folder / "weights.json", list(_fitted_weights(work, teachers, identities, answers)))
+            with torch.random.fork_rng(devices=[]):  # what is drawn afterwards is the same where they are there already
+                fitted = _fitted_weights(work, teachers, identities, answers)
+            write_json(folder / "weights.json", list(fitted))
             write_manifest(folder, "weights", inputs, ["weights.json"], {})
     return tuple(json.loads((folder / "weights.json").read_text(encoding="utf-8")))
 

@@ -42,7 +42,7 @@ from edgekd.training_setup import (
     make_optimizer,
     moving_average,
 )
-from edgekd.training_state import RunState, clear_leftovers, refuse_foreign
+from edgekd.training_state import RunState, clear_leftovers, refuse_foreign, require_best
 from edgekd.types import Dataset
 from edgekd.validate import ResizedImages, detect_dataset
 
@@ -99,7 +99,7 @@ def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult
         ArtifactError: `job.out` holds a run of other inputs.
         NonFiniteLossError: a loss became NaN or infinite.
         DistillationSetupError: a term cannot be built for this pair.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint has been written.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint has been written, or the result.
     """
     if len(job.dataset) == 0:
         raise UserError("the training split holds no images", got=f"{job.dataset.root}, split {job.dataset.split}")
@@ -163,6 +163,8 @@ class _Trainer:
         self.state = RunState(self.learner, ema, self.optimizer, self.adversary)
         self.state.load(job.out)
         self.progress = self.state.progress
+        if self.cfg.select == "best" and self.progress.best >= 0:
+            require_best(job.out)
         self.learner.single_precision = self.progress.bf16_until is not None
         # A run may have been cut off between the last step of an epoch and the checkpoint after it.
         self.progress.batch = min(self.progress.batch, self.loader.steps_per_epoch)
@@ -181,9 +183,9 @@ class _Trainer:
                     self.progress.epoch, self.progress.batch = epoch + 1, 0
                     self._save_state()
                     give_back()
+                return self._finish()
         finally:
             self.loader.close()
-        return self._finish()
 
     def _epoch(self, epoch: int, log: RunLog) -> None:
         self.learner.train()
@@ -333,7 +335,9 @@ class _Trainer:
     def _finish(self) -> RunResult:
         if self.is_first:
             self._write_result()
-        ranks.barrier()
+        told = torch.tensor(float(self._signals.noted), device=self.fabric.device)
+        if ranks.mean_over_ranks(told) > 0:  # since the last step, while it was measured: what follows is not begun
+            raise KeyboardInterrupt
         return RunResult(self.job.out, self.job.out / MODEL_FILE, dict(self.progress.metrics))
 
     def _write_result(self) -> None:

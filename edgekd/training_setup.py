@@ -226,8 +226,9 @@ class StopSignals:
         """Catch them in the body; elsewhere than in the main thread this is not possible, and nothing is done."""
 
         def note(number: int, frame: FrameType | None) -> None:
-            # torchrun passes on the signal that its processes have had from the terminal already.
-            if self.noted and not ranks.launched():
+            # torchrun passes on the signal that its processes have had from the terminal already, and of SIGTERM a process
+            # may well have two: its group's, and that of the process that started it.
+            if self.noted and number == signal.SIGINT and not ranks.launched():
                 raise KeyboardInterrupt
             self.noted = True
 

@@ -103,6 +103,23 @@ def read_state(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def require_best(folder: Path) -> None:
+    """Check the best detector so far, before a run that is to ship it goes on.
+
+    Raises:
+        ArtifactError: it is damaged or gone, and the state has only the present weights.
+    """
+    path = folder / BEST_FILE
+    try:
+        read_payload(path, DETECTOR_SCHEMA)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{path}: the run is to ship it (train.select: best), and it cannot be read",
+            got=error.got or "no such file",
+            fix=f"move {folder} away, and training begins anew",
+        ) from error
+
+
 def _foreign(path: Path) -> list[str]:
     """The file's name, if it is there and no detector of edgekd's."""
     if not path.is_file():

@@ -253,6 +253,15 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path: Path, where: int | No
     assert path.read_bytes() == content
 
 
+def test_what_a_killed_process_left_of_a_shard_is_removed(tmp_path: Path) -> None:
+    made = recording(tmp_path)
+    made.folder.mkdir(parents=True)
+    left = made.folder / f".{made.names[0].split('.')[0]}.abc123.safetensors"
+    left.write_bytes(b"half")
+    made.fill()
+    assert sorted(path.name for path in made.folder.glob("*.safetensors")) == sorted(made.names)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_rows_are_those_of_their_images(tmp_path: Path, workers: int) -> None:
     made = recording(tmp_path)

@@ -280,6 +280,32 @@ def test_json_is_all_that_stdout_gets(tmp_path: Path) -> None:
     assert "scenes: 2/2" in done.stderr
 
 
+def test_an_error_with_no_place_to_write_to_is_told_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("edgekd.stages.train_student", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    result = edgekd("train", recipe, "--out", tmp_path / "o")
+    assert result.exit_code == 1
+    assert "internal error: ZeroDivisionError: a bug" in result.stderr
+    assert "Traceback" in result.stderr, "else it would be lost"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_a_full_stdout_is_told() -> None:
+    source = "from edgekd.cli import main\nmain()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", source, "recipe", "schema", "--json"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_folder_is_held_by_one_process(recipe: Path, tmp_path: Path) -> None:
     from edgekd.workspace import locked
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from edgekd.artifact import read_manifest
 from edgekd.console import Terminal
@@ -23,7 +24,7 @@ from edgekd.errors import (
     WeightsError,
 )
 from edgekd.pipeline import ChainResult, run_recipe
-from edgekd.recipe import OnnxTeacher, Recipe
+from edgekd.recipe import EnsembleConfig, OnnxTeacher, Recipe
 from edgekd.recipe_file import load_recipe
 from edgekd.stages import train_student
 from edgekd.summary import summary_text
@@ -135,11 +136,14 @@ def test_only_what_depends_on_a_change_is_done_again(home: Path, run: Path) -> N
 @pytest.mark.slow
 def test_damaged_and_lost_files_are_made_again(home: Path, run: Path) -> None:
     before = stamps(run)
-    (run / "export" / "student.fp32.onnx").write_bytes(b"cut off")
+    both = ("export/student.fp32.onnx", "export/distilled.fp32.onnx")
+    for name in both:
+        (run / name).write_bytes(b"cut off")
     (run / "answers" / "two" / "manifest.json").unlink()
     (run / "bench" / "detections.npz").unlink()
-    result = run_recipe(recipe(home), run, quiet=True)
-    assert changed(before, stamps(run)) <= {"export/student.fp32.onnx", "bench/result.json"}
+    result = run_recipe(recipe(home), run, quiet=True, jobs=1)  # one export after the other
+    assert set(both) <= changed(before, stamps(run)) <= {*both, "bench/result.json"}
+    assert all((run / name).stat().st_size > 1000 for name in both)
     assert (run / "bench" / "detections.npz").is_file()
     assert result.report.is_file()
 
@@ -242,6 +246,28 @@ def test_given_weights_are_shares(work: Workspace, tmp_path: Path) -> None:
         teacher.model_copy(update={"weight": w}) for teacher, w in zip(work.recipe.teachers, (3, 1), strict=True)
     ]
     assert ensemble_weights(work, teachers, tmp_path) == (0.75, 0.25)
+
+
+def test_learned_weights_of_two_ensembles_stay_apart(
+    work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[str] = []
+
+    def fit(work: Workspace, *_: object) -> tuple[float, ...]:
+        fitted.append(work.recipe.ensemble.fusion)
+        torch.rand(1)  # as building the teachers does
+        return (0.9, 0.1) if fitted[-1] == "wbf" else (0.3, 0.7)
+
+    monkeypatch.setattr("edgekd.teaching._fitted_weights", fit)
+    monkeypatch.setattr("edgekd.teaching.teacher_identity", lambda config: {"sha256": config.name})
+    before = torch.get_rng_state()
+    for _ in range(2):  # a comparison's recipes by turns
+        for fusion, expected in (("wbf", (0.9, 0.1)), ("nms", (0.3, 0.7))):
+            ensemble = EnsembleConfig(fusion=fusion, weights="learned")  # type: ignore[arg-type]
+            other = replace(work, recipe=work.recipe.model_copy(update={"ensemble": ensemble}))
+            assert ensemble_weights(other, work.recipe.teachers, tmp_path / "answers") == expected
+    assert fitted == ["wbf", "nms"], "each once"
+    assert torch.equal(torch.get_rng_state(), before), "a run that finds them there begins with the same random weights"
 
 
 def test_setup_of_a_good_recipe_passes(work: Workspace) -> None:

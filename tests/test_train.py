@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
 from edgekd.selection import Selection
 from edgekd.train import TrainJob, lr_factor, train_detector
-from edgekd.training_setup import fitting_threads, make_optimizer
+from edgekd.training_setup import StopSignals, fitting_threads, make_optimizer
 from edgekd.validate import detect_dataset
 from tests.toy import toy_dataset
 
@@ -148,6 +149,17 @@ def test_a_damaged_state_says_how_to_begin_anew(tmp_path: Path) -> None:
     assert not train_detector(job).skipped
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:1000]), Path.unlink])
+def test_a_lost_best_detector_is_not_shipped(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    job = make_job(tmp_path, epochs=1, select="best")
+    train_detector(job)
+    shipped = (job.out / "model.pt").read_bytes()
+    damage(job.out / "best.pt")
+    with pytest.raises(ArtifactError, match=r"best\.pt: the run is to ship it"):
+        train_detector(job)
+    assert (job.out / "model.pt").read_bytes() == shipped
+
+
 def test_the_same_seed_gives_the_same_losses(tmp_path: Path) -> None:
     first, second = make_job(tmp_path, "a", epochs=2), make_job(tmp_path, "b", epochs=2)
     train_detector(first)
@@ -199,6 +211,31 @@ def test_a_run_that_was_stopped_goes_on_step_for_step(tmp_path: Path, how: signa
     assert step_losses(tmp_path / "killed") == step_losses(whole.out)
     ours, theirs = (load_detector(tmp_path / name).state_dict() for name in ("killed", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_only_a_second_ctrl_c_ends_a_run_at_once() -> None:
+    signals = StopSignals()
+    with signals.caught():
+        for _ in range(2):  # a service manager tells a whole group, and so does the process that started this one
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.noted
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_during_the_last_measurement_stops_what_would_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, epochs=1)
+
+    def told(*arguments: object, **options: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return detect_dataset(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("edgekd.train.detect_dataset", told)
+    with pytest.raises(KeyboardInterrupt):
+        train_detector(job)
+    assert train_detector(job).skipped, "the run itself is finished"
 
 
 @pytest.mark.parametrize(("omp", "batch_size", "expected"), [(None, 2, 1), (None, 10**6, 2), ("2", 2, 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Annotated
 
 import typer
@@ -85,4 +86,8 @@ def main() -> None:
     # idle machine are up to three times slower. A short spin costs neither (benchmarks/thread_spinning.py).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # As Ctrl-C: temporary files are removed, and processes of this one's end, each after its step, before it does. Not of
+    # several that torchrun has started: it ends the others when one fails, and these may wait where no signal is seen.
+    if "RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="edgekd")

@@ -117,10 +117,14 @@ class Session:
             message, code = f"internal error: {type(error).__name__}: {error}", 1
             if isinstance(error, OSError) and error.strerror:
                 message = f"error: {error.filename or 'system'}: {error.strerror}"
-            if self.debug:
+            try:
+                kept = None if self.debug else _keep_traceback(error)
+            except OSError:  # there is no place for it, or no room
+                kept = None
+            if kept is None:
                 traceback.print_exception(error)
             else:
-                message += f"\n  traceback: {_keep_traceback(error)}"
+                message += f"\n  traceback: {kept}"
         if self.rank > 0:
             time.sleep(1.0)  # if the first process has met the same, torchrun has ended this one by now
             if not isinstance(error, KeyboardInterrupt | PeerError):
@@ -130,7 +134,8 @@ class Session:
         if self.json:
             problems = [str(problem) for problem in error.problems] if isinstance(error, RecipeError) else []
             body = {"kind": type(error).__name__, "message": message.removeprefix("error: "), "exit_code": code}
-            self._write({"error": body | ({"problems": problems} if problems else {})})
+            with contextlib.suppress(OSError):  # stdout may be what failed, as on a full disk
+                self._write({"error": body | ({"problems": problems} if problems else {})})
         return code
 
     def _write(self, result: Mapping[str, Any]) -> None:

@@ -34,7 +34,8 @@ def collect_answers(
     Args:
         teacher: asked image by image through `Teacher.answer`.
         dataset: the training split.
-        folder: where shards are kept. Shards of the same identity are reused, so a run cut off goes on where it was.
+        folder: where shards are kept. Shards of the same identity are reused, so a run cut off goes on where it was; those
+            of others stay, since a comparison's recipes may read one teacher in several ways, by turns and side by side.
         identity: what decides the answers besides the images: the teacher's file hash and settings.
         progress: called with (images done, images in all).
 
@@ -78,8 +79,6 @@ def collect_answers(
             fix="check its class map, preprocessing and output format with `edgekd predict`",
         )
     if not finished:
-        for stale in sorted(set(folder.glob("*.npz")) - {folder / name for name in names}):
-            stale.unlink(missing_ok=True)
         write_manifest(folder, "answers", inputs, names, {"teacher": teacher.name, "images": len(dataset)})
     return answers
 

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from edgekd.artifact import leftovers_of
+
 CLAIMS_FILE = ".claims"
 
 
@@ -42,6 +44,10 @@ def fill_together(
             nonlocal made, finished
             name = names[number]
             if not ready(name, number % world == rank):
+                for left in leftovers_of(
+                    folder / name
+                ):  # by a process that was killed: nobody else writes what is claimed
+                    left.unlink(missing_ok=True)
                 make(name)
                 made += 1
             fcntl.lockf(claims, fcntl.LOCK_UN, 1, number)
