@@ -143,7 +143,8 @@ def _box_difference(student: Tensor, teacher: Tensor, temperature: float) -> Ten
     if student.shape[-1] == 4:
         return functional.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
     told, wanted = (
-        functional.log_softmax(logits.unflatten(-1, (4, -1)) / temperature, -1) for logits in (student, teacher)
+        functional.log_softmax(logits.reshape(*logits.shape[:-1], 4, -1) / temperature, -1)
+        for logits in (student, teacher)
     )
     kl = functional.kl_div(told, wanted, reduction="none", log_target=True).sum(-1).mean(-1)
     return kl * temperature**2
