@@ -258,10 +258,13 @@ def rotated(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([centred, scores, np.full((CELLS, 1), np.pi / 2)], 1).astype(np.float32)[None]
 
 
-def anchored(boxes: np.ndarray, which: str, form: str = "maps", *, squashed: bool = False) -> Arrays:
-    """A raw head of a published set of anchors: each box coded from the cell of its centre at a level that can say it."""
+def anchored(
+    boxes: np.ndarray, which: str, form: str = "maps", *, squashed: bool = False, own: tuple[Any, ...] = ()
+) -> Arrays:
+    """A raw head of a published set of anchors, or of its `own` coded like it: each box coded from the cell of its centre
+    at a level that can say it."""
     anchors = ANCHOR_SETS[which]
-    sizes = np.array(anchors.sizes).reshape(3, 3, 2)
+    sizes = np.array(own or anchors.sizes).reshape(3, 3, 2)
     scales = anchors.centre_scales or (2.0 if anchors.squared else 1.0,) * 3
     rng = np.random.default_rng(0)
     grids = [rng.normal(0, 0.3, (64 // s, 96 // s, 3, 8)) for s in (8, 16, 32)]
@@ -342,6 +345,7 @@ def _best_of(boxes: np.ndarray) -> Arrays:
 
 
 PERSON = ("person",)
+OWN_ANCHORS = ((8, 9), (15, 11), (20, 24), (28, 40), (45, 30), (50, 52), (70, 60), (80, 64), (96, 64))
 PROTOTYPES = np.zeros((1, 32, 16, 24), np.float32)
 BY_ID = np.array([COCO_BY_ID.index(name) for name in ("cow", "cat", "dog")])
 IN_COCO = np.array([COCO_CLASSES.index(name) for name in ("cow", "cat", "dog")])
@@ -624,6 +628,10 @@ EXPORTS: dict[str, Export] = {
             ("yolov4", "maps, channels last"),
         )
     },
+    "raw, anchors of its own, coded like yolov4": Export(
+        partial(anchored, which="yolov4", own=OWN_ANCHORS),
+        declared={"class_names": NAMES, "anchors": {"yolov4": OWN_ANCHORS}},
+    ),
     "raw yolov5 for RKNN": Export(
         partial(anchored, which="yolov5", squashed=True), declared={"class_names": NAMES, "anchors": "yolov5"}
     ),

@@ -322,8 +322,9 @@ def test_anchors_of_ones_own(tmp_path: Path) -> None:
     path = write(export, tmp_path / "m.onnx")
     sizes = ANCHOR_SETS["yolov5"].sizes
     own = tuple(zip(sizes[::2], sizes[1::2], strict=True))
-    with opened(export, path, anchors=own) as predictor:
-        check(export, predictor)
+    for declared in (own, {"yolov5": own}):
+        with opened(export, path, anchors=declared) as predictor:
+            check(export, predictor)
         assert OutputFormat.from_dict(json.loads(json.dumps(predictor.form.to_dict()))) == predictor.form
     with pytest.raises(UserError, match="8 anchors for maps of 9"):
         opened(export, path, anchors=own[:-1])
@@ -344,7 +345,8 @@ def test_the_command_line_says_what_it_took_and_takes_what_is_declared(tmp_path:
     given = ["predict", str(path), str(tmp_path / "p.png"), "--out", str(tmp_path / "out"), "--classes", "cat,dog,cow"]
     refused = CliRunner().invoke(app, given)
     assert refused.exit_code == 2
-    assert "anchors: yolov3" in refused.output
+    assert "yolov3, " in refused.output
+    assert "`anchors: {yolov4-tiny: " in refused.output
     result = CliRunner().invoke(app, [*given, "--declare", "anchors=yolov5"])
     assert result.exit_code == 0, result.output
     assert "9 anchors over 3 levels" in result.output

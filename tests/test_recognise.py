@@ -440,6 +440,34 @@ def test_a_tiny_raw_head_has_two_levels(anchors: str, finest: tuple[int, int]) -
     assert len(boxes) == 3 * (24 + 6)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_raw_head_of_yolov2_has_one_level_and_a_softmax(own: bool) -> None:
+    raw = {"grid": np.zeros((1, 40, 2, 3), np.float32)}
+    sizes = ((10, 20), (30, 30), (40, 20), (60, 50), (80, 64))
+    for column, logit in ((5, 1.0), (6, -1.0), (7, -1.0)):
+        raw["grid"][0, column::8] = logit  # of each anchor
+    with pytest.raises(UserError, match="5 anchors") as caught:
+        read(raw)
+    assert "yolov2-tiny-voc" in str(caught.value.fix)
+    found, boxes, scores = read(raw, anchors={"yolov2": sizes} if own else "yolov2-tiny-voc")
+    assert found.form.activation == "softmax"
+    np.testing.assert_allclose(cxcywh_from_xyxy(boxes)[0], (16, 16, *(sizes[0] if own else (34.56, 38.08))), rtol=1e-5)
+    np.testing.assert_allclose(scores.sum(1), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(scores[:, 0], 0.5 * np.exp(2) / (np.exp(2) + 2), rtol=1e-5)
+    with pytest.raises(UserError, match="in cells"):
+        read(raw, anchors={"yolov2": ((1.08, 1.19), (3.42, 4.41), (6.63, 11.38), (9.42, 5.11), (16.62, 10.52))})
+
+
+def test_anchors_decoded_like_those_of_other_levels_are_refused() -> None:
+    raw = {name: np.full((1, 24, *hw), -1, np.float32) for name, hw in (("a", (4, 6)), ("b", (2, 3)))}
+    own = ((8, 9), (15, 11), (20, 24), (28, 40), (45, 30), (50, 52))
+    with pytest.raises(UserError, match="2 levels") as caught:
+        read(raw, anchors={"yolov4": own})
+    assert "yolov4-tiny two" in str(caught.value.fix)
+    assert read(raw, anchors={"yolov4-tiny": own})[0].form.anchors_squared is False
+    assert read(raw, anchors=own)[0].form.anchors_squared is True
+
+
 def test_an_objectness_that_may_be_a_class_that_was_not_declared_is_told() -> None:
     boxes, scores = truth(4, 126)
     head = np.concatenate([cxcywh_from_xyxy(boxes), scores], 1)[None]
