@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Mapping, Sequence
 
 import numpy as np
@@ -36,6 +37,10 @@ def decode(
         RuntimeFailure: the outputs hold values that are not finite, or are not what `form` says.
         ArtifactError: finished detections with labels outside the class names, or scores above 1.
     """
+    if form.frame_hw:
+        height, width = form.frame_hw
+        boxes, scores = decode(outputs, replace(form, frame_hw=()), (height, width), item)
+        return boxes * np.array([input_hw[1] / width, input_hw[0] / height] * 2, np.float32), scores
     try:
         if form.box_format == "grid-anchors":
             boxes, scores = _read_anchored(outputs, form, item, input_hw)
