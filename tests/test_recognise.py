@@ -376,6 +376,23 @@ def test_sigmoids_over_a_first_column_that_is_never_used(classes: int) -> None:
         read(probs, NAMES[:classes])
 
 
+@pytest.mark.parametrize("names", [("N/A", *NAMES), ("N/A", *NAMES, "no-object"), ("background", *NAMES)])
+def test_detr_s_unused_first_column_is_no_background(names: tuple[str, ...]) -> None:
+    """Fine-tuned on COCO's ids, which start at 1: a column that is never used, the classes, and one of no object."""
+    unused = np.full((len(BOXES), 1), 1e-7, np.float32)
+    scores = np.concatenate([unused, SCORES, 1 - SCORES.sum(1, keepdims=True)], 1)
+    arrays = {"logits": np.log(scores)[None], "pred_boxes": CENTRES[None] / SHARES}
+    found, _, read_scores = read(arrays, names)
+    assert (found.form.background, found.class_names) == ("last", names[:4])
+    np.testing.assert_allclose(read_scores[:, 1:], SCORES, atol=1e-5)
+    assert read(arrays, None, class_names=names)[0].form.background == "last"
+    first = {**arrays, "logits": arrays["logits"][..., [4, 1, 2, 3, 0]]}
+    if len(names) == 4:  # a name for background at the end where it is, and one too few
+        with pytest.raises(UserError, match="3 class names and background do not fit 5") as caught:
+            read(first, names)
+        assert "never used needs a name" in str(caught.value.fix)
+
+
 def test_percent_are_no_logits() -> None:
     with pytest.raises(UserError, match="percent"):
         read({"boxes": BOXES[None], "scores": 100 * SCORES[None]})
