@@ -15,6 +15,7 @@ from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.outputs import decode
 from edgekd.runtimes.probe import Probe
 from edgekd.runtimes.recognise import recognise
+from tests.onnx_zoo import mxnet_misses
 
 HW = (64, 96)
 NAMES = ("cat", "dog", "cow")
@@ -556,6 +557,23 @@ def test_boxes_as_shares_where_the_probe_found_nothing(padding: int | None) -> N
     np.testing.assert_allclose(decode({"o": rows}, found.form, HW)[0], BOXES[:5], rtol=1e-5, atol=1e-3)
     rows[:, :4] = BOXES[:5]
     np.testing.assert_allclose(decode({"o": rows}, found.form, HW)[0], BOXES[:5])
+
+
+def test_rows_that_all_have_label_minus_one_are_padding() -> None:
+    """MXNet's SSDs give every candidate's row, and label -1 to what is no object: on the probe, all."""
+    misses = mxnet_misses()
+    found, boxes, scores = read({"o": misses[None]})
+    assert (found.form.kind, found.form.columns, len(boxes), len(scores)) == ("detections", (), 0, 0)
+    hits = np.concatenate([LABELS[:, None], FINISHED_SCORES[:, None], FINISHED_BOXES / SHARES], 1).astype(np.float32)
+    boxes, scores = decode({"o": np.concatenate([hits, misses])[None]}, found.form, HW)
+    np.testing.assert_allclose(boxes, FINISHED_BOXES, rtol=1e-4)
+    np.testing.assert_array_equal(scores.argmax(1), LABELS)
+
+
+def test_one_score_a_box_is_not_of_several_classes() -> None:
+    with pytest.raises(UserError, match="one score a box, and 3 class names") as caught:
+        read({"boxes": BOXES[None], "scores": SCORES[None, :, :1], "ids": LABELS[:1].astype(np.float32)})
+    assert "called labels" in str(caught.value.fix)
 
 
 def test_a_declared_unit_of_boxes_is_never_guessed_again() -> None:

@@ -57,6 +57,11 @@ def boxes_scores(
     if coco_by_id(class_names) and columns - has_background == 90:
         class_names = class_names[1:]
     if len(class_names) != columns - has_background:
+        if columns == 1:
+            raise probe.unclear(
+                f"one score a box, and {len(class_names)} class names",
+                "declare one name; or, if labels stand in an output apart, export it called labels, beside boxes and scores",
+            )
         raise probe.unclear(
             f"{len(class_names)} class names{' and background' * has_background} do not fit {columns} score columns",
             f"declare {columns} class names, or {columns - 1} with `background: first` or `last`; a column that is never used "

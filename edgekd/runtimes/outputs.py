@@ -159,7 +159,8 @@ def _read_anchored(
 def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Array, FloatArray]:
     if len(form.names) == 1:
         rows = rows_of(outputs[form.names[0]], item)
-        table = rows[:, list(form.columns or layout_of(rows, form.num_classes))]
+        columns = form.columns or layout_of(rows, form.num_classes)
+        table = rows[:, list(columns)] if columns else np.zeros((0, 6), np.float32)
         boxes, scores, labels = table[:, :4], table[:, 4], table[:, 5]
         if form.box_format == "cxcywh-rotated":
             boxes = np.concatenate([boxes, rows[:, -1:]], 1)

@@ -22,6 +22,9 @@ from edgekd.runtimes.probe import Probe, Recognised
 _BACKGROUND_NAMES = (("background", "bg", "noobject"), ("n/a",))
 """Where none of the former is there, the latter: DETR's label files have it for a column that is never used as well."""
 
+_DETR = (("logits", "pred_boxes"), ("pred_logits", "pred_boxes"))
+"""What Hugging Face and DETR's authors call their outputs, beside which stand those of inner layers."""
+
 
 def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | None = None) -> Recognised:
     """The output format of a foreign detector.
@@ -42,6 +45,7 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
         for name, array in probe.arrays.items()
         if (array.ndim < 2 or item_of(array, 0, 2).ndim <= 2) and not is_map(array.shape, probe.input_hw)
     }
+    arrays = next(({n: arrays[n] for n in own} for own in _DETR if set(own) <= set(arrays)), arrays)
     kind = declared.output
     if kind in ("auto", "detections"):
         found = finished(probe, arrays, objects_declared, objects, certain=kind == "detections")
