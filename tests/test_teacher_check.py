@@ -14,7 +14,15 @@ from edgekd.cli.bench_entries import doubts
 from edgekd.errors import UserError
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.output_format import OutputFormat
-from edgekd.teacher_check import called_otherwise, check_readings, other_colours, other_forms, other_sizes, to_declare
+from edgekd.teacher_check import (
+    _better,
+    called_otherwise,
+    check_readings,
+    other_colours,
+    other_forms,
+    other_sizes,
+    to_declare,
+)
 from edgekd.teachers import build_teacher
 from edgekd.types import Dataset, Detections, ImageRecord, PreprocessSpec
 from tests.data_layouts import make_voc
@@ -249,6 +257,18 @@ def test_pixels_and_outputs_read_wrongly_are_found_out_at_once(tmp_path: Path) -
     alone = config_of(path, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     _, warnings = check(dataset, alone, tmp_path / "again")
     assert "but 100.0 with `box_format: yxyx`" in warnings[0]
+
+
+def test_the_least_change_that_agrees_is_named() -> None:
+    now = PreprocessSpec((64, 64), "letterbox", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    stretch, corner = (replace(now, resize=mode) for mode in ("stretch", "letterbox-corner"))
+    present, form = (now, ""), "box_format: yxyx"
+    assert _better({present: 0.5, (stretch, ""): 0.54, (stretch, form): 0.54}, present) is None
+    assert _better({present: 0.5, (corner, ""): 0.56}, present) is None, "a corner by chance"
+    assert _better({present: 0.5, (corner, ""): 0.58}, present) == (corner, "")
+    assert _better({present: 0.0, (now, form): 0.6, (stretch, form): 0.63}, present) == (now, form)
+    assert _better({present: 0.0, (now, form): 0.3, (stretch, form): 0.63}, present) == (stretch, form)
+    assert _better({present: 0.0, (now, form): 0.1}, present) is None
 
 
 def test_pixels_and_names_taken_wrongly_are_told_at_once(tmp_path: Path) -> None:
