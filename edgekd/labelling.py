@@ -30,7 +30,7 @@ class LabelReport:
     Attributes:
         file: COCO JSON beside the images, with each box's score. objects: class to number of boxes.
         failures: path to reason, of images that cannot be read.
-        notes: what was taken for granted of foreign teachers, a sentence each: without labels nothing tests it.
+        notes: what was taken for granted, mostly of foreign teachers, a sentence each: without labels nothing tests it.
         unknown: classes that no teacher knows.
     """
 
@@ -71,6 +71,8 @@ def label_images(
     built = [build_teacher(config, classes, device=resolved_device(device)) for config in recipe.teachers]
     ensemble = Ensemble(built, recipe.ensemble, [config.weight for config in recipe.teachers])
     notes = [f"teacher {one.name}: {taken}" for one in built for taken in one.predictor.taken_for_granted()]
+    if recipe.ensemble.weights == "learned" and len(built) > 1:
+        notes.append("ensemble.weights: learned needs labels, so each teacher counts by its `weight`")
     unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in built)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

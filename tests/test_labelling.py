@@ -78,7 +78,7 @@ def test_what_nobody_knows_and_what_was_taken_for_granted_are_said(tmp_path: Pat
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f'name: r\ndata: {{root: "{photos}", classes: [dog, cow]}}\nstudent: {{model: yolo-nano}}\n'
-        f"teachers: [{{name: t, onnx: {foreign}}}]\n",
+        f"teachers: [{{name: t, onnx: {foreign}}}, {{name: u, onnx: {foreign}}}]\nensemble: {{weights: learned}}\n",
         encoding="utf-8",
     )
     result = CliRunner().invoke(app, ["data", "label", str(recipe), "--json"])
@@ -88,6 +88,7 @@ def test_what_nobody_knows_and_what_was_taken_for_granted_are_said(tmp_path: Pat
     assert report["unknown"] == ["cow"]
     assert any(note.startswith("teacher t: pixels scaled to") for note in report["notes"])
     assert "no teacher knows cow" in result.stderr
+    assert "learned needs labels" in result.stderr
     assert "teacher t: labels counted from 0" in result.stderr
 
 
