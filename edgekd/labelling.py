@@ -30,17 +30,21 @@ class LabelReport:
     Attributes:
         file: COCO JSON beside the images, with each box's score. objects: class to number of boxes.
         failures: path to reason, of images that cannot be read.
+        notes: what was taken for granted, mostly of foreign teachers, a sentence each: without labels nothing tests it.
+        unknown: classes that no teacher knows.
     """
 
     file: Path
     images: int
     objects: Mapping[str, int]
     failures: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         facts = {"images": self.images, "objects": dict(self.objects), "failures": dict(self.failures)}
-        return {"file": str(self.file), **facts}
+        return {"file": str(self.file), **facts, "notes": list(self.notes), "unknown": list(self.unknown)}
 
 
 def label_images(
@@ -66,6 +70,10 @@ def label_images(
     paths = [path for path in files if is_image(path)]
     built = [build_teacher(config, classes, device=resolved_device(device)) for config in recipe.teachers]
     ensemble = Ensemble(built, recipe.ensemble, [config.weight for config in recipe.teachers])
+    notes = [f"teacher {one.name}: {taken}" for one in built for taken in one.predictor.taken_for_granted()]
+    if recipe.ensemble.weights == "learned" and len(built) > 1:
+        notes.append("ensemble.weights: learned needs labels, so each teacher counts by its `weight`")
+    unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in built)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     failures = {str(path): unread_message(path) for path in unread_images(files)}
@@ -103,7 +111,8 @@ def label_images(
     }
     write_json(root / FILE_NAME, data)
     counts = Counter(classes[entry["category_id"] - 1] for entry in annotations)
-    return LabelReport(root / FILE_NAME, len(images), {name: counts[name] for name in classes}, failures)
+    objects = {name: counts[name] for name in classes}
+    return LabelReport(root / FILE_NAME, len(images), objects, failures, tuple(notes), tuple(unknown))
 
 
 def _require_unlabelled(root: Path) -> None:

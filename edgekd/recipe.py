@@ -197,6 +197,28 @@ class CheckpointTeacher(_Section):
     class_map: dict[str, str] | None = Field(None, description="Teacher class to student class; by name if left out.")
 
 
+AnchorFamily = Literal[
+    "yolov2",
+    "yolov2-voc",
+    "yolov2-tiny-voc",
+    "yolov3",
+    "yolov3-tiny",
+    "yolov4",
+    "yolov4-tiny",
+    "yolov5",
+    "yolov7",
+    "yolov7-tiny",
+]
+"""Published raw heads with anchors; how each is decoded stands in `runtimes.anchored.ANCHOR_SETS`."""
+AnchorSizes = tuple[tuple[float, float], ...]
+
+
+def _one_family(sizes: dict[AnchorFamily, AnchorSizes]) -> dict[AnchorFamily, AnchorSizes]:
+    if len(sizes) != 1:
+        raise ValueError("one set's name with its sizes is wanted, such as {yolov4-tiny: [[23, 27], ...]}")
+    return sizes
+
+
 class OnnxTeacher(_Section):
     """Any detector as an ONNX file, run by ONNX Runtime."""
 
@@ -230,13 +252,12 @@ class OnnxTeacher(_Section):
         "grid-distances-corner",
     ] = "auto"
     anchors: (
-        Literal["yolov3", "yolov3-tiny", "yolov4", "yolov4-tiny", "yolov5", "yolov7", "yolov7-tiny"]
-        | tuple[tuple[float, float], ...]
-        | None
+        AnchorFamily | AnchorSizes | Annotated[dict[AnchorFamily, AnchorSizes], AfterValidator(_one_family)] | None
     ) = Field(
         None,
-        description="Of a raw head in levels: a published set, or (width, height) in input pixels, fine to coarse, which "
-        "are decoded as YOLOv5 does.",
+        description="Of a raw head in levels: a published set; or its own, (width, height) in input pixels, fine to coarse, "
+        "under the name of the set that it is decoded like: {yolov4-tiny: [[23, 27], ...]}. A bare list is decoded as "
+        "YOLOv5's.",
     )
     taps: dict[str, str] | Literal["auto"] = Field(
         default_factory=dict,

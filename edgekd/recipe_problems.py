@@ -75,9 +75,10 @@ def _key_path(detail: ErrorDetails, data: Any) -> KeyPath:
 
 
 def _relevant(path: KeyPath, details: list[ErrorDetails], groups: Mapping[KeyPath, object]) -> list[ErrorDetails]:
-    """Without "expected 'auto'" for a list whose entries are what is wrong."""
+    """Without "expected 'auto'" or another type for a list or mapping whose entries are what is wrong."""
     deeper = any(other[: len(path)] == path and len(other) > len(path) for other in groups)
-    return [d for d in details if not (deeper and isinstance(d["input"], list) and d["type"] == "literal_error")]
+    others = ("literal_error", "tuple_type", "dict_type")
+    return [d for d in details if not (deeper and isinstance(d["input"], list | dict) and d["type"] in others)]
 
 
 def _problem(document: Document, path: KeyPath, details: list[ErrorDetails]) -> Problem:
@@ -92,7 +93,8 @@ def _problem(document: Document, path: KeyPath, details: list[ErrorDetails]) -> 
     if "union_tag_not_found" in kinds:
         return Problem(document.place(path), path, _teacher_message(value))
     if "value_error" in kinds:
-        return Problem(document.place(path), path, details[0]["msg"].removeprefix("Value error, "))
+        said = next(detail["msg"] for detail in details if detail["type"] == "value_error")
+        return Problem(document.place(path), path, said.removeprefix("Value error, "))
     names = [name for detail in details if detail["type"] == "literal_error" for name in _literals(detail)]
     wanted = [_expected(detail) for detail in details if detail["type"] != "literal_error"]
     if names:

@@ -7,10 +7,9 @@ be tested: on a few of its images each usual preprocessing is tried, for a decla
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,7 @@ from edgekd.predictor import Predictor
 from edgekd.recipe import OnnxTeacher, TeacherConfig
 from edgekd.runtimes.output_format import Background, BoxFormat, OutputFormat
 from edgekd.teachers.predicted import PredictorTeacher
-from edgekd.types import BoolArray, Channels, Dataset, Detections, ImageRecord, PreprocessSpec, ResizeMode
+from edgekd.types import BoolArray, Channels, Dataset, Detections, ImageArray, ImageRecord, PreprocessSpec, ResizeMode
 
 IMAGES = 32
 """A teacher is tried on so many training images at most."""
@@ -37,7 +36,7 @@ BETTER = 0.05
 RARER = 0.02
 """AP50 by which a corner must win over the middle."""
 POOR = 0.1
-"""AP50 below which a teacher is hardly one."""
+"""AP50 below which a teacher is hardly one, so that no other reading of its outputs is believed either."""
 SURE = 0.25
 """Score from which on a box says what its object is."""
 FEWEST_CALLED, MOSTLY_CALLED = 5, 0.8
@@ -118,6 +117,10 @@ def other_forms(now: OutputFormat) -> dict[str, OutputFormat]:
         start: Background = "none" if now.background == "first" else "first"
         found[f"background: {start}"] = replace(now, background=start)
         others = tuple(other for other in _PLAIN if other != coding) if coding in _PLAIN else ()
+    if now.box_format == "grid-anchors":  # sizes of one's own under the name of another family
+        family = "yolov3" if now.anchors_squared else "yolov5"
+        other_set = replace(now, anchors_squared=not now.anchors_squared, centre_scales=())
+        found[f"anchors: {{{family}: [...]}}"] = other_set
     for other in others:
         box_format = cast(BoxFormat, other + dash + unit)
         found[f"box_format: {box_format}"] = replace(now, box_format=box_format, unit_unseen=False)
@@ -156,40 +159,36 @@ def examine(
         return {"doubtful": False, "says": f"{who}: no image shows a class that it knows"}
     records = telling[:: max(1, len(telling) // IMAGES)][:IMAGES]
     pictures = [load_image(record.path) for record in records]
+    spec, forms = predictor.preprocess, {"": predictor.form, **(other_forms(predictor.form) if searched else {})}
     start = time.perf_counter()
-    for picture in pictures[:FEWEST_IMAGES]:
-        predictor.detect(picture)
+    _answers(predictor, pictures[:FEWEST_IMAGES], spec, forms)
     per_image = (time.perf_counter() - start) / len(pictures[:FEWEST_IMAGES])
     count = min(len(records), max(FEWEST_IMAGES, int(SECONDS / per_image / (1 + _TRIES * searched))))
     records, pictures = records[:count], pictures[:count]
+    tried: dict[tuple[PreprocessSpec, str], float] = {}  # by how pictures are prepared, and what declares the reading
 
-    def detect(spec: PreprocessSpec, form: OutputFormat = predictor.form) -> list[Detections]:
-        prepared = predictor.with_preprocess(spec).with_form(form)
-        return [prepared.detect(picture) for picture in pictures]
+    def measure(others: Sequence[PreprocessSpec]) -> None:
+        for other in others:
+            for declares, found in _answers(predictor, pictures, other, forms).items():
+                tried[other, declares] = agreement(records, found, dataset.class_names, known)
 
-    def measure(spec: PreprocessSpec, form: OutputFormat = predictor.form) -> float:
-        return agreement(records, detect(spec, form), dataset.class_names, known)
-
-    spec = predictor.preprocess
-    as_read = detect(spec)
-    now = agreement(records, as_read, dataset.class_names, known)
-    tried: dict[PreprocessSpec, float] = {}
+    as_read = _answers(predictor, pictures, spec, forms)
+    tried |= {(spec, d): agreement(records, found, dataset.class_names, known) for d, found in as_read.items()}
+    now = tried[spec, ""]
     if searched:  # first colours, then sizes with the best of them: all pairs would take three times as long
-        tried = {other: measure(other) for other in other_colours(spec)}
-        leading = max([spec, *tried], key=lambda other: tried.get(other, now))
-        tried |= {other: measure(other) for other in other_sizes(leading)}
+        measure(other_colours(spec))
+        measure(other_sizes(max(tried, key=lambda reading: tried[reading])[0]))
     where = f"AP50 {100 * now:.1f} on {count} of the images of {dataset.split}"
-    # On a few images a corner does as well as the middle by chance; the rarer of the two must do better to be named.
-    best = max(tried, key=lambda other: tried[other] - RARER * (other.resize == "letterbox-corner"), default=None)
     doubtful = True
-    if best is not None and tried[best] >= now + BETTER:
-        says = (
-            f"{who} may be read wrongly: {where}, but {100 * tried[best]:.1f} with "
-            f"`{to_declare(best, spec)}`; declare that for it if it was trained so"
-        )
-    elif now < POOR and searched and (other := _other_reading(predictor.form, lambda form: measure(spec, form))):
-        says = f"{who} may be read wrongly: {where}, but {100 * other[1]:.1f} with `{other[0]}`; declare that for it"
-    elif called := called_otherwise(records, as_read, dataset.class_names, labels):
+    best = _better(tried, (spec, ""))
+    if best is not None:
+        declares = ", ".join(filter(None, (to_declare(best[0], spec), best[1])))
+        says = f"{who} may be read wrongly: {where}, but {100 * tried[best]:.1f} with `{declares}`; declare that for it"
+        says += " if it was trained so" if best[0] != spec else ""
+        found = _answers(predictor, pictures, best[0], forms)[best[1]]
+        if called := called_otherwise(records, found, dataset.class_names, labels):
+            says += f". Even so, {called}: check its class names, their order and its class map, too"
+    elif called := called_otherwise(records, as_read[""], dataset.class_names, labels):
         says = f"{who} may have its classes wrong: {where}, and {called}; check its class names, their order and its class map"
     elif now < POOR:
         look = " (`edgekd predict` draws what it finds)" if searched else ""
@@ -198,19 +197,48 @@ def examine(
             f"may be wrong{look}, or it does not know such pictures"
         )
     else:
-        besides = f"; {len(tried)} other ways to prepare its pictures do no better" if tried else ""
+        ways = len({other for other, _ in tried}) - 1
+        besides = f"; {ways} other ways to prepare its pictures do no better" if ways else ""
         doubtful, says = False, f"{who}: {where}{besides}"
     return {"doubtful": doubtful, "says": says, "ap50": now, "images": count}
 
 
-def _other_reading(now: OutputFormat, measure: Callable[[OutputFormat], float]) -> tuple[str, float] | None:
-    """(What declares it, AP50) of the reading of the outputs that agrees with the labels; None if none does."""
-    agreed = {}
-    for declares, form in other_forms(now).items():
-        with contextlib.suppress(ArtifactError):  # labels that have no name when they are read so
-            agreed[declares] = measure(form)
-    best = max(agreed, key=lambda declares: agreed[declares], default=None)
-    return None if best is None or agreed[best] < POOR + BETTER else (best, agreed[best])
+def _answers(
+    predictor: Predictor, pictures: Sequence[ImageArray], spec: PreprocessSpec, forms: Mapping[str, OutputFormat]
+) -> dict[str, list[Detections]]:
+    """What the detector finds in pictures prepared so, by every reading of its outputs; without those that fail.
+
+    Raises:
+        ArtifactError: the present reading fails.
+    """
+    prepared = predictor.with_preprocess(spec)
+    readers = {declares: prepared.with_form(form) for declares, form in forms.items()}
+    found: dict[str, list[Detections]] = {declares: [] for declares in readers}
+    for picture in pictures:
+        tensor, geometry = prepared.prepare(picture)
+        raw = prepared.infer(tensor)
+        for declares in list(found):
+            try:
+                found[declares].append(readers[declares].finish(raw, geometry))
+            except ArtifactError:  # labels that have no name when they are read so
+                if spec == predictor.preprocess and readers[declares].form == predictor.form:
+                    raise
+                del found[declares]
+    return found
+
+
+def _better(
+    tried: Mapping[tuple[PreprocessSpec, str], float], now: tuple[PreprocessSpec, str]
+) -> tuple[PreprocessSpec, str] | None:
+    """The reading that agrees clearly better with the labels; of several that do nearly as well, one that changes least."""
+
+    def judged(reading: tuple[PreprocessSpec, str]) -> float:
+        # On a few images a corner does as well as the middle by chance; the rarer of the two must do better to be named.
+        return tried[reading] - RARER * (reading[0] != now[0] and reading[0].resize == "letterbox-corner")
+
+    better = [r for r in tried if judged(r) >= tried[now] + BETTER and (r[1] == now[1] or tried[r] >= POOR + BETTER)]
+    good = [r for r in better if judged(r) > max(map(judged, better)) - BETTER]
+    return min(good, key=lambda r: ((r[0] != now[0]) + (r[1] != now[1]), -judged(r)), default=None)
 
 
 def agreement(

@@ -32,6 +32,7 @@ CELLS = 126  # of strides 8, 16, 32 in 64 x 96
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NANODET = ((0.406, 0.456, 0.485), (0.225, 0.224, 0.229))
 Arrays = dict[str, np.ndarray]
 
@@ -241,6 +242,24 @@ def tensorflow(boxes: np.ndarray, ids: np.ndarray) -> Arrays:
     }
 
 
+def tensorflow_lite(boxes: np.ndarray, names: tuple[str, ...], labels: np.ndarray = LABELS) -> Arrays:
+    shares = np.concatenate([boxes / SHARES, np.zeros((2, 4))]).astype(np.float32)[None]
+    return {
+        names[0]: shares[..., [1, 0, 3, 2]],
+        names[1]: np.append(labels, [0, 0]).astype(np.float32)[None],
+        names[2]: np.append(SCORES, [0, 0]).astype(np.float32)[None],
+        names[3]: np.array([3], np.float32),
+    }
+
+
+def mxnet_misses() -> np.ndarray:
+    """Rows of what MXNet's SSDs take for background: label -1, with a score and a box."""
+    rng = np.random.default_rng(0)
+    corner, extent = rng.uniform(0.1, 0.5, (20, 2)), rng.uniform(0.1, 0.4, (20, 2))
+    scores = rng.uniform(0.02, 0.3, (20, 1))
+    return np.concatenate([np.full((20, 1), -1), scores, corner, corner + extent], 1).astype(np.float32)
+
+
 def efficient_nms(boxes: np.ndarray, names: tuple[str, str, str, str]) -> Arrays:
     padded = np.concatenate([boxes, np.full((2, 4), 7.0)]).astype(np.float32)
     return {
@@ -258,10 +277,13 @@ def rotated(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([centred, scores, np.full((CELLS, 1), np.pi / 2)], 1).astype(np.float32)[None]
 
 
-def anchored(boxes: np.ndarray, which: str, form: str = "maps", *, squashed: bool = False) -> Arrays:
-    """A raw head of a published set of anchors: each box coded from the cell of its centre at a level that can say it."""
+def anchored(
+    boxes: np.ndarray, which: str, form: str = "maps", *, squashed: bool = False, own: tuple[Any, ...] = ()
+) -> Arrays:
+    """A raw head of a published set of anchors, or of its `own` coded like it: each box coded from the cell of its centre
+    at a level that can say it."""
     anchors = ANCHOR_SETS[which]
-    sizes = np.array(anchors.sizes).reshape(3, 3, 2)
+    sizes = np.array(own or anchors.sizes).reshape(3, 3, 2)
     scales = anchors.centre_scales or (2.0 if anchors.squared else 1.0,) * 3
     rng = np.random.default_rng(0)
     grids = [rng.normal(0, 0.3, (64 // s, 96 // s, 3, 8)) for s in (8, 16, 32)]
@@ -342,6 +364,7 @@ def _best_of(boxes: np.ndarray) -> Arrays:
 
 
 PERSON = ("person",)
+OWN_ANCHORS = ((8, 9), (15, 11), (20, 24), (28, 40), (45, 30), (50, 52), (70, 60), (80, 64), (96, 64))
 PROTOTYPES = np.zeros((1, 32, 16, 24), np.float32)
 BY_ID = np.array([COCO_BY_ID.index(name) for name in ("cow", "cat", "dog")])
 IN_COCO = np.array([COCO_CLASSES.index(name) for name in ("cow", "cat", "dog")])
@@ -587,7 +610,7 @@ EXPORTS: dict[str, Export] = {
             "boxes": (candidates(b, rows=300)[0] / SHARES)[None],
         },
         "stretch",
-        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        HALVES,
         inputs=image("FLOAT", 1, 3, *INPUT_HW, name="input_0"),
         declared={"class_names": ("BACKGROUND", *NAMES)},
     ),
@@ -595,6 +618,47 @@ EXPORTS: dict[str, Export] = {
         lambda b: {"detection_out": rows_of(b / SHARES, "ilsb", first=1)[None, None]},
         "letterbox",
         declared={"class_names": ("background", *NAMES)},
+    ),
+    "TensorFlow Lite's SSD": Export(
+        partial(
+            tensorflow_lite,
+            names=("TFLite_Detection_PostProcess", *(f"TFLite_Detection_PostProcess:{i}" for i in (1, 2, 3))),
+        ),
+        "stretch",
+        HALVES,
+        inputs=image("FLOAT", 1, *INPUT_HW, 3, name="normalized_input_image_tensor"),
+    ),
+    "TensorFlow Lite's SSD of TensorFlow 2, COCO": Export(
+        partial(tensorflow_lite, names=tuple(f"StatefulPartitionedCall:{i}" for i in (3, 1, 2, 0)), labels=BY_ID - 1),
+        "stretch",
+        BYTES,
+        inputs=image("UINT8", 1, *INPUT_HW, 3, name="serving_default_input:0"),
+        declared={"class_names": "coco"},
+        names=COCO_BY_ID[1:],
+    ),
+    "GluonCV": Export(
+        lambda b: {
+            "box_ids": np.append(LABELS, [-1, -1]).astype(np.float32)[None, :, None],
+            "scores": np.append(SCORES, [-1, -1]).astype(np.float32)[None, :, None],
+            "bboxes": np.concatenate([b, np.full((2, 4), -1)]).astype(np.float32)[None],
+        },
+        "stretch",
+        IMAGENET,
+    ),
+    "MXNet's MultiBoxDetection": Export(
+        lambda b: {"multibox": np.concatenate([rows_of(b / SHARES, "lsb"), mxnet_misses()])[None]},
+        declared={"class_names": NAMES, "resize": "letterbox"},
+    ),
+    "Hugging Face RT-DETR with its inner layers": Export(
+        lambda b: {
+            "logits": logits(detr(b)[1]),
+            "pred_boxes": detr(b)[0],
+            "last_hidden_state": np.zeros((1, 100, 256), np.float32),
+            "intermediate_logits": np.zeros((1, 6, 100, 3), np.float32),
+            "enc_topk_logits": logits(detr(b)[1]) - 1,
+            "enc_topk_bboxes": detr(b)[0] + 0.01,
+        },
+        "stretch",
     ),
     "Azure Custom Vision": Export(
         lambda b: apart(b / SHARES, ("detected_boxes", "detected_scores", "detected_classes"), batch=False), "stretch"
@@ -624,6 +688,10 @@ EXPORTS: dict[str, Export] = {
             ("yolov4", "maps, channels last"),
         )
     },
+    "raw, anchors of its own, coded like yolov4": Export(
+        partial(anchored, which="yolov4", own=OWN_ANCHORS),
+        declared={"class_names": NAMES, "anchors": {"yolov4": OWN_ANCHORS}},
+    ),
     "raw yolov5 for RKNN": Export(
         partial(anchored, which="yolov5", squashed=True), declared={"class_names": NAMES, "anchors": "yolov5"}
     ),

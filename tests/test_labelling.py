@@ -15,6 +15,7 @@ from edgekd.data.check import check_dataset
 from edgekd.errors import RuntimeFailure
 from edgekd.workspace import doubts_about
 from tests.data_layouts import picture
+from tests.toy_onnx import write_constant_detector
 
 
 @pytest.fixture
@@ -68,6 +69,27 @@ def test_the_score_is_a_bound(tmp_path: Path, photos: Path, checkpoint: Path) ->
     assert label(tmp_path, photos, checkpoint, "--score", bound).exit_code == 0
     fewer = json.loads((photos / "instances_all.json").read_text())["annotations"]
     assert 0 < len(fewer) < len(entries)
+
+
+def test_what_nobody_knows_and_what_was_taken_for_granted_are_said(tmp_path: Path, photos: Path) -> None:
+    boxes = np.array([[[4, 4, 40, 40], [50, 20, 60, 30]]], np.float32)
+    arrays = {"boxes": boxes, "scores": np.array([[0.9, 0.6]], np.float32), "labels": np.array([[0, 1]])}
+    foreign = write_constant_detector(tmp_path / "t.onnx", arrays, metadata={"names": "['cat', 'dog']"})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f'name: r\ndata: {{root: "{photos}", classes: [dog, cow]}}\nstudent: {{model: yolo-nano}}\n'
+        f"teachers: [{{name: t, onnx: {foreign}}}, {{name: u, onnx: {foreign}}}]\nensemble: {{weights: learned}}\n",
+        encoding="utf-8",
+    )
+    result = CliRunner().invoke(app, ["data", "label", str(recipe), "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["objects"] == {"dog": 6, "cow": 0}
+    assert report["unknown"] == ["cow"]
+    assert any(note.startswith("teacher t: pixels scaled to") for note in report["notes"])
+    assert "no teacher knows cow" in result.stderr
+    assert "learned needs labels" in result.stderr
+    assert "teacher t: labels counted from 0" in result.stderr
 
 
 def test_annotations_that_are_there_stay(tmp_path: Path, photos: Path, checkpoint: Path) -> None:

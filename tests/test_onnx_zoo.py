@@ -26,7 +26,7 @@ from edgekd.runtimes.side_inputs import value_for
 from edgekd.runtimes.tensor_info import TensorInfo
 from edgekd.teachers import build_teacher
 from edgekd.teaching import teacher_identity
-from tests.onnx_zoo import BOXES, EXPORTS, LABELS, NAMES, SCORES, SOURCE_HW, Export, apart, head, write
+from tests.onnx_zoo import BOXES, EXPORTS, INPUT_HW, LABELS, NAMES, SCORES, SOURCE_HW, Export, apart, head, write
 
 onnx = pytest.importorskip("onnx")
 PICTURE = np.full((*SOURCE_HW, 3), 114, np.uint8)
@@ -142,6 +142,75 @@ def test_pixels_that_the_graph_normalises_come_as_it_wants_them(first: str, tmp_
         assert predictor.preprocess.channels == ("bgr" if "BGR" in first else "rgb")
         said = [note for note in predictor.facts["notes"] if "the graph itself normalises" in note]
         assert len(said) == (first not in ("Sub next to nothing", "Conv"))
+
+
+def halved_inside(export: Export, path: Path) -> Path:
+    """The file, taking pictures twice as large, which its graph first brings to its own size."""
+    image, (kind, shape) = next(iter(export.inputs.items()))
+    doubled = tuple(2 * extent if extent in (64, 96) else extent for extent in shape)
+    write(replace(export, inputs={image: (kind, doubled)}), path)
+    model = onnx.load(str(path))
+    for name, value in (("by", np.array(1 / 255, np.float32)), ("size", np.array(shape, np.int64))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    for node in model.graph.node:
+        node.input[:] = ["resized" if name == image else name for name in node.input]
+    resize = onnx.helper.make_node("Resize", ["scaled", "", "", "size"], ["resized"], mode="linear")
+    for node in (
+        resize,
+        onnx.helper.make_node("Mul", ["numbers", "by"], ["scaled"]),
+        onnx.helper.make_node("Cast", [image], ["numbers"], to=onnx.TensorProto.FLOAT),
+    ):
+        model.graph.node.insert(0, node)
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("Ultralytics v8, 11", ", and boxes are of that"),
+        ("YOLO-NAS raw", ", and boxes are of that"),
+        ("YOLOX", ", whose cells the boxes are coded by"),
+        ("YOLOv8's raw levels", ", whose cells the boxes are coded by"),
+        ("raw yolov5 in maps", ", whose cells the boxes are coded by"),
+        ("Ultralytics RT-DETR", ""),
+    ],
+)
+def test_a_graph_that_resizes_pictures_itself(case: str, says: str, tmp_path: Path) -> None:
+    export = EXPORTS[case]
+    with opened(export, halved_inside(export, tmp_path / "m.onnx")) as predictor:
+        check(export, predictor, 1.1)  # letterboxes round by sides of other lengths
+        assert predictor.preprocess.input_hw == (128, 192)
+        said = [note for note in predictor.facts["notes"] if "resizes pictures to 64x96" in note]
+        assert said == ["the graph itself resizes pictures to 64x96" + says] * bool(says)
+        assert OutputFormat.from_dict(json.loads(json.dumps(predictor.form.to_dict()))) == predictor.form
+        assert any("the graph itself normalises 0 to 255" in note for note in predictor.facts["notes"])
+
+
+def test_a_graph_that_resizes_pictures_and_scales_boxes_back(tmp_path: Path) -> None:
+    export = EXPORTS["Ultralytics v8, 11"]
+
+    def doubled(boxes: np.ndarray) -> dict[str, np.ndarray]:
+        (array,) = export.outputs(boxes).values()
+        return {"output0": np.concatenate([2 * array[:, :4], array[:, 4:]], 1)}
+
+    scaled = replace(export, outputs=doubled)
+    with opened(scaled, halved_inside(scaled, tmp_path / "m.onnx")) as predictor:
+        check(export, predictor, 1.1)
+        assert any(note.endswith("boxes are scaled back to the input") for note in predictor.facts["notes"])
+
+
+def test_a_few_finished_boxes_do_not_show_of_which_picture_they_are(tmp_path: Path) -> None:
+    export = EXPORTS["Ultralytics v10, 26 end to end"]
+    with opened(export, halved_inside(export, tmp_path / "m.onnx")) as predictor:
+        assert not predictor.form.frame_hw
+        assert any("boxes taken to be of the input" in note for note in predictor.facts["notes"])
+
+
+def test_bytes_that_the_graph_resizes_itself(tmp_path: Path) -> None:
+    export = replace(EXPORTS["YOLO-NAS raw"], inputs={"image": ("UINT8", (1, *INPUT_HW, 3))})
+    with opened(export, halved_inside(export, tmp_path / "m.onnx")) as predictor:
+        check(export, predictor, 1.1)  # letterboxes round by sides of other lengths
 
 
 def test_colours_exchanged_before_a_mean_is_taken_off_leave_their_order_open(tmp_path: Path) -> None:
@@ -322,8 +391,9 @@ def test_anchors_of_ones_own(tmp_path: Path) -> None:
     path = write(export, tmp_path / "m.onnx")
     sizes = ANCHOR_SETS["yolov5"].sizes
     own = tuple(zip(sizes[::2], sizes[1::2], strict=True))
-    with opened(export, path, anchors=own) as predictor:
-        check(export, predictor)
+    for declared in (own, {"yolov5": own}):
+        with opened(export, path, anchors=declared) as predictor:
+            check(export, predictor)
         assert OutputFormat.from_dict(json.loads(json.dumps(predictor.form.to_dict()))) == predictor.form
     with pytest.raises(UserError, match="8 anchors for maps of 9"):
         opened(export, path, anchors=own[:-1])
@@ -344,7 +414,8 @@ def test_the_command_line_says_what_it_took_and_takes_what_is_declared(tmp_path:
     given = ["predict", str(path), str(tmp_path / "p.png"), "--out", str(tmp_path / "out"), "--classes", "cat,dog,cow"]
     refused = CliRunner().invoke(app, given)
     assert refused.exit_code == 2
-    assert "anchors: yolov3" in refused.output
+    assert "yolov3, " in refused.output
+    assert "`anchors: {yolov4-tiny: " in refused.output
     result = CliRunner().invoke(app, [*given, "--declare", "anchors=yolov5"])
     assert result.exit_code == 0, result.output
     assert "9 anchors over 3 levels" in result.output

@@ -99,6 +99,18 @@ CASES = {
         "9:22: teachers.0.class_names.1",
         'got 2, expected a text; write "2" in quotes',
     ),
+    "mapping in a union": (
+        "    onnx: box.onnx",
+        "    onnx: box.onnx\n    anchors: {yolov4: [[1, 2], [3, x]]}",
+        "9:36: teachers.0.anchors.yolov4.1.1",
+        'got "x", expected a number',
+    ),
+    "two entries where one is wanted": (
+        "    onnx: box.onnx",
+        "    onnx: box.onnx\n    anchors: {yolov4: [], yolov5: []}",
+        "9:14: teachers.0.anchors",
+        "one set's name with its sizes is wanted, such as {yolov4-tiny: [[23, 27], ...]}",
+    ),
     "number of a few": (
         "name: good",
         "name: good\ntrain: {freeze_stride: 3}",

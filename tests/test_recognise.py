@@ -15,6 +15,7 @@ from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.outputs import decode
 from edgekd.runtimes.probe import Probe
 from edgekd.runtimes.recognise import recognise
+from tests.onnx_zoo import mxnet_misses
 
 HW = (64, 96)
 NAMES = ("cat", "dog", "cow")
@@ -376,6 +377,23 @@ def test_sigmoids_over_a_first_column_that_is_never_used(classes: int) -> None:
         read(probs, NAMES[:classes])
 
 
+@pytest.mark.parametrize("names", [("N/A", *NAMES), ("N/A", *NAMES, "no-object"), ("background", *NAMES)])
+def test_detr_s_unused_first_column_is_no_background(names: tuple[str, ...]) -> None:
+    """Fine-tuned on COCO's ids, which start at 1: a column that is never used, the classes, and one of no object."""
+    unused = np.full((len(BOXES), 1), 1e-7, np.float32)
+    scores = np.concatenate([unused, SCORES, 1 - SCORES.sum(1, keepdims=True)], 1)
+    arrays = {"logits": np.log(scores)[None], "pred_boxes": CENTRES[None] / SHARES}
+    found, _, read_scores = read(arrays, names)
+    assert (found.form.background, found.class_names) == ("last", names[:4])
+    np.testing.assert_allclose(read_scores[:, 1:], SCORES, atol=1e-5)
+    assert read(arrays, None, class_names=names)[0].form.background == "last"
+    first = {**arrays, "logits": arrays["logits"][..., [4, 1, 2, 3, 0]]}
+    if len(names) == 4:  # a name for background at the end where it is, and one too few
+        with pytest.raises(UserError, match="3 class names and background do not fit 5") as caught:
+            read(first, names)
+        assert "never used needs a name" in str(caught.value.fix)
+
+
 def test_percent_are_no_logits() -> None:
     with pytest.raises(UserError, match="percent"):
         read({"boxes": BOXES[None], "scores": 100 * SCORES[None]})
@@ -438,6 +456,34 @@ def test_a_tiny_raw_head_has_two_levels(anchors: str, finest: tuple[int, int]) -
     np.testing.assert_allclose(centred[-1], (80, 48, 344, 319))
     np.testing.assert_allclose(scores, 0.25)
     assert len(boxes) == 3 * (24 + 6)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_raw_head_of_yolov2_has_one_level_and_a_softmax(own: bool) -> None:
+    raw = {"grid": np.zeros((1, 40, 2, 3), np.float32)}
+    sizes = ((10, 20), (30, 30), (40, 20), (60, 50), (80, 64))
+    for column, logit in ((5, 1.0), (6, -1.0), (7, -1.0)):
+        raw["grid"][0, column::8] = logit  # of each anchor
+    with pytest.raises(UserError, match="5 anchors") as caught:
+        read(raw)
+    assert "yolov2-tiny-voc" in str(caught.value.fix)
+    found, boxes, scores = read(raw, anchors={"yolov2": sizes} if own else "yolov2-tiny-voc")
+    assert found.form.activation == "softmax"
+    np.testing.assert_allclose(cxcywh_from_xyxy(boxes)[0], (16, 16, *(sizes[0] if own else (34.56, 38.08))), rtol=1e-5)
+    np.testing.assert_allclose(scores.sum(1), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(scores[:, 0], 0.5 * np.exp(2) / (np.exp(2) + 2), rtol=1e-5)
+    with pytest.raises(UserError, match="in cells"):
+        read(raw, anchors={"yolov2": ((1.08, 1.19), (3.42, 4.41), (6.63, 11.38), (9.42, 5.11), (16.62, 10.52))})
+
+
+def test_anchors_decoded_like_those_of_other_levels_are_refused() -> None:
+    raw = {name: np.full((1, 24, *hw), -1, np.float32) for name, hw in (("a", (4, 6)), ("b", (2, 3)))}
+    own = ((8, 9), (15, 11), (20, 24), (28, 40), (45, 30), (50, 52))
+    with pytest.raises(UserError, match="2 levels") as caught:
+        read(raw, anchors={"yolov4": own})
+    assert "yolov4-tiny two" in str(caught.value.fix)
+    assert read(raw, anchors={"yolov4-tiny": own})[0].form.anchors_squared is False
+    assert read(raw, anchors=own)[0].form.anchors_squared is True
 
 
 def test_an_objectness_that_may_be_a_class_that_was_not_declared_is_told() -> None:
@@ -511,6 +557,23 @@ def test_boxes_as_shares_where_the_probe_found_nothing(padding: int | None) -> N
     np.testing.assert_allclose(decode({"o": rows}, found.form, HW)[0], BOXES[:5], rtol=1e-5, atol=1e-3)
     rows[:, :4] = BOXES[:5]
     np.testing.assert_allclose(decode({"o": rows}, found.form, HW)[0], BOXES[:5])
+
+
+def test_rows_that_all_have_label_minus_one_are_padding() -> None:
+    """MXNet's SSDs give every candidate's row, and label -1 to what is no object: on the probe, all."""
+    misses = mxnet_misses()
+    found, boxes, scores = read({"o": misses[None]})
+    assert (found.form.kind, found.form.columns, len(boxes), len(scores)) == ("detections", (), 0, 0)
+    hits = np.concatenate([LABELS[:, None], FINISHED_SCORES[:, None], FINISHED_BOXES / SHARES], 1).astype(np.float32)
+    boxes, scores = decode({"o": np.concatenate([hits, misses])[None]}, found.form, HW)
+    np.testing.assert_allclose(boxes, FINISHED_BOXES, rtol=1e-4)
+    np.testing.assert_array_equal(scores.argmax(1), LABELS)
+
+
+def test_one_score_a_box_is_not_of_several_classes() -> None:
+    with pytest.raises(UserError, match="one score a box, and 3 class names") as caught:
+        read({"boxes": BOXES[None], "scores": SCORES[None, :, :1], "ids": LABELS[:1].astype(np.float32)})
+    assert "called labels" in str(caught.value.fix)
 
 
 def test_a_declared_unit_of_boxes_is_never_guessed_again() -> None:

@@ -14,7 +14,15 @@ from edgekd.cli.bench_entries import doubts
 from edgekd.errors import UserError
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.output_format import OutputFormat
-from edgekd.teacher_check import called_otherwise, check_readings, other_colours, other_forms, other_sizes, to_declare
+from edgekd.teacher_check import (
+    _better,
+    called_otherwise,
+    check_readings,
+    other_colours,
+    other_forms,
+    other_sizes,
+    to_declare,
+)
 from edgekd.teachers import build_teacher
 from edgekd.types import Dataset, Detections, ImageRecord, PreprocessSpec
 from tests.data_layouts import make_voc
@@ -238,6 +246,42 @@ def test_outputs_read_wrongly_are_found_out(
     assert f"AP50 0.0 on 10 of the images of train, but 100.0 with `{word}`" in warnings[0]
 
 
+def test_pixels_and_outputs_read_wrongly_are_found_out_at_once(tmp_path: Path) -> None:
+    dataset = labelled(tmp_path)
+    wide = np.array([[4.0, 8.0, 44.0, 20.0]], np.float32)
+    dataset = replace(dataset, records=tuple(replace(record, boxes_xyxy=wide) for record in dataset.records))
+    path = detector_file(tmp_path / "t.onnx", below=-1.5, box=(8.0, 4.0, 20.0, 44.0))  # y before x, ImageNet's scale
+    _, warnings = check(dataset, config_of(path), tmp_path / "answers")
+    both = "`mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225], box_format: yxyx`"
+    assert f"AP50 0.0 on 10 of the images of train, but 100.0 with {both}" in warnings[0]
+    alone = config_of(path, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    _, warnings = check(dataset, alone, tmp_path / "again")
+    assert "but 100.0 with `box_format: yxyx`" in warnings[0]
+
+
+def test_the_least_change_that_agrees_is_named() -> None:
+    now = PreprocessSpec((64, 64), "letterbox", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    stretch, corner = (replace(now, resize=mode) for mode in ("stretch", "letterbox-corner"))
+    present, form = (now, ""), "box_format: yxyx"
+    assert _better({present: 0.5, (stretch, ""): 0.54, (stretch, form): 0.54}, present) is None
+    assert _better({present: 0.5, (corner, ""): 0.56}, present) is None, "a corner by chance"
+    assert _better({present: 0.5, (corner, ""): 0.58}, present) == (corner, "")
+    assert _better({present: 0.0, (now, form): 0.6, (stretch, form): 0.63}, present) == (now, form)
+    assert _better({present: 0.0, (now, form): 0.3, (stretch, form): 0.63}, present) == (stretch, form)
+    assert _better({present: 0.0, (now, form): 0.1}, present) is None
+
+
+def test_pixels_and_names_taken_wrongly_are_told_at_once(tmp_path: Path) -> None:
+    dataset = labelled(tmp_path)
+    mixed = [replace(r, labels=np.array([index % 2])) for index, r in enumerate(dataset.records)]
+    path = detector_file(tmp_path / "t.onnx", below=-1.5)
+    _, warnings = check(replace(dataset, records=tuple(mixed)), config_of(path), tmp_path / "answers")
+    assert "with `mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]`" in warnings[0]
+    assert (
+        "Even so, of the 5 objects labelled ring that it finds it calls 5 square: check its class names" in warnings[0]
+    )
+
+
 def test_readings_that_only_labels_can_tell_apart() -> None:
     finished = OutputFormat("detections", ("b", "s", "l"), 3, "xyxy-normalised", background="first", unit_unseen=True)
     found = other_forms(finished)
@@ -247,3 +291,5 @@ def test_readings_that_only_labels_can_tell_apart() -> None:
     assert found["background: none"].box_format == "xyxy-normalised"
     assert list(other_forms(OutputFormat("boxes-scores", ("b", "s"), 3, "yxyx"))) == ["box_format: xyxy"]
     assert other_forms(OutputFormat("yolo", ("o",), 3, "grid-distances")) == {}
+    raw = OutputFormat("yolo-objectness", ("a", "b"), 3, "grid-anchors", anchors=(1.0, 2.0), anchors_squared=True)
+    assert other_forms(raw) == {"anchors: {yolov3: [...]}": replace(raw, anchors_squared=False)}

@@ -202,6 +202,10 @@ def label(
         report = label_images(checked, score=score, device=session.device or "auto", progress=progress)
     for path, reason in report.failures.items():
         terminal.warn(f"left out: {reason if path in reason else f'{path}: {reason}'}")
+    for note in report.notes:
+        terminal.note(note)
+    if report.unknown:
+        terminal.warn(f"no teacher knows {', '.join(report.unknown)}: nothing is labelled so")
 
     def show() -> None:
         objects = ", ".join(f"{name} {count}" for name, count in report.objects.items()) or "nothing found"

@@ -11,6 +11,8 @@ from edgekd.boxes import xyxy_from_cxcywh
 from edgekd.types import Array, FloatArray
 
 MOST_ANCHORS = 9
+CELL = 32
+"""Pixels that YOLOv2's configurations have their anchors in."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,30 @@ class AnchorSet:
         squared: extents are (2 sigmoid)^2 anchors and centres reach half a cell beyond theirs, as in YOLOv5; otherwise
             exponentials, as in YOLOv2 to v4.
         centre_scales: YOLOv4's factor on the centre's sigmoid, a level; empty for 1.
+        softmax: class scores are of a softmax, as YOLOv2's.
     """
 
     sizes: tuple[float, ...]
     squared: bool
     centre_scales: tuple[float, ...] = ()
+    softmax: bool = False
+
+
+def _from_cells(*sizes: float) -> tuple[float, ...]:
+    return tuple(CELL * size for size in sizes)
 
 
 _V3 = (10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326)
 _V4 = (12, 16, 19, 36, 40, 28, 36, 75, 76, 55, 72, 146, 142, 110, 192, 243, 459, 401)
 _V3_TINY = (10, 14, 23, 27, 37, 58, 81, 82, 135, 169, 344, 319)
 _V4_TINY = (23, 27, 37, 58, 81, 82, 81, 82, 135, 169, 344, 319)  # its finer level has the second to fourth of v3's six
+_V2 = _from_cells(0.57273, 0.677385, 1.87446, 2.06253, 3.33843, 5.47434, 7.88282, 3.52778, 9.77052, 9.16828)
+_V2_VOC = _from_cells(1.3221, 1.73145, 3.19275, 4.00944, 5.05587, 8.09892, 9.47112, 4.84053, 11.2364, 10.0071)
+_V2_TINY_VOC = _from_cells(1.08, 1.19, 3.42, 4.41, 6.63, 11.38, 9.42, 5.11, 16.62, 10.52)
 ANCHOR_SETS: dict[str, AnchorSet] = {
+    "yolov2": AnchorSet(_V2, squared=False, softmax=True),
+    "yolov2-voc": AnchorSet(_V2_VOC, squared=False, softmax=True),
+    "yolov2-tiny-voc": AnchorSet(_V2_TINY_VOC, squared=False, softmax=True),
     "yolov3": AnchorSet(_V3, squared=False),
     "yolov3-tiny": AnchorSet(_V3_TINY, squared=False),
     "yolov4": AnchorSet(_V4, squared=False, centre_scales=(1.2, 1.1, 1.05)),
@@ -42,7 +56,7 @@ ANCHOR_SETS: dict[str, AnchorSet] = {
     "yolov7": AnchorSet(_V4, squared=True),
     "yolov7-tiny": AnchorSet(_V3, squared=True),
 }
-"""Of the authors' own configurations, fine to coarse: three levels, two of the tiny ones of v3 and v4."""
+"""Of the authors' own configurations, fine to coarse: three levels, two of the tiny ones of v3 and v4, one of v2."""
 
 
 def grid_of(shape: Sequence[int], values: int, input_hw: tuple[int, int]) -> tuple[int, int, int] | None:

@@ -40,10 +40,7 @@ def boxes_scores(
         UserError: it leaves more than one reading or none.
     """
     box_name, score_name, channels_first = pair
-    boxes, scores = (np.asarray(item_of(probe.arrays[n], 0, 2), np.float32) for n in (box_name, score_name))
-    if channels_first:
-        boxes, scores = boxes.T, scores.T
-    scores = paired(boxes, scores)
+    boxes, scores = tables_of(probe, pair)
     factors = [n for n, a in probe.arrays.items() if n not in pair and a.size == len(boxes) and named(n, _FACTOR_WORDS)]
     if factors:
         raise probe.unclear(
@@ -60,9 +57,15 @@ def boxes_scores(
     if coco_by_id(class_names) and columns - has_background == 90:
         class_names = class_names[1:]
     if len(class_names) != columns - has_background:
+        if columns == 1:
+            raise probe.unclear(
+                f"one score a box, and {len(class_names)} class names",
+                "declare one name; or, if labels stand in an output apart, export it called labels, beside boxes and scores",
+            )
         raise probe.unclear(
-            f"{len(class_names)} class names do not fit {columns} score columns",
-            f"declare {columns} class names, or {columns - 1} with `background: first` or `last`",
+            f"{len(class_names)} class names{' and background' * has_background} do not fit {columns} score columns",
+            f"declare {columns} class names, or {columns - 1} with `background: first` or `last`; a column that is never used "
+            "needs a name, too",
         )
     box_format = box_format_of(probe, boxes, declared, usual=None)
     if declared.box_format == "auto" and any("yolonms" in name for name in probe.arrays):
@@ -72,6 +75,15 @@ def boxes_scores(
     )
     found = f"outputs recognised as boxes ({box_format}) and scores (activation {activation}, background {background})"
     return Recognised(form, class_names, (found, *notes))
+
+
+def tables_of(probe: Probe, pair: tuple[str, str, bool]) -> tuple[FloatArray, FloatArray]:
+    """((P, 4) boxes, (P, columns) scores) of a pair of arrays, as `box_and_score` found it."""
+    box_name, score_name, channels_first = pair
+    boxes, scores = (np.asarray(item_of(probe.arrays[n], 0, 2), np.float32) for n in (box_name, score_name))
+    if channels_first:
+        boxes, scores = boxes.T, scores.T
+    return boxes, paired(boxes, scores)
 
 
 def box_and_score(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None) -> tuple[str, str, bool] | None:

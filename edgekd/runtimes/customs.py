@@ -83,6 +83,10 @@ def custom_of(
         return Custom("EfficientDet", "letterbox-corner")
     if "detection_boxes" in outputs:
         return Custom("TensorFlow's detection API", "stretch", (ZERO, BYTES))
+    if outputs == {"box_ids", "scores", "bboxes"}:
+        return Custom("GluonCV", "stretch", IMAGENET)
+    if form.kind == "detections" and len(outputs) == 1 and len(form.names) == 4:
+        return Custom("TensorFlow Lite's SSDs", "stretch", HALVES)
     if outputs == {"bboxes", "labels", "scores"}:
         return Custom("the ONNX model zoo's SSD", "stretch", IMAGENET)
     if "pixel_mask" in inputs or (form.activation == "softmax" and form.background == "last"):

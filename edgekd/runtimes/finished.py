@@ -21,19 +21,22 @@ from edgekd.runtimes.probe import (
     Recognised,
     named,
 )
-from edgekd.runtimes.rows import LAYOUTS, fitting, in_words
+from edgekd.runtimes.rows import LAYOUTS, fitting, in_words, telling
 from edgekd.types import FloatArray
 
 MOST_FINISHED = 1000
 """Rows beyond this are candidates that no NMS has thinned."""
 _TENSORFLOW = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
 """What TensorFlow's Object Detection API calls its outputs."""
+_TFLITE = ("TFLite_Detection_PostProcess", "StatefulPartitionedCall")
+"""What TensorFlow Lite's calls all of its, by the version of its exporter: with ":1", ":2", ":3" behind."""
 _REVERSED = 0.2
 """Of the rows: more whose corners are in the wrong order are no corners."""
 _OVER = 0.03
 """How far, of its side, boxes may reach over the picture's edge."""
 _COCO, _COCO_BY_ID = NAMED_LABEL_SETS["coco"], NAMED_LABEL_SETS["coco91"]
-_Origin = Literal["tensorflow", "torchvision", "SSD", "unknown-start", "other"]
+_UNUSED = {_COCO_BY_ID[label] for label in COCO_UNUSED_IDS}
+_Origin = Literal["tensorflow", "TensorFlow Lite", "torchvision", "SSD", "unknown-start", "other"]
 Roles = tuple[tuple[str, ...], tuple[int, ...]]
 
 
@@ -51,7 +54,7 @@ def finished(
     own = {name: array for name, array in arrays.items() if name.partition(":")[0] in _TENSORFLOW}
     if len(own) == len(_TENSORFLOW):
         arrays = own  # beside them stand raw boxes, anchors and other scores
-    roles = _row_roles(probe, arrays, names, certain) or _column_roles(arrays)
+    roles = _tflite_roles(arrays) or _row_roles(probe, arrays, names, certain) or _column_roles(arrays)
     if roles is None:
         if certain:
             raise probe.unclear(
@@ -80,14 +83,14 @@ def finished(
         background,
         columns=columns,
         unit_unseen=unit_unseen,
-        unused_labels=COCO_UNUSED_IDS if names == _COCO_BY_ID else (),
+        unused_labels=tuple(label for label, name in enumerate(names) if name in _UNUSED),
         overlapping=overlapping,
     )
     unit = "pixels or shares as each image shows" if unit_unseen else box_format
     notes = [f"outputs recognised as finished detections, boxes as {unit}", counted]
     if len(outputs) == 1:
-        order = in_words(columns) if columns else "in the order that each image's rows show"
-        notes.append(f"detection rows read as {order}")
+        order = f"as {in_words(columns)}" if columns else "in the order that each image's rows show"
+        notes.append(f"detection rows read {order}")
     if overlapping:
         notes.append(f"{rows} rows, which no NMS has thinned yet: edgekd does it")
     return Recognised(form, names, tuple(notes))
@@ -108,6 +111,8 @@ def _origin(probe: Probe, outputs: tuple[str, ...], arrays: Arrays) -> _Origin:
         return "other"
     if plain == set(_TENSORFLOW):
         return "tensorflow"
+    if len(plain) == 1:
+        return "TensorFlow Lite"
     if plain == {"bboxes", "labels", "scores"}:
         return "SSD"
     if arrays[outputs[0]].ndim > 2 or arrays[outputs[2]].ndim != 1:
@@ -127,6 +132,8 @@ def _labels(
     """(names, where labels start, a note on it)."""
     if names == _COCO and origin in ("tensorflow", "torchvision") and declared.background == "auto":
         names = _COCO_BY_ID
+    if names in (_COCO, _COCO_BY_ID) and origin == "TensorFlow Lite" and declared.background == "auto":
+        return _COCO_BY_ID[1:], "none", "labels read as one less than COCO's category ids, as TensorFlow Lite has them"
     if names == _COCO_BY_ID:
         return names, "none", "labels read as COCO's category ids"
     if declared.background != "auto":
@@ -138,7 +145,7 @@ def _labels(
             "declare `background: first` where label 1 is the first class (torchvision and maskrcnn-benchmark export so), "
             "`background: none` where label 0 is, or `class_names: coco91` for COCO's own ids",
         )
-    start = "none" if origin == "other" else "first"
+    start = "none" if origin in ("other", "TensorFlow Lite") else "first"
     why = "" if origin == "other" else f", as {origin} does"
     return names, start, f"labels counted from {int(start == 'first')}{why}; `background` declares it"
 
@@ -154,13 +161,13 @@ def _boxes(
     """(box format, whether its unit is still to be seen)."""
     if declared.box_format != "auto":
         return declared.box_format, False
-    if origin == "tensorflow" and len(outputs) > 1:
+    if origin in ("tensorflow", "TensorFlow Lite") and len(outputs) > 1:
         return "yxyx-normalised", False
     if probe.metadata.get("task") == "obb":
         return "cxcywh-rotated", False
     array = arrays[outputs[0]]
     if len(outputs) == 1:
-        array = rows_of(array, 0)
+        array = rows_of(array, 0)[: None if columns else 0]  # rows that do not show their columns show no boxes
         columns = columns or LAYOUTS[min(array.shape[-1], 7)][0]
     boxes = np.asarray(array, np.float32)[..., list(columns[:4] if len(outputs) == 1 else (0, 1, 2, 3))].reshape(-1, 4)
     real = boxes[~((boxes == boxes[:, :1]).all(1))]  # padding, of zeros or -1
@@ -214,8 +221,7 @@ def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, cert
     further = width > 7  # mask coefficients or keypoints behind the six
     table = rows[:, :6] if further else rows
     found = [columns for columns in fitting(table) if not further or columns == LAYOUTS[6][0]]
-    nothing = not ((rows != 0) & (rows != -1)).any()
-    if nothing and (not further or task in ("segment", "pose")):
+    if not len(telling(table)) and (not further or task in ("segment", "pose")):
         return (name,), LAYOUTS[6][0] if further else ()
     if not found:
         return None
@@ -232,6 +238,20 @@ def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, cert
             "`output` if these are no labels",
         )
     return (name,), named_ones[0] if len(named_ones) == 1 else ()
+
+
+def _tflite_roles(arrays: Arrays) -> Roles | None:
+    """Boxes, scores, labels and count of TensorFlow Lite, whose names do not tell them apart, but shapes and values do."""
+    if len(arrays) != 4 or {name.partition(":")[0] for name in arrays} not in [{name} for name in _TFLITE]:
+        return None
+    boxes = [name for name, array in arrays.items() if array.ndim == 3 and array.shape[-1] == 4]
+    counts = [name for name, array in arrays.items() if array.size == 1]
+    columns = [name for name in arrays if name not in (*boxes, *counts)]
+    labels = [name for name in columns if _is_whole(arrays[name])]
+    if (len(boxes), len(counts), len(columns), len(labels)) != (1, 1, 2, 1):
+        return None
+    scores = columns[1 - columns.index(labels[0])]
+    return (boxes[0], scores, labels[0], counts[0]), (0, 1, 2, 3, 4, 5)
 
 
 def _are_too_few_for_raw(probe: Probe, rows: int) -> bool:

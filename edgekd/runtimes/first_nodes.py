@@ -1,8 +1,8 @@
-"""Whether a graph scales or normalises pixels itself, read off the first operators behind its image input."""
+"""Whether a graph scales, normalises or resizes pictures itself, read off the first operators behind its image input."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from edgekd.types import Channels
 
 PixelRange = Literal["0 to 1", "0 to 255"]
 _PASSING = ("Cast", "Transpose", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Gather")
+_RESIZING = ("Resize", "Upsample")
+_SCALING = ("Sub", "Add", "Mul", "Div", "Clip", "BatchNormalization")
 _MOST_STEPS = 12
 
 
@@ -25,11 +27,13 @@ class Beginning:
         pixels: the range of pixels that it normalises itself; None if its first layer is another.
         channels: the order of colours that ImageNet's means, which it takes off, stand in; None without such.
         sliced: it takes the picture apart into every second pixel, as the Focus layer of YOLOX does.
+        resized: the tensor with the picture in another size, if the graph brings it to one before its first layer.
     """
 
     pixels: PixelRange | None = None
     channels: Channels | None = None
     sliced: bool = False
+    resized: str | None = None
 
 
 def beginning_of(model: Path, image: str) -> Beginning:
@@ -47,7 +51,26 @@ def beginning_of(model: Path, image: str) -> Beginning:
     if pixels is not None and not moved and operator in ("Sub", "Add") and value is not None and value.size == 3:
         red_first = abs(float(value.flat[0])) - abs(float(value.flat[2]))  # its mean of red is the largest
         channels = "rgb" if red_first > 0 else "bgr" if red_first < 0 else None
-    return Beginning(pixels, channels, len(first) > 1 and set(first) == {"Slice"})
+    return Beginning(pixels, channels, len(first) > 1 and set(first) == {"Slice"}, _resized(graph, image))
+
+
+def _readers(graph: Any, image: str) -> Iterator[tuple[Any, str]]:
+    """(node, which of its inputs is the picture) along the picture's way, while one node alone reads it."""
+    for _ in range(_MOST_STEPS):
+        following = [node for node in graph.node if image in node.input and node.op_type != "Shape"]
+        if len(following) != 1:
+            return
+        yield following[0], image
+        image = following[0].output[0]
+
+
+def _resized(graph: Any, image: str) -> str | None:
+    for node, _ in _readers(graph, image):
+        if node.op_type in _RESIZING:
+            return str(node.output[0])
+        if node.op_type not in (*_PASSING, *_SCALING):
+            return None
+    return None
 
 
 def _first_operator(graph: Any, image: str) -> tuple[str, NDArray[Any] | None, bool]:
@@ -67,15 +90,11 @@ def _first_operator(graph: Any, image: str) -> tuple[str, NDArray[Any] | None, b
         return array if 0 < array.size <= 3 else None
 
     moved = False
-    for _ in range(_MOST_STEPS):
-        following = [node for node in graph.node if image in node.input and node.op_type != "Shape"]
-        if len(following) != 1:
-            return "", None, moved
-        node = following[0]
-        if node.op_type in _PASSING:
-            image, moved = node.output[0], moved or node.op_type == "Gather"
+    for node, picture in _readers(graph, image):
+        if node.op_type in (*_PASSING, *_RESIZING):
+            moved = moved or node.op_type == "Gather"
             continue
-        others = [name for name in node.input if name != image]
+        others = [name for name in node.input if name != picture]
         place = 2 if node.op_type == "BatchNormalization" else 0  # its running mean
         return node.op_type, value_of(others[place]) if len(others) > place else None, moved
     return "", None, moved

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.anchored import ANCHOR_SETS, AnchorSet, candidates_of, grid_of
+from edgekd.recipe import AnchorFamily, AnchorSizes, OnnxTeacher
+from edgekd.runtimes.anchored import ANCHOR_SETS, CELL, AnchorSet, candidates_of, grid_of
 from edgekd.runtimes.grids import grid_cells, is_map
 from edgekd.runtimes.output_format import Activation, BoxFormat, OutputFormat, OutputKind
 from edgekd.runtimes.outputs import item_of, table_of
@@ -273,17 +273,32 @@ def _anchored(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None
     if declared.anchors is None:
         raise probe.unclear(
             f"a raw head with {total} anchors, which the file does not say",
-            f"declare `anchors: {', '.join(ANCHOR_SETS)}` or a list of (width, height), or export it with decoded boxes: "
-            "YOLOv5's export.py does, YOLOv7's with --grid",
+            f"declare `anchors`, one of {', '.join(ANCHOR_SETS)}, or its own under the name of the one that it is decoded "
+            "like: `anchors: {yolov4-tiny: [[23, 27], ...]}`; or export it with decoded boxes: YOLOv5's export.py does, "
+            "YOLOv7's with --grid",
         )
-    own = ANCHOR_SETS[declared.anchors] if isinstance(declared.anchors, str) else None
-    anchors = own or AnchorSet(
-        tuple(v for pair in declared.anchors for v in cast(tuple[float, float], pair)), squared=True
-    )
+    anchors = _declared_anchors(declared.anchors)
+    if len(anchors.sizes) != 2 * total:
+        raise probe.unclear(
+            f"{len(anchors.sizes) // 2} anchors for maps of {total}",
+            "declare the anchors of each level, fine to coarse, one that two levels use twice",
+        )
+    if anchors.centre_scales and len(anchors.centre_scales) != len(levels_found):
+        raise probe.unclear(
+            f"a raw head of {len(levels_found)} levels, and anchors decoded as over {len(anchors.centre_scales)}",
+            "declare them under another name: yolov4 has three levels, yolov4-tiny two",
+        )
+    if anchors.softmax and max(anchors.sizes, default=0.0) < CELL:
+        raise probe.unclear(
+            f"YOLOv2's anchors up to {max(anchors.sizes, default=0.0):g}: in cells, it seems, as its configuration has them",
+            f"declare them in pixels: {CELL} times as much",
+        )
     outputs = tuple(name for _, name in levels_found)
     raw, _ = candidates_of([probe.arrays[name] for name in outputs], 0, 5 + classes, probe.input_hw)
     class_names, notes = names_or_error(probe, names, classes)
     activation = activation_of(probe, raw if anchors.squared else raw[:, 4:], declared)
+    if anchors.softmax and activation == "sigmoid" and declared.score_activation == "auto":
+        activation = "softmax"
     form = OutputFormat(
         "yolo-objectness",
         outputs,
@@ -297,6 +312,14 @@ def _anchored(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None
     coding = "squared sigmoids (YOLOv5)" if anchors.squared else "exponentials (YOLOv2 to v4)"
     found = f"outputs recognised as a raw head of {total} anchors over {len(outputs)} levels, extents as {coding}"
     return Recognised(form, class_names, (found, *notes))
+
+
+def _declared_anchors(declared: AnchorFamily | AnchorSizes | Mapping[AnchorFamily, AnchorSizes]) -> AnchorSet:
+    """A published set, or sizes of one's own decoded like one."""
+    if isinstance(declared, str):
+        return ANCHOR_SETS[declared]
+    family, sizes = next(iter(declared.items())) if isinstance(declared, Mapping) else ("yolov5", declared)
+    return replace(ANCHOR_SETS[family], sizes=tuple(extent for size in sizes for extent in size))
 
 
 def _pairs(

@@ -22,13 +22,14 @@ from edgekd.preprocess import normalise
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.auto_taps import shared_maps, taps_by_stride
 from edgekd.runtimes.customs import BYTES, ONE, ZERO, Custom, custom_of
-from edgekd.runtimes.first_nodes import Beginning, PixelRange, beginning_of
+from edgekd.runtimes.first_nodes import PixelRange, beginning_of
 from edgekd.runtimes.grids import grid_cells
+from edgekd.runtimes.inner_picture import in_its_frame
 from edgekd.runtimes.onnx_session import OnnxRuntime
 from edgekd.runtimes.ort import OrtRuntime, with_extra_outputs
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.outputs import decode
-from edgekd.runtimes.probe import Probe
+from edgekd.runtimes.probe import Probe, Recognised
 from edgekd.runtimes.recognise import recognise
 from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
 
@@ -206,17 +207,24 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
             f"{path}: it takes pixels as bytes, 0 to 255, which no mean or std can change",
             fix="leave `mean` and `std` out",
         )
-    beginning = Beginning() if runtime.takes_bytes else beginning_of(path, runtime.image_name)
+    beginning = beginning_of(path, runtime.image_name)
     raw = _look(path, runtime, input_hw, BYTES if beginning.pixels == "0 to 255" else ONE)
     arrays = {name: np.array(value) for name, value in raw.items() if isinstance(value, np.ndarray)}
     taps = _tapped(declared)
     own = {n: _first_image(a, runtime.input_shape[0]) for n, a in arrays.items() if n not in taps.values()}
     inputs = tuple(info.name for info in runtime.inputs)
-    probe = Probe(str(path), own, input_hw, metadata, runtime.channels_last)
-    found = recognise(probe, declared, names_in_metadata(metadata))
+
+    def recognised(hw: tuple[int, int]) -> Recognised:
+        probe = Probe(str(path), own, hw, metadata, runtime.channels_last)
+        return recognise(probe, declared, names_in_metadata(metadata))
+
+    inner_hw = input_hw
+    if beginning.resized is not None:
+        inner_hw = _inner_hw(path, runtime, input_hw, beginning.resized)
+    found = in_its_frame(own, input_hw, inner_hw, recognised)
     if lacks_batch_axis(found.form, own):
         runtime.one_at_a_time()
-    a_row_a_cell = grid_cells(input_hw, _candidates(path, own, found.form, input_hw)) is not None
+    a_row_a_cell = grid_cells(inner_hw, _candidates(path, own, found.form, input_hw)) is not None
     custom = custom_of(found.form, inputs, metadata, a_row_a_cell=a_row_a_cell, sliced=beginning.sliced)
     base = custom.preprocess(input_hw, beginning, runtime.takes_bytes)
     preprocess = _declared_preprocess(base, input_hw, declared)
@@ -228,6 +236,14 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
     facts = {"path": str(path), "precision": _precision(runtime), "notes": notes}
     grids = _tap_grids(path, arrays, taps)
     return OnnxDetector(runtime, found.class_names, preprocess, found.form, facts, grids)
+
+
+def _inner_hw(path: Path, runtime: OnnxRuntime, input_hw: tuple[int, int], resized: str) -> tuple[int, int]:
+    """The size that the graph brings pictures to, of the tensor `resized`, at this size of the input."""
+    with OrtRuntime(with_extra_outputs(path, [resized])) as opened:
+        shape = _look(path, opened, input_hw)[resized].shape
+    height, width = shape[1:3] if shape[-1] == 3 else shape[2:4]
+    return int(height), int(width)
 
 
 def _first_image(array: NDArray[Any], batch: int) -> NDArray[Any]:

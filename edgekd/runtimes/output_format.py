@@ -55,6 +55,8 @@ class OutputFormat:
         overlapping: "detections" to which no NMS has been applied yet.
         anchors: "grid-anchors": width and height of each in input pixels, flat, fine to coarse.
         anchors_squared, centre_scales: how they are used, see `runtimes.anchored.AnchorSet`.
+        frame_hw: height and width of the picture that boxes are of, where the graph itself resizes it; empty for the
+            input's.
     """
 
     kind: OutputKind
@@ -73,6 +75,7 @@ class OutputFormat:
     anchors: tuple[float, ...] = ()
     anchors_squared: bool = False
     centre_scales: tuple[float, ...] = ()
+    frame_hw: tuple[int, ...] = ()
 
     @property
     def is_finished(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Mapping, Sequence
 
 import numpy as np
@@ -36,6 +37,10 @@ def decode(
         RuntimeFailure: the outputs hold values that are not finite, or are not what `form` says.
         ArtifactError: finished detections with labels outside the class names, or scores above 1.
     """
+    if form.frame_hw:
+        height, width = form.frame_hw
+        boxes, scores = decode(outputs, replace(form, frame_hw=()), (height, width), item)
+        return boxes * np.array([input_hw[1] / width, input_hw[0] / height] * 2, np.float32), scores
     try:
         if form.box_format == "grid-anchors":
             boxes, scores = _read_anchored(outputs, form, item, input_hw)
@@ -154,7 +159,8 @@ def _read_anchored(
 def _read_detections(outputs: Arrays, form: OutputFormat, item: int) -> tuple[Array, FloatArray]:
     if len(form.names) == 1:
         rows = rows_of(outputs[form.names[0]], item)
-        table = rows[:, list(form.columns or layout_of(rows, form.num_classes))]
+        columns = form.columns or layout_of(rows, form.num_classes)
+        table = rows[:, list(columns)] if columns else np.zeros((0, 6), np.float32)
         boxes, scores, labels = table[:, :4], table[:, 4], table[:, 5]
         if form.box_format == "cxcywh-rotated":
             boxes = np.concatenate([boxes, rows[:, -1:]], 1)

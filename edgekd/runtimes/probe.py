@@ -18,7 +18,7 @@ from edgekd.types import FloatArray
 
 BOX_WORDS = ("box", "bbox", "loc", "det")
 SCORE_WORDS = ("score", "conf", "prob", "logit")
-LABEL_WORDS = ("label", "class", "cls", "categor")
+LABEL_WORDS = ("label", "class", "cls", "categor", "box_ids")  # the last is GluonCV's
 COUNT_WORDS = ("num", "count", "valid")
 _COCO_COLUMNS = {80: "coco", 81: "coco", 90: "coco91", 91: "coco91", 92: "coco91"}
 

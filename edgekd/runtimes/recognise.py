@@ -6,19 +6,24 @@ they leave two, the error says which key of the recipe decides.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from edgekd.errors import UserError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.boxes_scores import box_and_score, boxes_scores
+from edgekd.runtimes.boxes_scores import box_and_score, boxes_scores, tables_of
 from edgekd.runtimes.finished import finished
 from edgekd.runtimes.grids import is_map
 from edgekd.runtimes.heads import levels, yolo
 from edgekd.runtimes.outputs import Arrays, item_of
 from edgekd.runtimes.probe import Probe, Recognised
 
-_BACKGROUND_NAMES = ("background", "bg", "noobject", "n/a")
+_BACKGROUND_NAMES = (("background", "bg", "noobject"), ("n/a",))
+"""Where none of the former is there, the latter: DETR's label files have it for a column that is never used as well."""
+
+_DETR = (("logits", "pred_boxes"), ("pred_logits", "pred_boxes"))
+"""What Hugging Face and DETR's authors call their outputs, beside which stand those of inner layers."""
 
 
 def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | None = None) -> Recognised:
@@ -40,6 +45,7 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
         for name, array in probe.arrays.items()
         if (array.ndim < 2 or item_of(array, 0, 2).ndim <= 2) and not is_map(array.shape, probe.input_hw)
     }
+    arrays = next(({n: arrays[n] for n in own} for own in _DETR if set(own) <= set(arrays)), arrays)
     kind = declared.output
     if kind in ("auto", "detections"):
         found = finished(probe, arrays, objects_declared, objects, certain=kind == "detections")
@@ -48,6 +54,12 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
     heads = [name for name, array in arrays.items() if array.ndim > 1 and min(item_of(array, 0, 2).shape) >= 5]
     pair = box_and_score(probe, arrays, objects) if kind in ("auto", "boxes-scores") else None
     if pair is not None:
+        if objects != names and names is not None and tables_of(probe, pair)[1].shape[1] == len(names) + 1:
+            found = boxes_scores(probe, pair, declared, names)
+            if (
+                found.form.background != objects_declared.background
+            ):  # the name is of a column never used, as DETR's "N/A"
+                return found
         return boxes_scores(probe, pair, objects_declared, objects)
     if not heads or (len(heads) > 1 and kind != "boxes-scores"):
         in_levels = levels(probe, declared, names)
@@ -113,7 +125,8 @@ def _without_background(
     """Names without one for background at either end, as the label files of SSDs have it, which is then as good as declared."""
     if names is None or len(names) < 2 or declared.background != "auto":
         return names, declared
-    for end, rest, place in ((names[0], names[1:], "first"), (names[-1], names[:-1], "last")):
-        if end.lower().strip("_ ").replace(" ", "") in _BACKGROUND_NAMES:
-            return rest, declared.model_copy(update={"background": place})
+    for words in _BACKGROUND_NAMES:
+        for end, rest, place in ((names[0], names[1:], "first"), (names[-1], names[:-1], "last")):
+            if re.sub(r"[\s_-]", "", end.lower()) in words:
+                return rest, declared.model_copy(update={"background": place})
     return names, declared

@@ -33,12 +33,18 @@ def fitting(rows: Array, classes: int | None = None) -> list[tuple[int, ...]]:
         classes: how many there are at most, with one for background.
     """
     rows = np.asarray(rows, np.float32)
-    telling = rows[(rows != 0).any(1) & ~(rows[:, :6] == -1).any(1)]
-    if not len(telling):
+    real = telling(rows)
+    if not len(real):
         return []
     if rows.shape[1] == 7 and (rows[:, 0] != np.rint(rows[:, 0])).any():
         return []
-    return [columns for columns in LAYOUTS[rows.shape[1]] if _fits(telling[:, list(columns)], classes)]
+    return [columns for columns in LAYOUTS[rows.shape[1]] if _fits(real[:, list(columns)], classes)]
+
+
+def telling(rows: Array) -> Array:
+    """Those of rows (N, C) that hold something: no zeros, and no label or score of -1, as what was not found has (MXNet)."""
+    holding: Array = rows[(rows != 0).any(1) & ~(rows[:, :6] == -1).any(1)]
+    return holding
 
 
 def _fits(table: Array, classes: int | None) -> bool:
@@ -52,13 +58,15 @@ def _fits(table: Array, classes: int | None) -> bool:
 
 
 def layout_of(rows: Array, classes: int) -> tuple[int, ...]:
-    """The columns of rows whose order nothing told before they were seen.
+    """The columns of rows whose order nothing told before they were seen; empty where none of these holds anything.
 
     Raises:
         ArtifactError: none of the usual orders fits.
     """
+    if not len(telling(rows)):
+        return ()
     found = fitting(rows, classes)
-    if not found and (rows > 0).any():
+    if not found:
         usual = "; ".join(in_words(columns) for columns in LAYOUTS[rows.shape[1]])
         raise ArtifactError(
             "a detector gives detections in none of the usual orders, or scores above 1, or labels without a name",
@@ -67,7 +75,7 @@ def layout_of(rows: Array, classes: int) -> tuple[int, ...]:
             fix="declare all of its classes in label order (`class_names`, --classes), or export it with boxes, scores and "
             "labels apart",
         )
-    return (found or LAYOUTS[rows.shape[1]])[0]
+    return found[0]
 
 
 def in_words(columns: tuple[int, ...]) -> str:
