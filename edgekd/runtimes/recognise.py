@@ -56,9 +56,8 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
     if pair is not None:
         if objects != names and names is not None and tables_of(probe, pair)[1].shape[1] == len(names) + 1:
             found = boxes_scores(probe, pair, declared, names)
-            if (
-                found.form.background != objects_declared.background
-            ):  # the name is of a column never used, as DETR's "N/A"
+            # the name is of a column never used, as DETR's "N/A"
+            if found.form.background != objects_declared.background:
                 return found
         return boxes_scores(probe, pair, objects_declared, objects)
     if not heads or (len(heads) > 1 and kind != "boxes-scores"):
