@@ -54,7 +54,10 @@ def check(
     split: SplitsOption = None,
     classes: Annotated[str | None, typer.Option("--classes", help="Class names, with commas.", metavar="A,B")] = None,
     sheet: Annotated[
-        Path | None, typer.Option("--sheet", help="Draw a contact sheet of images with boxes.", metavar="FILE.png")
+        Path | None,
+        typer.Option(
+            "--sheet", help="Draw a contact sheet of images with boxes (? difficult, * crowd).", metavar="FILE.png"
+        ),
     ] = None,
     most: Annotated[int, typer.Option("--max-problems", min=0, help="Most problems printed; --json has all.")] = 100,
     seed: SeedOption = None,
