@@ -106,23 +106,23 @@ class _Lines:
     def __init__(self, console: Console, label: str) -> None:
         self.console, self.label = console, label
         self.start = self.last = time.monotonic()
-        self.first: int | None = None
+        self.first, self.first_at = 0, 0.0
         self.finished = False
 
     def __call__(self, done: int, total: int, text: str) -> None:
         now = time.monotonic()
         if self.finished:
             return
-        if self.first is None:  # a run that is resumed does not begin at 0
-            self.first = done - 1
+        if not self.first_at:  # a run that is resumed does not begin at 0
+            self.first, self.first_at = done, now
         if now - self.last < LINE_EVERY_S and done < total:
             return
         self.last, self.finished = now, done >= total
         known = done - self.first
-        left = (now - self.start) / max(1, known) * (total - done)
         tail = f", {now - self.start:.0f} s"
-        if done < total:  # the first step or two also load, compile and ask teachers: no measure of the others
-            tail = f", about {left:.0f} s left" if known > 2 else ""
+        if done < total:  # what comes before the first also loads, compiles and asks teachers: no measure of the others
+            left = (now - self.first_at) / max(1, known) * (total - done)
+            tail = f", about {left:.0f} s left" if known > 1 else ""
         self.console.print(f"      {self.label}: {done}/{total}{tail}  {text}".rstrip(), markup=False)
 
 

@@ -1,9 +1,10 @@
-"""Images that nobody has annotated, annotated by a recipe's teachers, so that everything else finds a data set."""
+"""Images that nobody has annotated, annotated by teachers, so that everything else finds a data set."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from edgekd.artifact import sha256_json, write_json
 from edgekd.data import detect_format
 from edgekd.data.images import load_image
 from edgekd.data.layout import files_under, is_image, unread_images, unread_message
-from edgekd.errors import DataError, DistillationSetupError, EdgeKDError, TeacherError
-from edgekd.recipe import Recipe
+from edgekd.errors import DataError, DistillationSetupError, EdgeKDError, TeacherError, UserError
+from edgekd.first_recipe import STUDENT, teacher_entries
+from edgekd.recipe import DataConfig, ModelConfig, Recipe
 from edgekd.teachers import build_teacher
 from edgekd.teachers.ensemble import Ensemble
 from edgekd.teaching import teacher_identity
@@ -47,12 +49,31 @@ class LabelReport:
         return {"file": str(self.file), **facts, "notes": list(self.notes), "unknown": list(self.unknown)}
 
 
+def recipe_of(folder: Path, teachers: Sequence[Path], classes: Sequence[str]) -> Recipe:
+    """As much of a recipe as labelling asks for: a folder of images, detectors, and what to look for.
+
+    Raises:
+        UserError: no teacher, or one that is none; see `first_recipe.teacher_entries`.
+    """
+    if not teachers:
+        raise UserError(f"{folder} is a folder of images, and no teacher is given", fix="--teacher FILE, once for each")
+    data = DataConfig(root=os.path.abspath(folder), classes=tuple(classes) or None)
+    student = ModelConfig(model=STUDENT)  # which a recipe must have, and labelling does not look at
+    return Recipe(name="label", data=data, student=student, teachers=tuple(teacher_entries(teachers)))
+
+
 def label_images(
-    recipe: Recipe, *, score: float = 0.5, device: str = "auto", progress: Callable[[int, int], None] | None = None
+    recipe: Recipe,
+    *,
+    score: float = 0.5,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> LabelReport:
     """Write `data.root`/instances_all.json with what the recipe's ensemble finds in the images there.
 
-    Boxes of `score` or more become annotations. Nothing is written unless there are none yet.
+    Boxes of `score` or more become annotations. Nothing is written unless there are none yet. `note` is told the report's
+    notes before the first image is looked at.
 
     Raises:
         DataError: the folder has annotations, or no images, or `data.classes` is missing.
@@ -62,9 +83,9 @@ def label_images(
     _require_unlabelled(root)
     if not classes:
         raise DataError(
-            "data.classes is missing: no annotation says what to look for",
+            "the classes are missing: no annotation says what to look for",
             expected="a list of class names that the teachers know",
-            fix="in the recipe's data section, such as classes: [cat, dog]",
+            fix="`--classes cat,dog`, or in a recipe's data section classes: [cat, dog]",
         )
     files = list(files_under(root))
     paths = [path for path in files if is_image(path)]
@@ -73,6 +94,8 @@ def label_images(
     notes = [f"teacher {one.name}: {taken}" for one in built for taken in one.predictor.taken_for_granted()]
     if recipe.ensemble.weights == "learned" and len(built) > 1:
         notes.append("ensemble.weights: learned needs labels, so each teacher counts by its `weight`")
+    for said in notes:
+        note(said)
     unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in built)]
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -30,7 +30,7 @@ from edgekd.recipe import (
     TrainedTeacher,
 )
 from edgekd.runtimes.model_files import sha256_model
-from edgekd.teacher_check import check_readings
+from edgekd.teacher_check import check_readings, is_foreign
 from edgekd.teachers import build_teacher
 from edgekd.teachers.answers import collect_answers
 from edgekd.teachers.cache import GIB, Recording, estimate, fill_fused, make_room
@@ -176,15 +176,18 @@ def _check_readings(
     work: Workspace, teachers: Sequence[tuple[TeacherConfig, PredictorTeacher, Mapping[str, Any]]], answers: Path
 ) -> None:
     """Say how well foreign detectors agree with the training labels."""
-    for _, teacher, _ in teachers:
+    for entry in teachers:
+        _, teacher, _ = entry
         for taken in teacher.predictor.taken_for_granted():
             work.terminal.note(f"teacher {teacher.name}: {taken}")
-    with ranks.first_goes_first():
-        notes, warnings = check_readings(work.train, teachers, answers, work.data_identity["train"])
-    for note in notes:
-        work.terminal.note(note)
-    for warning in warnings:
-        work.terminal.warn(warning)
+        if is_foreign(teacher):
+            work.terminal.note(f"teacher {teacher.name}: tried on training images")  # for up to a minute
+        with ranks.first_goes_first():
+            notes, warnings = check_readings(work.train, [entry], answers, work.data_identity["train"])
+        for note in notes:
+            work.terminal.note(note)
+        for warning in warnings:
+            work.terminal.warn(warning)
 
 
 def _check_heard(work: Workspace, teachers: Sequence[PredictorTeacher], collected: Sequence[Answers]) -> None:

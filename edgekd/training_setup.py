@@ -53,10 +53,11 @@ def make_fabric(device: str, config: TrainConfig) -> Any:
     import logging
     import warnings
 
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     from lightning_fabric import Fabric
     from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # after its import, which sets it to INFO
 
     on_gpu = uses_gpu(device)
     precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}.get(

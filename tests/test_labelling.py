@@ -61,6 +61,29 @@ def test_images_become_a_data_set(tmp_path: Path, photos: Path, checkpoint: Path
     assert any("how far a detector agrees with them" in doubt for doubt in doubts_about(train, val))
 
 
+def test_a_folder_and_its_teachers_need_no_recipe(
+    tmp_path: Path, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Result:
+        return CliRunner().invoke(app, list(map(str, words)))
+
+    told = run("init", photos.name, "--teacher", checkpoint)
+    assert told.exit_code == 2
+    assert f"edgekd data label '{photos.name}' --teacher FILE --classes NAMES" in told.stderr
+    assert "no teacher is given" in run("data", "label", photos.name, "--classes", "dog").stderr
+    assert "the classes are missing" in run("data", "label", photos.name, "--teacher", checkpoint).stderr
+    done = run("data", "label", photos.name, "-t", checkpoint, "--classes", "dog, eel", "--score", 0.1)
+    assert done.exit_code == 0
+    assert "no teacher knows eel" in done.stderr
+    assert f"next: edgekd data split '{photos.name}' --val 0.2" in done.stdout
+    assert run("data", "split", photos.name, "--val", 0.3).exit_code == 0
+    dataset = read_dataset(photos, "val")
+    assert dataset.class_names == ("dog", "eel")
+    assert dataset.by_teachers
+
+
 def test_the_score_is_a_bound(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
     assert label(tmp_path, photos, checkpoint, "--score", 0.1, "--json").exit_code == 0
     entries = json.loads((photos / "instances_all.json").read_text())["annotations"]
@@ -117,7 +140,8 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photo
 @pytest.mark.parametrize(
     ("words", "classes", "message"),
     [
-        ((), "null", "data.classes is missing"),
+        ((), "null", "the classes are missing"),
+        (("--classes", "dog"), "[dog, cat]", "--classes does nothing here"),
         (("--score", 1), "[dog, cat]", "no teacher finds anything"),
         ((), "[eel]", "eel"),
     ],

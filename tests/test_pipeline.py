@@ -312,6 +312,21 @@ def test_progress_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str])
     ]
 
 
+def test_the_time_left_counts_steps_and_not_the_wait_before_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1.0]
+    monkeypatch.setattr("edgekd.console.time.monotonic", lambda: now[0])
+    with Terminal().counting("steps") as count:
+        now[0] += 600  # teachers are asked
+        for done in range(401, 501):  # of a run that is resumed
+            now[0] += 1
+            count(done, 1000)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].strip() == "steps: 401/1000"
+    assert lines[1].strip() == "steps: 411/1000, about 589 s left"
+
+
 def test_what_is_said_begins_with_what_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:
     for terminal in (Terminal(about="amd, seed 3"), pickle.loads(pickle.dumps(Terminal(about="amd, seed 3")))):
         terminal.note("a note")

@@ -59,6 +59,13 @@ def test_a_file_s_own_voting_is_used_unless_told_otherwise(tmp_path: Path) -> No
     assert boxes_of(voting, "--box-voting", 0) == usual
 
 
+def test_nothing_found_is_told_with_the_score_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    words = ["predict", str(checkpoint), str(tmp_path / "a.png"), "--out", str(tmp_path / "out"), "--score", "1"]
+    result = CliRunner().invoke(app, words)
+    assert "0 objects in 1 images; nothing scored 1 or more (--score)" in result.stdout
+
+
 def test_pictures_and_json(checkpoint: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     picture(photos / "a" / "x.jpg", (40, 60))

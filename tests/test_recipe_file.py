@@ -444,8 +444,10 @@ def test_the_published_schema_is_up_to_date() -> None:
 def test_the_written_out_names_are_those_that_can_be_built() -> None:
     from edgekd.detectors import DETECTORS
     from edgekd.losses import TERMS
+    from edgekd.plan.recipes import FAMILIES
 
     assert tuple(DETECTORS) == MODELS
+    assert set(FAMILIES) == set(MODELS)
     assert tuple(TERMS) == LOSSES
 
 

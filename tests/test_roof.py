@@ -36,7 +36,7 @@ def test_layers_equal_hand_counts(tmp_path: Path) -> None:
     ]
     weights = {"w": np.ones((8, 3, 3, 3), np.float32), "d": np.ones((8, 1, 3, 3), np.float32)}
     first, depthwise = read_layers(graph_of(tmp_path / "a.onnx", nodes, weights, [1, 3, 16, 16]))
-    assert (first.names, first.macs) == (("first", "a"), 8 * 8 * 8 * 27)
+    assert (first.names, first.macs) == (("first", "a", "b"), 8 * 8 * 8 * 27)
     assert first.bytes == 4 * (3 * 16 * 16 + 8 * 27 + 8 * 8 * 8)
     assert (depthwise.names, depthwise.macs) == (("depthwise", "out"), 8 * 8 * 8 * 9)
     assert depthwise.bytes == 4 * (2 * 8 * 8 * 8 + 8 * 9)

@@ -26,7 +26,7 @@ from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
 from edgekd.selection import Selection
 from edgekd.train import TrainJob, lr_factor, train_detector
-from edgekd.training_setup import StopSignals, fitting_threads, make_optimizer
+from edgekd.training_setup import StopSignals, fitting_threads, make_fabric, make_optimizer
 from edgekd.validate import detect_dataset
 from tests.toy import toy_dataset
 
@@ -404,3 +404,8 @@ def test_a_pretrained_backbone_learns_more_slowly(factor: float | str, pretraine
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, parameter in detector.named_parameters():
         assert rates[id(parameter)] == pytest.approx(0.01 * (share if name.startswith("backbone.") else 1.0))
+
+
+def test_lightning_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    make_fabric("cpu", TrainConfig(precision="bf16"))
+    assert capfd.readouterr() == ("", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,7 +54,10 @@ def check(
     split: SplitsOption = None,
     classes: Annotated[str | None, typer.Option("--classes", help="Class names, with commas.", metavar="A,B")] = None,
     sheet: Annotated[
-        Path | None, typer.Option("--sheet", help="Draw a contact sheet of images with boxes.", metavar="FILE.png")
+        Path | None,
+        typer.Option(
+            "--sheet", help="Draw a contact sheet of images with boxes (? difficult, * crowd).", metavar="FILE.png"
+        ),
     ] = None,
     most: Annotated[int, typer.Option("--max-problems", min=0, help="Most problems printed; --json has all.")] = 100,
     seed: SeedOption = None,
@@ -177,41 +181,59 @@ def split(
 @app.command()
 def label(
     context: typer.Context,
-    recipe: Annotated[
-        Path, typer.Argument(help="Its data.root holds images, data.classes names what to find.", metavar="RECIPE")
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of images; or a recipe with data.root, data.classes and teachers.", metavar="DIR|RECIPE"
+        ),
     ],
+    teacher: Annotated[
+        list[Path] | None,
+        typer.Option("--teacher", "-t", help="A detector as ONNX, or a run of edgekd; repeatable.", metavar="FILE|RUN"),
+    ] = None,
+    classes: Annotated[str | None, typer.Option("--classes", help="What to find, with commas.", metavar="A,B")] = None,
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score that becomes a label.")] = 0.5,
     sets: SetOption = None,
     json: JsonOption = False,
     device: DeviceOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Have a recipe's teachers annotate a folder of images that has no annotations; `data split` and `run` come next.
+    """Have teachers annotate a folder of images that has no annotations; `data split`, `init` and `run` come next.
+
+    A recipe says what a folder, --teacher and --classes cannot, such as what an ONNX file's outputs are.
 
     Writes instances_all.json (COCO) into the folder. Figures on such labels say how far a student agrees with its
     teachers, not how often it is right: correct at least the validation part by hand.
     """
     session = session_of(context)
     from edgekd.console import Terminal
-    from edgekd.labelling import label_images
+    from edgekd.labelling import label_images, recipe_of
     from edgekd.recipe_file import load_recipe
 
-    checked = load_recipe(recipe, session.overrides, needs=("data", "teachers"))
+    if source.is_dir() or (teacher and not source.exists()):
+        refuse_idle(context, {"a recipe": {"sets"}})
+        names = [name.strip() for name in (classes or "").split(",") if name.strip()]
+        checked = recipe_of(source, teacher or (), names)
+    else:
+        refuse_idle(context, {"a folder of images": {"teacher", "classes"}})
+        checked = load_recipe(source, session.overrides, needs=("data", "teachers"))
     terminal = Terminal(session.quiet)
     with terminal.counting("images") as progress:
-        report = label_images(checked, score=score, device=session.device or "auto", progress=progress)
+        report = label_images(
+            checked, score=score, device=session.device or "auto", progress=progress, note=terminal.note
+        )
     for path, reason in report.failures.items():
         terminal.warn(f"left out: {reason if path in reason else f'{path}: {reason}'}")
-    for note in report.notes:
-        terminal.note(note)
     if report.unknown:
         terminal.warn(f"no teacher knows {', '.join(report.unknown)}: nothing is labelled so")
+    root = shlex.quote(str(source if source.is_dir() else report.file.parent))
 
     def show() -> None:
         objects = ", ".join(f"{name} {count}" for name, count in report.objects.items()) or "nothing found"
         typer.echo(f"{report.file}: {report.images} images; {objects}")
-        look = f"edgekd data check {report.file.parent} --sheet sheet.png"
+        look = f"edgekd data check {root} --sheet sheet.png"
         typer.echo(f"These are the teachers' opinions, which nobody has checked: look at them with `{look}`.")
+        typer.echo(f"next: edgekd data split {root} --val 0.2")
 
     session.finish(report.to_dict(), show)
 

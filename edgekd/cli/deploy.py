@@ -407,4 +407,4 @@ def report(
 
     page = write_report(results, out, table or (), Terminal(session.quiet).warn)
     found = {"report": str(page), "tables": [str(file) for file in table or ()]}
-    session.finish(found, lambda: typer.echo(str(page)))
+    session.finish(found, lambda: typer.echo("\n".join(map(str, [page, *(table or ())]))))

@@ -127,6 +127,8 @@ def _predict_images(session: Session, predictor: Predictor, images: list[Path], 
         print(f"error: {reason if path in reason else f'{path}: {reason}'}", file=sys.stderr)
     count = sum(len(image["detections"]) for image in found.images)
     line = f"{found.file}: {count} objects in {len(found.images)} images"
+    if not count and found.images:
+        line += f"; nothing scored {predictor.selection.score_threshold:g} or more (--score)"
     session.finish(found.to_dict(), lambda: typer.echo(line))
     if found.failures:
         total = len(found.failures) + len(found.images)

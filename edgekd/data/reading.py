@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -99,7 +100,8 @@ def _no_data_set(root: Path) -> DataError:
     others = Counter(path.suffix.lower() for path in files if path.suffix.lower() in _OTHER_KINDS)
     kinds = ", ".join(f"{count} {suffix} file{'s' * (count > 1)}" for suffix, count in others.most_common(3))
     holds = f"{images} image{'s' * (images > 1)} but no annotations" if images else "no data set"
-    fix = "`edgekd data label RECIPE` has the recipe's teachers annotate them" if images else None
+    label = f"`edgekd data label {shlex.quote(str(root))} --teacher FILE --classes NAMES`"
+    fix = f"{label} has your teachers annotate them" if images else None
     tools = (
         "have the tool that made them, or FiftyOne, CVAT, Roboflow, Label Studio and the like, write them as COCO, VOC "
     )
@@ -110,7 +112,7 @@ def _no_data_set(root: Path) -> DataError:
     elif others:
         kinds += ", of a kind that is not read"
         fix = f"if these hold the annotations, {tools}"
-        fix += "; `edgekd data label RECIPE` is for images that nobody has annotated" if images else ""
+        fix += f"; {label} is for images that nobody has annotated" if images else ""
     return DataError(
         f"{printable(root)} holds {holds} in a known layout",
         got=kinds or None,

@@ -1,4 +1,4 @@
-"""Distillation terms, one module a method. `TERMS` is the list of what a recipe may name."""
+"""Distillation terms, one module a method. `TERMS` has what a recipe may name, as `recipe.LOSSES` says without torch."""
 
 from __future__ import annotations
 
