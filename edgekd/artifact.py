@@ -147,7 +147,7 @@ def unread_torch_file(path: Path, error: Exception, instead: str) -> tuple[str, 
         return refused.strerror or str(refused), None
     if (nothing := _stand_in(head)) is not None:
         return nothing
-    if path.suffix.lower() == ".onnx":
+    if is_onnx(path):
         return "an ONNX file", "give it as a teacher's `onnx`; `edgekd export` takes it with --format engine only"
     if "TorchScript" in str(error):
         return "a TorchScript archive", instead
@@ -156,6 +156,11 @@ def unread_torch_file(path: Path, error: Exception, instead: str) -> tuple[str, 
     if head.startswith(b"PK"):
         return "a damaged or cut-off file", "copy or download it again"
     return f"no file of torch.save: it begins with {head[:16]!r}", None
+
+
+def is_onnx(path: Path) -> bool:
+    """Whether a file is called like an ONNX model, in whatever letters."""
+    return path.suffix.lower() == ".onnx"
 
 
 def stand_in(path: Path) -> tuple[str, str] | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.artifact import atomic_path
+from edgekd.artifact import atomic_path, is_onnx
 from edgekd.console import Terminal
 from edgekd.data import read_dataset
 from edgekd.data.layout import find_split, split_advice
@@ -143,7 +143,7 @@ def teacher_entries(
         place = os.path.abspath(path)
         of_run = Path(place).parent if path.suffix == ".pt" and path.stem in ("model", "best") else Path(place)
         name = _unused(_safe(of_run.name if of_run.is_dir() else of_run.stem, "teacher"), taken)
-        if path.suffix.lower() == ".onnx":
+        if is_onnx(path):
             entries.append(OnnxTeacher(name=name, onnx=place, **(declared or {})))
         else:
             entries.append(CheckpointTeacher(name=name, checkpoint=place))

@@ -598,9 +598,9 @@ def test_gkd_finds_prototypes_after_the_first_epoch_and_fades() -> None:
     again, _ = run_term(copy, pair, epoch=1)
     assert now.item() == pytest.approx(again.item())
     last, _ = run_term(term, pair, epoch=3)
-    assert float(last) == pytest.approx(float(now) * (1 / 4) / (3 / 4), rel=1e-4)
+    assert last.item() == pytest.approx(now.item() * (1 / 4) / (3 / 4), rel=1e-4)
     assert (term.fade, copy.fade) == (1 / 4, 3 / 4)
-    assert float(first) != pytest.approx(float(now) / 0.75, rel=1e-4), "prototypes change nothing"
+    assert first.item() != pytest.approx(now.item() / 0.75, rel=1e-4), "prototypes change nothing"
 
 
 def test_the_global_term_is_on_and_can_be_turned_off() -> None:

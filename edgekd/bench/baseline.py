@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from edgekd.artifact import sha256_file
+from edgekd.artifact import is_onnx, sha256_file
 from edgekd.bench.affinity import affinity
 from edgekd.bench.complexity import deployed_file
 from edgekd.bench.device import device_facts, usable_threads
@@ -191,9 +191,7 @@ def _earlier(artifact: BenchArtifact, name: str, file: Path, old: Mapping[str, A
         path=file,
         name=name,
         role="baseline",
-        options=None
-        if options is None or file.suffix.lower() != ".onnx"
-        else options.model_copy(update={"onnx": str(file)}),
+        options=None if options is None or not is_onnx(file) else options.model_copy(update={"onnx": str(file)}),
         runtime=_runtime_of(old),
         cuda_graph=bool(old.get("cuda_graph")),
     )

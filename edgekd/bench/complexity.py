@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from edgekd.artifact import is_onnx
 from edgekd.bench.layers import graph_layers, inferred, stored_shapes
 from edgekd.errors import ArtifactError, EdgeKDError
 from edgekd.runtimes.model_files import external_files, sha256_model
@@ -53,7 +54,7 @@ def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> Ar
     sha256 = sha256_model(file)
     if file.suffix.lower() in ENGINE_SUFFIXES:
         return _engine_facts(file)
-    if file.suffix.lower() != ".onnx":
+    if not is_onnx(file):
         return ArtifactFacts(file, sha256, file.stat().st_size, "fp32", *_native_counts(file))
     import onnx
 

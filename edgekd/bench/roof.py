@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgekd.artifact import is_onnx
 from edgekd.bench.layers import read_layers
 from edgekd.device.roof import SIDE, fastest, machine_roof, share_of_roof
 
@@ -32,7 +33,7 @@ def add_roof(rows: Sequence[dict[str, Any]], files: Sequence[Sequence[Path]], th
 
 def bytes_moved(file: Path, input_hw: Any = None) -> list[int] | None:
     """Least traffic of one inference of an ONNX file by layer: see `bench.layers.Layer`; None for anything else."""
-    if Path(file).suffix.lower() != ".onnx":
+    if not is_onnx(Path(file)):
         return None
     counts = [layer.bytes for layer in read_layers(Path(file), input_hw)]
     return None if None in counts or not counts else [count for count in counts if count is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgekd.artifact import is_onnx
 from edgekd.cli.deploy import foreign_options, provider_of
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ def declared(
     from dataclasses import replace
 
     options = foreign_options(artifact.path, classes, output, input_size, declare)
-    return (
-        artifact if options is None or artifact.path.suffix.lower() != ".onnx" else replace(artifact, options=options)
-    )
+    return artifact if options is None or not is_onnx(artifact.path) else replace(artifact, options=options)
 
 
 def doubts(entries: list[BenchArtifact], dataset: Dataset, note: Callable[[str], None] = lambda _: None) -> list[str]:
@@ -36,7 +35,7 @@ def doubts(entries: list[BenchArtifact], dataset: Dataset, note: Callable[[str],
     from edgekd.teacher_check import examine
 
     found = []
-    for entry in {entry.path: entry for entry in reversed(entries) if entry.path.suffix.lower() == ".onnx"}.values():
+    for entry in {entry.path: entry for entry in reversed(entries) if is_onnx(entry.path)}.values():
         with load_predictor(entry.path, options=entry.options) as predictor:
             if predictor.facts.get("model") is not None:
                 continue
@@ -85,7 +84,7 @@ def on_runtimes(
 
     found = []
     for artifact in artifacts:
-        if artifact.path.suffix.lower() != ".onnx":
+        if not is_onnx(artifact.path):
             found.append(artifact)
             continue
         for position, runtime in enumerate(dict.fromkeys(runtimes)):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from edgekd.artifact import is_onnx
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, SetOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
@@ -199,9 +200,7 @@ def export(
             "--data": {"split", "data_format"} if data is None else (),
             "--format engine": engine_only if format == "onnx" else (),
             "--format onnx": {"target", "nms"} if format == "engine" else (),
-            "a run or checkpoint": {"opset", "dynamic_batch", "calibration"}
-            if source.suffix.lower() == ".onnx"
-            else (),
+            "a run or checkpoint": {"opset", "dynamic_batch", "calibration"} if is_onnx(source) else (),
             "--precision int8": {"target", "calibration"} if precision != "int8" else (),
             "--precision fp16 or int8": {"max_map_drop"} if precision == "fp32" else (),
         },
@@ -287,7 +286,7 @@ def provider_of(artifact: Path, device: str | None) -> str | None:
     """What a runtime is told for `--device`: torch takes an index, ONNX Runtime's short names do not."""
     if device in (None, "auto"):
         return None
-    return device.partition(":")[0] if artifact.suffix.lower() == ".onnx" else device
+    return device.partition(":")[0] if is_onnx(artifact) else device
 
 
 def refuse_declared(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.artifact import MANIFEST_NAME, sha256_file, source_commit, versions, write_json, write_text
+from edgekd.artifact import MANIFEST_NAME, is_onnx, sha256_file, source_commit, versions, write_json, write_text
 from edgekd.bench.complexity import describe_artifact
 from edgekd.bench.entries import BenchArtifact
 from edgekd.bench.roof import bytes_moved, product_models
@@ -202,7 +202,7 @@ def _exported(
     config = config or ExportConfig(target="tensorrt")
     for source in sources:
         stem = "model" if len(sources) == 1 else _slug(source.name)
-        if source.path.suffix.lower() == ".onnx":
+        if is_onnx(source.path):
             precision = describe_artifact(source.path).precision
             if precisions is not None and precision not in precisions:
                 raise UserError(

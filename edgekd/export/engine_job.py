@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.artifact import require_file, sha256_file, source_commit, versions
+from edgekd.artifact import is_onnx, require_file, sha256_file, source_commit, versions
 from edgekd.errors import ArtifactError, UserError
 from edgekd.export.engine import BuiltEngine, EngineOptions, build_engine, graph_precision
 from edgekd.export.engine_parity import compare_engine
@@ -137,7 +137,7 @@ def _as_onnx(
     say: Callable[[str], None],
 ) -> tuple[Path, tuple[ParityReport, ...], tuple[str, ...]]:
     """The source as an ONNX file; runs and checkpoints go through `export_run`, laid out for TensorRT."""
-    if source.suffix.lower() == ".onnx":
+    if is_onnx(source):
         if not source.is_file():
             raise ArtifactError(f"{source}: no such file", expected="an ONNX file, a checkpoint or a run folder")
         return source, (), ()
@@ -263,7 +263,7 @@ def _source(source: Path, out: Path) -> dict[str, Any]:
     """Name and hash of the source; its path from the engine where both lie on one drive, with those of its weights."""
     from edgekd.checkpoint import detector_file
 
-    file = source if source.suffix.lower() == ".onnx" else detector_file(source)
+    file = source if is_onnx(source) else detector_file(source)
     files = [file, *external_files(file)]
     hashes = [sha256_file(part) for part in files]
     try:

@@ -29,6 +29,7 @@ Target = Literal["x86", "tensorrt"]
 WEIGHT_AXIS = {"Conv": 0, "ConvTranspose": 1}
 """Weighted operators, with the axis of their weights that counts output channels."""
 _FEW_CHANNELS = 16
+"""Up to which ONNX Runtime's int8 convolutions are slower than its float ones (benchmarks/README.md)."""
 MOVERS = ("MaxPool", "Resize", "Transpose", "Reshape", "Flatten", "Slice", "Split")
 """Operators that only move values: their output must share their input's scale to be fused."""
 _INT8_OPERATORS: dict[Target, tuple[str, ...]] = {

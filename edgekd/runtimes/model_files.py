@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import sha256_file
+from edgekd.artifact import is_onnx, sha256_file
 
 
 def external_files(file: Path, model: Any = None) -> list[Path]:
@@ -16,7 +16,7 @@ def external_files(file: Path, model: Any = None) -> list[Path]:
         model: the file's `ModelProto` if it has been read already.
     """
     if model is None:
-        if file.suffix.lower() != ".onnx":
+        if not is_onnx(file):
             return []
         try:
             import onnx

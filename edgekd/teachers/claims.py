@@ -44,9 +44,8 @@ def fill_together(
             nonlocal made, finished
             name = names[number]
             if not ready(name, number % world == rank):
-                for left in leftovers_of(
-                    folder / name
-                ):  # by a process that was killed: nobody else writes what is claimed
+                # Of a process that was killed: nobody else writes what is claimed.
+                for left in leftovers_of(folder / name):
                     left.unlink(missing_ok=True)
                 make(name)
                 made += 1
