@@ -289,7 +289,7 @@ def _put_training(found: RecipeDraft, student: ModelConfig, images: int, on_gpu:
         return
     flags = [flag for flag in CPU_BF16 if flag in cpu_flags()]
     if flags:
-        found.put("train", "precision", "bf16", f"this CPU has {flags[0]}; leave it out on another one")
+        found.put("train", "precision", "bf16", f"this CPU has {flags[0]}; one without goes in fp32")
     if student.model in PUBLISHED:
         why = "the pretrained first layers stay as they are: most of a CPU step's time; leave it out on a GPU"
         found.put("train", "freeze_stride", CPU_FREEZE_STRIDE, why)

@@ -162,7 +162,7 @@ class TrainConfig(_Section):
     ema: float = Field(0.998, ge=0, lt=1, description="Decay of the weights' moving average; 0 is off.")
     clip_norm: float = Field(10.0, ge=0, description="Largest gradient norm; 0 is off.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on a GPU, fp32 on a CPU."
+        "auto", description="auto: bf16 on a GPU, fp32 on a CPU. A CPU that would emulate bf16 goes in fp32."
     )
     channels_last: bool = True
     deterministic: bool = False

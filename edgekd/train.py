@@ -41,6 +41,7 @@ from edgekd.training_setup import (
     make_fabric,
     make_optimizer,
     moving_average,
+    without_bf16,
 )
 from edgekd.training_state import RunState, clear_leftovers, refuse_foreign, require_best
 from edgekd.types import Dataset
@@ -139,7 +140,11 @@ class _Trainer:
         spec = fitted_spec(spec_for(job.model, job.dataset.class_names), job.dataset.records)
         detector, pretrained = initial_detector(job.model, spec)
         distiller = job.make_distiller(detector) if job.make_distiller is not None else None
-        self.notes = [*_start_of(job.model, pretrained), *(distiller.matched if distiller is not None else ())]
+        self.notes = [
+            *_start_of(job.model, pretrained),
+            *self._precision_note(),
+            *(distiller.matched if distiller is not None else ()),
+        ]
         self.learner = LearningStep(detector, distiller, job.detection_weight)
         self.loader = self._make_loader(distiller)
         self.total_steps = max(1, self.cfg.epochs * math.ceil(self.loader.steps_per_epoch / self.cfg.accumulate))
@@ -383,6 +388,11 @@ class _Trainer:
             rank=ranks.rank(),
             world_size=ranks.world_size(),
         )
+
+    def _precision_note(self) -> list[str]:
+        if not without_bf16(self.cfg, self.fabric.device.type == "cuda"):
+            return []
+        return ["this processor has no bf16 and would emulate it, many times slower: the run goes in fp32"]
 
     def _precision(self) -> str:
         return str(self.fabric._precision.precision)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from edgekd import first_recipe
 from edgekd.cli import app
-from edgekd.device.sysfs import cpu_flags
+from edgekd.device.sysfs import cpu_flags, emulates_bf16
 from edgekd.first_recipe import epochs_for, teacher_entries
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher
 from edgekd.recipe_draft import RecipeDraft
@@ -135,17 +135,20 @@ def test_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: f
 
 
 @pytest.mark.parametrize(
-    ("text", "flags"),
+    ("text", "flags", "emulated"),
     [
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\nflags\t\t: other\n", {"fpu", "avx2", "avx512_bf16"}),
-        ("Features\t: fp asimd i8mm\n", {"fp", "asimd", "i8mm"}),
-        ("", set()),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\nflags\t\t: other\n", {"fpu", "avx2", "avx512_bf16"}, False),
+        ("flags\t\t: fpu avx2\n", {"fpu", "avx2"}, True),
+        ("Features\t: fp asimd i8mm\n", {"fp", "asimd", "i8mm"}, True),
+        ("Features\t: fp asimd bf16\n", {"fp", "asimd", "bf16"}, False),
+        ("", set(), False),
     ],
 )
-def test_flags_of_the_processor(tmp_path: Path, text: str, flags: set[str]) -> None:
+def test_flags_of_the_processor(tmp_path: Path, text: str, flags: set[str], emulated: bool) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text(text, encoding="utf-8")
     assert cpu_flags(tmp_path) == flags
+    assert emulates_bf16(tmp_path) == emulated
 
 
 def test_on_a_gpu_nothing_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,12 @@ class _Infinite(torch.autograd.Function):
         return torch.full_like(ctx.saved_tensors[0], float("inf"))
 
 
+@pytest.fixture
+def bf16_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has trainings go in bf16 also where the processor has to emulate it."""
+    monkeypatch.setattr("edgekd.training_setup.emulates_bf16", lambda: False)
+
+
 def break_from_step_2(monkeypatch: pytest.MonkeyPatch, *, only_bf16: bool = True) -> None:
     original = LearningStep._losses
 
@@ -45,6 +51,21 @@ def break_from_step_2(monkeypatch: pytest.MonkeyPatch, *, only_bf16: bool = True
     monkeypatch.setattr(LearningStep, "_losses", broken)
 
 
+@pytest.mark.parametrize("emulated", [False, True])
+def test_bf16_goes_in_fp32_on_a_processor_that_would_emulate_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated: bool
+) -> None:
+    monkeypatch.setattr("edgekd.training_setup.emulates_bf16", lambda: emulated)
+    job = make_job(tmp_path, "run", epochs=1, precision="bf16", eval_every=9)
+    train_detector(job)
+    manifest = read_manifest(job.out)
+    assert manifest is not None
+    assert manifest.facts["precision"] == ("32-true" if emulated else "bf16-mixed")
+    notes = [record["message"] for record in read_log(job.out) if record["event"] == "note"]
+    assert any("emulate" in note for note in notes) == emulated
+
+
+@pytest.mark.usefixtures("bf16_processor")
 def test_a_run_leaves_bf16_when_its_gradient_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"epochs": 2, "precision": "bf16", "checkpoint_every": 1, "eval_every": 9}
     break_from_step_2(monkeypatch)
@@ -65,6 +86,7 @@ def test_a_run_leaves_bf16_when_its_gradient_is_not_finite(tmp_path: Path, monke
     assert step_losses(tmp_path / "cut") == step_losses(whole.out)
 
 
+@pytest.mark.usefixtures("bf16_processor")
 def test_single_precision_that_fails_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_from_step_2(monkeypatch, only_bf16=False)
     for precision in ("fp32", "bf16"):
