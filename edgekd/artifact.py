@@ -12,6 +12,8 @@ import json
 import os
 import pickle
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -152,10 +154,26 @@ def unread_torch_file(path: Path, error: Exception, instead: str) -> tuple[str, 
     if "TorchScript" in str(error):
         return "a TorchScript archive", instead
     if isinstance(error, pickle.UnpicklingError) and ("GLOBAL" in str(error) or head[:1] == b"\x80"):
-        return "Python objects, whose loading may run any code; they are never loaded", instead
+        return _pickled(str(error), path, instead)
     if head.startswith(b"PK"):
         return "a damaged or cut-off file", "copy or download it again"
     return f"no file of torch.save: it begins with {head[:16]!r}", None
+
+
+def _pickled(error: str, path: Path, instead: str) -> tuple[str, str]:
+    found = re.search(r"GLOBAL ([\w.]+)", error)
+    kind = f"pickled Python objects ({found[1]})" if found else "pickled Python objects"
+    for package, export in _EXPORTS.items():
+        if found and found[1].startswith(f"{package}."):
+            instead += f"; `{export.format(shlex.quote(str(path)))}` exports it"
+    return f"{kind}, whose loading may run any code; they are never loaded", instead
+
+
+_EXPORTS = {
+    "ultralytics": "yolo export model={} format=onnx",
+    "models": "python export.py --weights {} --include onnx",  # YOLOv5's own repository, whose module is `models.yolo`
+}
+"""How projects whose checkpoints are pickled detectors export them, by the package that the pickle names."""
 
 
 def is_onnx(path: Path) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -90,3 +91,30 @@ def test_checkpoints_of_others_are_named_for_what_they_are(
     assert found in str(caught.value.got)
     assert "weights_only" not in str(caught.value)
     assert caught.value.fix is None if fix is None else fix in str(caught.value.fix)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("ultralytics.nn.tasks", "`yolo export model='{}' format=onnx` exports it"),
+        ("models.yolo", "`python export.py --weights '{}' --include onnx` exports it"),
+        ("somebody.net", None),
+    ],
+)
+def test_a_pickled_detector_is_named_with_the_command_that_exports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, command: str | None
+) -> None:
+    parts = package.split(".")
+    for name in (".".join(parts[: n + 1]) for n in range(len(parts))):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    kind = type("Detector", (torch.nn.Conv2d,), {"__module__": package})
+    sys.modules[package].Detector = kind  # type: ignore[attr-defined]
+    path = tmp_path / "my best.pt"
+    torch.save({"epoch": 3, "model": kind(3, 3, 1)}, path)
+    with pytest.raises(ArtifactError, match=f"{package}.Detector") as caught:
+        load_detector(path)
+    fix = str(caught.value.fix)
+    assert fix.startswith("export that detector to ONNX")
+    assert fix.endswith("exports it") == (command is not None)
+    assert command is None or command.format(path) in fix
