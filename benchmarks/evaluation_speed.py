@@ -22,7 +22,9 @@ import numpy as np
 
 from edgekd.artifact import source_commit, versions, write_json
 from edgekd.bench.accuracy import SIZES, Accuracy, evaluate
-from edgekd.bench.device import Contention, cpu_model, load
+from edgekd.bench.device import Contention
+from edgekd.device.facts import load
+from edgekd.machine import cpu_model
 from edgekd.types import Detections, ImageRecord
 
 BAR = 6.0

@@ -37,7 +37,7 @@ from systems import Timing, open_detector
 from edgekd import postprocess
 from edgekd.artifact import source_commit, versions, write_json
 from edgekd.bench.affinity import affinity, pinned
-from edgekd.bench.device import Contention, cpu_model, load
+from edgekd.bench.device import Contention
 from edgekd.bench.latency import MeasurementPlan, measure
 from edgekd.boxes import iou_matrix
 from edgekd.data import read_dataset
@@ -45,6 +45,8 @@ from edgekd.data.images import load_image
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.anchors import decode_boxes, encode_boxes, xyxy_from_cxcywh
 from edgekd.detectors.prior_fit import fitted_spec
+from edgekd.device.facts import load
+from edgekd.machine import cpu_model
 from edgekd.recipe import ModelConfig
 
 IOU, LIMIT, BAR, INPUT = 0.45, 200, 3.0, 320

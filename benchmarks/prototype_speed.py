@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from edgekd.artifact import source_commit, versions, write_json
-from edgekd.bench.device import Contention, cpu_model
+from edgekd.bench.device import Contention
 from edgekd.losses.prototypes import search_prototypes
+from edgekd.machine import cpu_model
 
 BAR_SECONDS = 60.0
 OBJECTS = {

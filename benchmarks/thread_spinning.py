@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from edgekd.artifact import source_commit, versions
-from edgekd.bench.device import cpu_model
+from edgekd.machine import cpu_model
 
 TORCH = {
     "spin (libgomp's default)": {},

@@ -6,7 +6,6 @@ Nothing heavy is imported here, so that the doctor can be asked on a machine whe
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -17,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.device.sysfs import CPU_BF16, cpu_flags
+from edgekd.device.jetson import jetson_rails
 from edgekd.errors import install_extra
+from edgekd.machine import CPU_BF16, cpu_flags, cpu_model, memory_bytes, read_int, read_text, usable_threads
 
 Status = Literal["ok", "missing", "failed"]
 
@@ -289,10 +289,8 @@ def _sensors(root: Path) -> list[Finding]:
         answer["absent"] = True
     detail = ", ".join(f"GPU {index}: {watts:.0f} W" for index, watts in enumerate(answer.get("watts", [])))
     found.append(_finding(group, "NVML", answer, detail, "needs an NVIDIA GPU and pip install nvidia-ml-py"))
-    rails = sorted(root.glob("sys/bus/i2c/drivers/ina3221*/*/hwmon/hwmon*/in*_label"))
-    names = [_read(rail) for rail in rails]
-    if names:
-        found.append(Finding(group, "Jetson rails", "ok", ", ".join(name for name in names if name)))
+    if (board := jetson_rails(root)) is not None:
+        found.append(Finding(group, "Jetson rails", "ok", ", ".join(rail.name for rail in board.rails)))
     else:
         found.append(Finding(group, "Jetson rails", "missing", "", "found on NVIDIA Jetson boards only"))
     return found
@@ -303,45 +301,25 @@ def _rapl(root: Path) -> Finding:
     counters = sorted(root.glob("sys/class/powercap/*rapl*/energy_uj"))
     if not counters:
         return Finding(group, name, "missing", "", "found on Intel and AMD machines, seldom inside a virtual one")
-    readable = [counter for counter in counters if _read(counter).isdigit()]
+    readable = [counter for counter in counters if read_int(counter) is not None]
     if not readable:
         fix = f"sudo chmod a+r {counters[0].parent.parent}/*/energy_uj, until the next start"
         return Finding(group, name, "failed", "energy counters are readable by root only", fix)
-    return Finding(group, name, "ok", ", ".join(_read(counter.parent / "name") for counter in readable))
+    return Finding(group, name, "ok", ", ".join(read_text(counter.parent / "name") or "" for counter in readable))
 
 
 def _machine(root: Path) -> list[Finding]:
     group = "Machine"
-    cpu = _read(root / "proc/cpuinfo")
-    model = next((line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")), "")
     flags = cpu_flags(root)
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", *CPU_BF16, "asimddp", "i8mm")
-    useful = [flag for flag in wanted if flag in flags]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = [Finding(group, "CPU", "ok", f"{model or platform.machine()}, {cores} cores usable, {' '.join(useful)}")]
-    total, free = _memory_gib(root)
-    enough = free >= 2
-    detail = f"{free:.1f} GiB free of {total:.1f}"
-    found.append(Finding(group, "memory", "ok" if enough else "failed", detail, "training wants 2 GiB or more"))
+    useful = " ".join(flag for flag in wanted if flag in flags)
+    model = cpu_model(root) or platform.machine()
+    found = [Finding(group, "CPU", "ok", f"{model}, {usable_threads(root)} cores usable, {useful}")]
+    total, free = (amount or 0 for amount in memory_bytes(root))
+    detail = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f}"
+    status: Status = "ok" if free >= 2 * 2**30 else "failed"
+    found.append(Finding(group, "memory", status, detail, "training wants 2 GiB or more"))
     usage = shutil.disk_usage(Path.cwd())
     detail = f"{usage.free / 2**30:.0f} GiB free here"
     found.append(Finding(group, "disk", "ok" if usage.free > 2**30 else "failed", detail, "runs want 1 GiB or more"))
     return found
-
-
-def _memory_gib(root: Path) -> tuple[float, float]:
-    """Total and available memory, or what a container's limit leaves of it."""
-    facts = dict(line.split(":", 1) for line in _read(root / "proc/meminfo").splitlines() if ":" in line)
-    total, free = (float(facts.get(key, "0 kB").split()[0]) / 2**20 for key in ("MemTotal", "MemAvailable"))
-    limit, used = (_read(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
-    if limit.isdigit() and used.isdigit() and int(limit) / 2**30 < total:
-        total = int(limit) / 2**30
-        free = min(free, total - int(used) / 2**30)
-    return total, free
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

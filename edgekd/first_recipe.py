@@ -24,9 +24,9 @@ from edgekd.data.reading import open_source
 from edgekd.detectors import spec_for
 from edgekd.detectors.prior_fit import suited_options
 from edgekd.detectors.weights import PUBLISHED
-from edgekd.device.sysfs import CPU_BF16, cpu_flags
 from edgekd.errors import ArtifactError, DataError, UserError
 from edgekd.labels import some_of
+from edgekd.machine import CPU_BF16, cpu_flags
 from edgekd.recipe import CheckpointTeacher, ModelConfig, OnnxTeacher
 from edgekd.recipe_draft import RecipeDraft
 from edgekd.recipe_file import RESERVED_NAMES, WEIGHT_NAMES, load_recipe

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from edgekd.errors import RuntimeFailure
+from edgekd.machine import memory_bytes, usable_threads
 from edgekd.workspace import Workspace, resolved_device
 
 MEMORY_A_TASK = 2 << 30
@@ -45,9 +45,9 @@ def tasks_at_once(work: Workspace) -> int:
     """How many tasks cores and memory allow; one on a GPU, or where torchrun has started several processes."""
     if resolved_device(work.device) != "cpu" or "RANK" in os.environ:
         return 1
-    free = _free_memory()
+    _, free = memory_bytes()
     room = 1 if free is None else free // (MEMORY_A_TASK + work.recipe.data.cache_mib * 2**20)
-    return max(1, min(_cores(), int(room)))
+    return max(1, min(usable_threads(), int(room)))
 
 
 def run_side_by_side(
@@ -72,7 +72,7 @@ def run_side_by_side(
         while waiting or running:
             unfinished = {task.name for task in [*waiting, *running.values()]}
             ready = [task for task in waiting if unfinished.isdisjoint(task.needs)]
-            threads = max(1, _cores() // min(at_once, len(running) + len(ready)))
+            threads = max(1, usable_threads() // min(at_once, len(running) + len(ready)))
             for task in ready[: at_once - len(running)]:
                 waiting.remove(task)
                 running[pool.submit(_do, task, threads)] = task
@@ -91,20 +91,6 @@ def run_side_by_side(
             if process.is_alive() and sys.exc_info()[0] is not None:
                 process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_memory() -> int | None:
-    """Bytes that programs may still take, or None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
 
 
 _work: Workspace

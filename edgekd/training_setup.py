@@ -24,8 +24,8 @@ from edgekd.detectors import build_detector
 from edgekd.detectors.backbones.layers import Backbone
 from edgekd.detectors.base import Detector
 from edgekd.detectors.complexity import count_macs
-from edgekd.device.sysfs import emulates_bf16
 from edgekd.errors import RecipeError, UserError
+from edgekd.machine import emulates_bf16
 from edgekd.recipe import ModelConfig, TrainConfig
 from edgekd.types import DetectorSpec
 

@@ -27,6 +27,7 @@ LAYERS = {
     "postprocess": 1,
     "selection": 1,
     "console": 1,
+    "machine": 1,
     "draw": 1,
     "ranks": 1,
     "heap": 1,

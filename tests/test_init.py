@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from edgekd import first_recipe
 from edgekd.cli import app
-from edgekd.device.sysfs import cpu_flags, emulates_bf16
 from edgekd.first_recipe import epochs_for, teacher_entries
+from edgekd.machine import cpu_flags, emulates_bf16
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher
 from edgekd.recipe_draft import RecipeDraft
 from edgekd.recipe_file import load_recipe

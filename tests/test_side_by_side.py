@@ -19,6 +19,7 @@ from edgekd.chain_tasks import Exports, chain_tasks
 from edgekd.checkpoint import load_detector
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import EdgeKDError, ParityError, RuntimeFailure, UserError
+from edgekd.machine import usable_threads
 from edgekd.pipeline import run_recipe
 from edgekd.recipe_file import load_recipe
 from edgekd.side_by_side import Task, run_side_by_side
@@ -83,8 +84,7 @@ def test_each_begins_after_what_it_needs(work: Workspace) -> None:
     assert list(results)[-1] == "last"
     assert results["last"][0] >= results["slow"][1]
     assert results["beside"][0] >= results["quick"][1]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert cores is not None
+    cores = usable_threads()
     assert results["slow"][2] == max(1, cores // 2), "two share the cores"
     assert results["last"][2] == cores, "one alone has them all"
 

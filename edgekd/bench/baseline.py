@@ -13,12 +13,13 @@ import numpy as np
 from edgekd.artifact import is_onnx, sha256_file
 from edgekd.bench.affinity import affinity
 from edgekd.bench.complexity import deployed_file
-from edgekd.bench.device import device_facts, usable_threads
+from edgekd.bench.device import device_facts
 from edgekd.bench.entries import BenchArtifact
 from edgekd.bench.result import read_result
 from edgekd.bench.runner import fingerprint
 from edgekd.bench.saved import Saved, read_saved
 from edgekd.errors import ArtifactError, UserError
+from edgekd.machine import usable_threads
 from edgekd.predictor import RuntimeChoice
 from edgekd.recipe import BenchConfig
 from edgekd.runtimes.model_files import sha256_model

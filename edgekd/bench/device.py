@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -12,65 +10,20 @@ from typing import Any
 import psutil
 
 from edgekd.artifact import versions
-from edgekd.device.jetson import jetson_facts
-from edgekd.device.nvml import nvml_facts, open_nvml
-from edgekd.device.power import power_rails
-
-_CPU = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+from edgekd.device.facts import machine_facts
+from edgekd.device.nvml import open_nvml
+from edgekd.machine import read_text, scaled
 
 
 def device_facts() -> dict[str, Any]:
-    """CPU, memory, load, GPU, operating system and versions, as plain JSON types."""
-    memory, nvml = psutil.virtual_memory(), open_nvml()
+    """CPU, memory, load, GPU, operating system and versions, as plain JSON types: what a device says too, and more."""
     return {
-        "cpu": cpu_model(),
-        "machine": platform.machine(),
+        **machine_facts(nvml=open_nvml()),
         "cores": psutil.cpu_count(logical=False),
-        "threads": psutil.cpu_count(logical=True),
-        "usable_threads": usable_threads(),
-        "governor": _read(_CPU / "scaling_governor"),
         "clock_mhz": _clock_mhz(),
-        "memory_bytes": memory.total,
-        "memory_available_bytes": memory.available,
-        "load": load(),
         "gpu": gpu_facts(),
-        "board": _read(Path("/sys/firmware/devicetree/base/model")),
-        "jetson": jetson_facts(),
-        "nvml": None if nvml is None else nvml_facts(nvml),
-        "power_sensors": [f"{group.source}: {rail.name}" for group in power_rails(nvml=nvml) for rail in group.rails],
-        "os": _os_name(),
         "versions": versions(),
     }
-
-
-def cpu_model() -> str | None:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model") and value.strip():
-                return value.strip()
-    return platform.processor() or None
-
-
-def usable_threads() -> int:
-    """Logical CPUs that this process may run on: its affinity, cut by a container's quota."""
-    try:
-        allowed = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        allowed = os.cpu_count() or 1
-    quota = (_read(Path("/sys/fs/cgroup/cpu.max")) or "max").split()
-    if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
-        allowed = min(allowed, max(1, int(quota[0]) // int(quota[1])))
-    return allowed
-
-
-def load() -> list[float] | None:
-    """Load averages over 1, 5 and 15 minutes."""
-    try:
-        return [round(value, 2) for value in os.getloadavg()]
-    except OSError:
-        return None
 
 
 class Contention:
@@ -119,7 +72,7 @@ class Contention:
             found.update(switches=process.num_ctx_switches().involuntary)
             if hasattr(every, "steal"):
                 found.update(steal=every.steal)
-        text = _read(Path("/proc/thread-self/schedstat"))
+        text = read_text(Path("/proc/thread-self/schedstat"))
         if text is not None and len(text.split()) == 3:  # nanoseconds run, nanoseconds waited, times run
             found.update(waited=int(text.split()[1]) / 1e9)
         return found
@@ -145,21 +98,5 @@ def gpu_facts() -> dict[str, Any] | None:
 
 
 def _clock_mhz() -> dict[str, float | None]:
-    def mhz(name: str) -> float | None:
-        text = _read(_CPU / name)
-        return int(text) / 1000 if text and text.isdigit() else None
-
-    return {"now": mhz("scaling_cur_freq"), "max": mhz("cpuinfo_max_freq")}
-
-
-def _os_name() -> str:
-    with contextlib.suppress(OSError, AttributeError):  # freedesktop_os_release: Linux, Python 3.10
-        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.system()} {platform.release()}"
-    return platform.platform()
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\x00\n ") or None
-    except OSError:
-        return None
+    clocks = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    return {"now": scaled(clocks / "scaling_cur_freq", 1e-3), "max": scaled(clocks / "cpuinfo_max_freq", 1e-3)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.bench.device import Contention, usable_threads
+from edgekd.bench.device import Contention
 from edgekd.bench.energy import measure_energy, uses_gpu
 from edgekd.bench.entries import BenchEnsemble
 from edgekd.bench.latency import Measurement, MeasurementPlan, measure
@@ -20,6 +20,7 @@ from edgekd.bench.throughput import measure_throughput, stream_of, throughput_fa
 from edgekd.data.images import load_image
 from edgekd.device.conditions import ConditionWatch
 from edgekd.device.nvml import open_nvml
+from edgekd.machine import usable_threads
 from edgekd.recipe import BenchConfig
 from edgekd.types import Dataset, Detections, ImageArray
 

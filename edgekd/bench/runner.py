@@ -15,7 +15,7 @@ import numpy as np
 from edgekd.artifact import sha256_file, source_commit, write_json
 from edgekd.bench.accuracy import Accuracy, evaluate
 from edgekd.bench.affinity import affinity, opencv_threads
-from edgekd.bench.device import device_facts, usable_threads
+from edgekd.bench.device import device_facts
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble, check_entries
 from edgekd.bench.examples import agreement, choose_examples, write_examples
 from edgekd.bench.latency import MeasurementPlan
@@ -34,6 +34,7 @@ from edgekd.bench.saved import Saved, SavedRow, save
 from edgekd.bench.subjects import Opener, Subject
 from edgekd.errors import DataError
 from edgekd.labels import some_of
+from edgekd.machine import usable_threads
 from edgekd.predictor import Predictor, RuntimeChoice
 from edgekd.recipe import BenchConfig
 from edgekd.selection import OPTIONS

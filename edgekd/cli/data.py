@@ -33,9 +33,9 @@ def make(
 ) -> None:
     """Draw synthetic scenes with several classes as a VOC data set; the same from the same seed on any machine."""
     session = session_of(context)
-    from edgekd.bench.device import usable_threads
     from edgekd.console import Terminal
     from edgekd.data.scenes import SCENE_CLASSES, make_scenes
+    from edgekd.machine import usable_threads
 
     counts = {name: count for name, count in (("train", train), ("val", val), ("test", test)) if count}
     cores = min(8, usable_threads()) if sum(counts.values()) >= 100 else 1  # starting processes takes a second or two

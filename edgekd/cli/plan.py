@@ -93,10 +93,10 @@ def plan(
             "--data or --teachers": {"split"} if data is None and not teachers else (),
         },
     )
-    from edgekd.bench.device import usable_threads
     from edgekd.bench.roof import cpu_roof
     from edgekd.console import Terminal
     from edgekd.device.target import parse_target
+    from edgekd.machine import usable_threads
     from edgekd.plan.candidates import INPUT_SIZES, WIDTHS, grid
     from edgekd.plan.job import Asked, make_plan
     from edgekd.plan.recipes import combined

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +19,7 @@ from edgekd.data.reading import NO_CLASS, UNREAD_ANNOTATIONS, class_names_of, de
 from edgekd.data.records import resolve
 from edgekd.errors import DataError
 from edgekd.labels import some_of
+from edgekd.machine import usable_threads
 from edgekd.types import ImageRecord
 
 __all__ = ["CheckReport", "SplitSummary", "check_dataset", "write_contact_sheet"]
@@ -123,7 +123,7 @@ def pixel_digests(
             splits_of.setdefault(path, split)
     digests: dict[Path, str] = {}
     brightest: dict[str, list[int]] = {}
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, usable_threads())) as pool:
         for done, (path, examined) in enumerate(zip(splits_of, pool.map(_digest, splits_of), strict=True), 1):
             if isinstance(examined, DataError):
                 message = str(examined).replace("\n", ";")

@@ -9,7 +9,6 @@ lock, and threads share one cache of decoded images where processes would each f
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from edgekd.data.view_store import StoredRows, ViewStore
 from edgekd.data.views import View, boxes_in_view, render_view
 from edgekd.detectors.base import SoftTargets, Targets
 from edgekd.errors import ArtifactError, DataError, RecipeError
+from edgekd.machine import usable_threads
 from edgekd.recipe import AugmentConfig
 from edgekd.types import Dataset, FloatArray, ImageArray, IntArray, PreprocessSpec, SoftDetections
 
@@ -305,5 +305,5 @@ def _check(dataset: Dataset, answers: Sequence[Mapping[str, SoftDetections]], ba
 
 def _auto_workers() -> int:
     """Threads that help: on one or two cores the training step wants them all, and rendering in between is faster."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_threads()
     return 0 if cores <= 2 else min(_MAX_AUTO_WORKERS, cores // 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.device.nvml import nvml_conditions
-from edgekd.device.sysfs import read_int, read_text
+from edgekd.machine import read_int, read_text
 
 _GPU = re.compile(r"gpu(-gpc-\d+)?|g[a-z]\d\d?b")
 """Devices with scaling that are a GPU: "gpu", "gpu-gpc-0" (Thor), "ga10b" (Orin), "gv11b" (Xavier)."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.artifact import atomic_path, sha256_json
-from edgekd.device.sysfs import read_text
 from edgekd.errors import ArtifactError, ExportError
+from edgekd.machine import memory_bytes
 from edgekd.runtimes.cuda_driver import CudaDriver, DeviceFacts
 from edgekd.runtimes.engine_file import EngineManifest, check_fits, read_engine_manifest, write_engine_manifest
 from edgekd.runtimes.trt_api import (
@@ -79,7 +79,7 @@ def _build(
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     flags = set_precision(trt, network, config, flags)
-    free = _available_bytes() if device.integrated else None
+    free = memory_bytes()[1] if device.integrated else None
     if free is not None:  # the CPU's memory too, as on a Jetson: all of it as workspace ends in a kill
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, free // 2)
     plan = builder.build_serialized_network(network, config)
@@ -132,10 +132,3 @@ def _manifest(
         provenance={},
         rebuild="delete it: bench.py builds it again",
     )
-
-
-def _available_bytes() -> int | None:
-    for line in (read_text(Path("/proc/meminfo")) or "").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -11,22 +11,23 @@ from typing import Any
 from edgekd.device.jetson import jetson_facts
 from edgekd.device.nvml import nvml_facts
 from edgekd.device.power import power_rails
-from edgekd.device.sysfs import read_text
+from edgekd.machine import cpu_model, memory_bytes, read_text, usable_threads
 
 
 def machine_facts(root: Path = Path("/"), nvml: Any = None) -> dict[str, Any]:
     """Facts under the same names as `edgekd.bench.device.device_facts` where both have them."""
     groups = power_rails(root, nvml)
+    memory, free = memory_bytes(root)
     return {
         "cpu": cpu_model(root),
         "machine": platform.machine(),
         "cores": None,
         "threads": os.cpu_count(),
-        "usable_threads": _usable_threads(),
+        "usable_threads": usable_threads(root),
         "governor": read_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "memory_bytes": _memory(root, "MemTotal:"),
-        "memory_available_bytes": _memory(root, "MemAvailable:"),
-        "load": _load(),
+        "memory_bytes": memory,
+        "memory_available_bytes": free,
+        "load": load(),
         "board": read_text(root / "sys/firmware/devicetree/base/model"),
         "jetson": jetson_facts(root),
         "nvml": None if nvml is None else nvml_facts(nvml),
@@ -36,30 +37,8 @@ def machine_facts(root: Path = Path("/"), nvml: Any = None) -> dict[str, Any]:
     }
 
 
-def cpu_model(root: Path = Path("/")) -> str | None:
-    """The processor's name."""
-    for line in (read_text(root / "proc/cpuinfo") or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model") and value.strip():
-            return value.strip()
-    return platform.processor() or None
-
-
-def _usable_threads() -> int | None:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count()
-
-
-def _memory(root: Path, key: str) -> int | None:
-    for line in (read_text(root / "proc/meminfo") or "").splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _load() -> list[float] | None:
+def load() -> list[float] | None:
+    """Load averages over 1, 5 and 15 minutes."""
     try:
         return [round(value, 2) for value in os.getloadavg()]
     except OSError:

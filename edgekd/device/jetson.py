@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.device.rails import PowerRail, RailGroup
-from edgekd.device.sysfs import read_int, read_text, scaled
+from edgekd.machine import read_int, read_text, scaled
 
 WHOLE_INPUT = ("VIN", "VDD_IN", "POM_5V_IN")
 """Rails that feed the whole module or board; where there is one of them, it is the total."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgekd.device.rails import PowerRail, RailGroup
-from edgekd.device.sysfs import read_text, scaled
+from edgekd.machine import read_text, scaled
 
 _MICRO = 1e-6
 
