@@ -11,18 +11,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgekd.detectors.base import DetectorOutput
+from edgekd.detectors.box_losses import pairwise_iou
 from edgekd.errors import DistillationSetupError
 from edgekd.losses import TERMS, Pair, TeacherView, Term, build_term
 from edgekd.losses.adversarial import AdversarialTerm
 from edgekd.losses.base import DistillBatch
 from edgekd.losses.cwd import CWDTerm
-from edgekd.losses.decoupled import DecoupledTerm, background_kl, background_rows, choose_teachers, object_shares
+from edgekd.losses.decoupled import DecoupledTerm, background_kl, background_rows, choose_teachers
 from edgekd.losses.feature import standardise
 from edgekd.losses.fgd import focal_masks
 from edgekd.losses.gkd import GKDTerm, robust_weights
 from edgekd.losses.information_map import backbone_information, confidence_on_grid
 from edgekd.losses.masked import AMDTerm, attention_mask, random_mask, spatial_attention
-from edgekd.losses.objects import object_map, object_quality, pairwise_iou, pool_boxes
+from edgekd.losses.objects import object_map, object_quality, object_shares, pool_boxes
 from edgekd.losses.pkd import PKDTerm
 from edgekd.losses.prototypes import Prototypes, density, joint_matching_pursuit, search_prototypes
 from edgekd.losses.response import dense_response_losses
@@ -205,7 +206,10 @@ def test_objectness_is_not_softened_on_priors() -> None:
         ("response", {"temperature": "hot"}),
         ("response", {"cls_weight": -1.0}),
         ("cwd", {"temperature": float("nan")}),
+        ("response", {"mode": "rows"}),
+        ("feature", {"normalise": "batch"}),
         ("adversarial", {"game": "chess"}),
+        ("adversarial", {"combine": "some"}),
         ("decoupled", {"foreground_mean": "pixels"}),
         ("gkd", {"prototypes": 2.5}),
     ],

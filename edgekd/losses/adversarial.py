@@ -81,10 +81,6 @@ class AdversarialTerm(LevelTerm):
         normalise: Normalise = "channel",
     ) -> None:
         super().__init__(pair, student_taps=student_taps, teacher_taps=teacher_taps, normalise=normalise)
-        if combine not in ("each", "mean"):
-            raise DistillationSetupError("adversarial: unknown combine", got=combine, expected="each or mean")
-        if game not in ("alternating", "reversal"):
-            raise DistillationSetupError("adversarial: unknown game", got=game, expected="alternating or reversal")
         self.adversarial_weight, self.imitation_weight = adversarial_weight, imitation_weight
         self.combine, self.game = combine, game
         if combine == "mean":

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgekd.detectors.box_losses import pairwise_iou
 from edgekd.losses.base import DistillBatch, Pair
 from edgekd.losses.feature import LevelTerm, Normalise
 from edgekd.losses.levels import TapChoice
-from edgekd.losses.objects import object_maps, object_quality, pairwise_iou
+from edgekd.losses.objects import object_maps, object_quality, object_shares
 from edgekd.ranks import gather, normaliser
 
 _EPS = 1e-4
@@ -141,9 +142,8 @@ class DecoupledTerm(LevelTerm):
             student = scores[i][rows]
             teacher = self._teacher_scores(batch, i, boxes[i][rows], student.detach())
             gate = (teacher.amax(-1) < student.detach().amax(-1)).float()
-            total = (
-                total + (gate * background_kl(student, teacher)).mean()
-            )  # as the foreground is averaged over its cells
+            # Averaged over all of these rows, gated or not, as the foreground is.
+            total = total + (gate * background_kl(student, teacher)).mean()
         return total / len(batch.targets.boxes_xyxy)
 
     def _teacher_scores(self, batch: DistillBatch, image: int, boxes: Tensor, student: Tensor) -> Tensor:
@@ -160,16 +160,6 @@ class DecoupledTerm(LevelTerm):
         stacked = torch.stack(answers)
         best = stacked.amax(-1).argmin(0)
         return stacked[best, torch.arange(len(boxes), device=boxes.device)]
-
-
-def object_shares(owner: Tensor) -> Tensor:
-    """(B, H, W) owners to (B, H, W) float32: one over the number of its object's cells, 0 in the background."""
-    shares = torch.zeros(owner.shape, device=owner.device)
-    for image, owners in zip(shares, owner, strict=True):
-        inside = owners >= 0
-        cells = torch.bincount(owners[inside])
-        image[inside] = 1.0 / cells[owners[inside]]
-    return shares
 
 
 def _gate_map(owner: Tensor, open_objects: Tensor) -> Tensor:

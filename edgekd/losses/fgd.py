@@ -8,7 +8,6 @@ foreground 1e-3, background 5e-4, attention 1e-3, relation 5e-6, temperature 0.5
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,7 +15,7 @@ from edgekd.losses.base import DistillBatch, Pair
 from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise, at
 from edgekd.losses.levels import TapChoice
 from edgekd.losses.masked import spatial_attention
-from edgekd.losses.objects import object_maps
+from edgekd.losses.objects import object_maps, object_shares
 
 
 class GlobalContext(nn.Module):
@@ -47,14 +46,8 @@ def channel_attention(features: Tensor, temperature: float) -> Tensor:
 def focal_masks(boxes: list[Tensor], grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(foreground, background), each (B, H, W): 1 / cells of the owning box inside boxes, 1 / background cells outside."""
     owner = object_maps(boxes, grid_hw, input_hw)
-    foreground = torch.zeros(owner.shape, device=owner.device)
-    for image, ids in enumerate(owner):
-        for index in ids.unique().tolist():
-            if index >= 0:
-                inside = ids == index
-                foreground[image][inside] = 1.0 / inside.sum()
     background = (owner < 0).float()
-    return foreground, background / background.sum((1, 2), keepdim=True).clamp(min=1)
+    return object_shares(owner), background / background.sum((1, 2), keepdim=True).clamp(min=1)
 
 
 class FGDTerm(LevelTerm):

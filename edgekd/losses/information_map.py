@@ -19,7 +19,7 @@ from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair, Term
 from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise
 from edgekd.losses.levels import describe_taps
-from edgekd.losses.objects import cell_overlaps, object_maps
+from edgekd.losses.objects import cell_overlaps, cells_of, object_maps
 from edgekd.ranks import normaliser
 from edgekd.teachers.base import Teacher
 
@@ -34,8 +34,7 @@ def confidence_on_grid(
     confidence: Tensor, centres: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int, int]
 ) -> Tensor:
     """(B, P) confidences of rows centred at (P, 2) xy pixels, to the best in each cell: (B, H, W)."""
-    x = (centres[:, 0] * grid_hw[1] / input_hw[1]).long().clamp(0, grid_hw[1] - 1)
-    y = (centres[:, 1] * grid_hw[0] / input_hw[0]).long().clamp(0, grid_hw[0] - 1)
+    y, x = cells_of(centres, grid_hw, input_hw)
     index = (y * grid_hw[1] + x).expand(len(confidence), -1)
     flat = confidence.new_zeros(len(confidence), grid_hw[0] * grid_hw[1])
     return flat.scatter_reduce(1, index, confidence, "amax").view(-1, *grid_hw)

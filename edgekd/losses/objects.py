@@ -8,14 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of (N, 4) and (M, 4) xyxy boxes: (N, M)."""
-    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])
-    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    overlap = (bottom_right - top_left).clamp(min=0).prod(-1)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).clamp(min=0).prod(-1) for x in (a, b))
-    return overlap / (area_a[:, None] + area_b[None] - overlap).clamp(min=1e-9)
+from edgekd.detectors.box_losses import pairwise_iou
 
 
 def cell_overlaps(boxes_xyxy: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -40,6 +33,13 @@ def pool_boxes(features: Tensor, boxes_xyxy: Tensor, input_hw: tuple[int, int]) 
     return pooled / area.clamp(min=1e-6)[:, None]
 
 
+def cells_of(points: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(row (N,), column (N,)) int64 of the cells that hold (N, 2) xy pixels, or are nearest to them."""
+    x = (points[:, 0] * grid_hw[1] / input_hw[1]).long().clamp(0, grid_hw[1] - 1)
+    y = (points[:, 1] * grid_hw[0] / input_hw[0]).long().clamp(0, grid_hw[0] - 1)
+    return y, x
+
+
 def object_map(boxes_xyxy: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> Tensor:
     """(H, W) int64: for each cell the index of the smallest box that covers at least half a cell of it, -1 for none.
 
@@ -50,9 +50,7 @@ def object_map(boxes_xyxy: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int
         return owner
     rows, columns = cell_overlaps(boxes_xyxy, grid_hw, input_hw)
     covered = rows[:, :, None] * columns[:, None, :] >= 0.5
-    centre = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
-    x = (centre[:, 0] * grid_hw[1] / input_hw[1]).long().clamp(0, grid_hw[1] - 1)
-    y = (centre[:, 1] * grid_hw[0] / input_hw[0]).long().clamp(0, grid_hw[0] - 1)
+    y, x = cells_of((boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2, grid_hw, input_hw)
     covered[torch.arange(len(boxes_xyxy), device=boxes_xyxy.device), y, x] = True
     area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(-1)
     for index in area.argsort(descending=True).tolist():
@@ -63,6 +61,16 @@ def object_map(boxes_xyxy: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int
 def object_maps(boxes: Sequence[Tensor], grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> Tensor:
     """`object_map` of each image: (B, H, W)."""
     return torch.stack([object_map(b, grid_hw, input_hw) for b in boxes])
+
+
+def object_shares(owner: Tensor) -> Tensor:
+    """(B, H, W) of `object_maps` to (B, H, W) float32: one over the number of its object's cells, 0 in the background."""
+    shares = torch.zeros(owner.shape, device=owner.device)
+    for image, owners in zip(shares, owner, strict=True):
+        inside = owners >= 0
+        cells = torch.bincount(owners[inside])
+        image[inside] = 1.0 / cells[owners[inside]]
+    return shares
 
 
 def object_quality(boxes: Tensor, scores: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> tuple[Tensor, Tensor]:

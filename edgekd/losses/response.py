@@ -56,8 +56,6 @@ class ResponseTerm(Term):
         background: float = 0.02,
     ) -> None:
         super().__init__()
-        if mode not in ("boxes", "priors"):
-            raise DistillationSetupError("response: unknown mode", got=mode, expected="boxes or priors")
         self.student = [pair.student]  # in a list: the student is not a submodule of its own loss
         self.mode, self.temperature, self.box_temperature = mode, temperature, box_temperature
         self.cls_weight, self.box_weight, self.background = cls_weight, box_weight, background
