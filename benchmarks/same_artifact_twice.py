@@ -19,9 +19,9 @@ from edgekd.bench.affinity import affinity, parse_cpus, pinned
 from edgekd.bench.entries import BenchArtifact
 from edgekd.bench.runner import bench_artifacts
 from edgekd.bench.saved import read_saved
-from edgekd.bench.stats import median_ratio
 from edgekd.data import read_dataset
 from edgekd.data.scenes import SCENE_CLASSES, make_scenes
+from edgekd.device.stats import median_ratio
 from edgekd.recipe import BenchConfig, ModelConfig
 from edgekd.types import Dataset
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from edgekd.artifact import sha256_file
-from edgekd.bench import stats
 from edgekd.bench.entries import BenchArtifact
 from edgekd.device import bundle_start, timing
 from edgekd.device.bundle import Bundle, is_bundle, make_bundle
@@ -349,20 +348,6 @@ def test_runs_on_python_3_8(made: Bundle, tmp_path: Path) -> None:
     done = bench(made.folder, "--out", str(tmp_path / "result.json"), python=python)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["device"]["python"].startswith("3.8")
-
-
-def test_the_same_arithmetic_as_edgekd_bench() -> None:
-    rng = np.random.default_rng(0)
-    a, b = rng.gamma(4, 2, (60, 10)), rng.gamma(4, 1, (60, 10))
-    for few in (a, np.tile(a, (2, 1))):
-        assert timing.summarise(few) == stats.summarise(few).to_dict()
-    assert timing.drift(a) == pytest.approx(stats.drift(a))
-    assert timing.P99_NEEDS == stats.P99_NEEDS
-    ratio = timing.median_ratio(a, b)
-    expected = stats.median_ratio(a, b)
-    assert ratio == pytest.approx((expected.value, expected.low, expected.high), rel=0.05)
-    for times in ([1.0] * 19, [1.0] * 20, [2.0] * 10 + [1.0] * 10, [1.0] * 10 + [1.02] * 10):
-        assert timing.has_settled(times) == stats.has_settled(times)
 
 
 def test_the_same_tensor_as_edgekd() -> None:

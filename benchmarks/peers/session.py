@@ -21,8 +21,8 @@ from systems import Deployed, Timing, open_detector, with_fixed_input
 
 from edgekd.bench.accuracy import evaluate
 from edgekd.bench.latency import Measurement, MeasurementPlan, measure
-from edgekd.bench.stats import median_ratio, summarise
 from edgekd.data.images import decode_image, load_image
+from edgekd.device.stats import median_ratio, summarise
 from edgekd.errors import ClassMapError
 from edgekd.postprocess import select
 from edgekd.predictor import Predictor
@@ -183,7 +183,7 @@ class Session:
             "runtime": row.runtime,
             "input_hw": list(row.input_hw),
             "classes": row.classes,
-            "latency_ms": summarise(measured.total_ms).to_dict(),
+            "latency_ms": summarise(measured.total_ms),
             "stages_ms": dict(zip(("pre", "infer", "post"), (round(float(v), 3) for v in stages), strict=True)),
             "times_faster_than_usual": interval(usual_path.total_ms, measured.total_ms),
             "settled": measured.settled,

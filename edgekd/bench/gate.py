@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgekd.bench.baseline import (
     Baseline,
     Pair,
@@ -22,7 +24,7 @@ from edgekd.bench.entries import BenchArtifact
 from edgekd.bench.measuring import LATENCY_IMAGES
 from edgekd.bench.precision_recall import map_difference
 from edgekd.bench.saved import Saved, SavedRow
-from edgekd.bench.stats import median_ratio, median_ratio_between_runs
+from edgekd.device.stats import Interval, median_ratio, median_ratio_between_runs
 from edgekd.errors import UserError
 from edgekd.recipe import BenchConfig
 from edgekd.types import Dataset
@@ -177,8 +179,7 @@ def _latency(
     new = now.stages_ms.sum(-1)
     if pair.again is not None and old is not None:
         before = old.stages_ms.sum(-1)
-        ratio = median_ratio(new, before, seed=seed)
-        found = ratio.value, ratio.low, ratio.high
+        found = median_ratio(new, before, seed=seed)
         basis, old_ms = "measured side by side, interleaved", float(round(_median(old), 3))
     else:
         old_ms = pair.old["latency_ms"]["median"]
@@ -186,12 +187,11 @@ def _latency(
             reason = "the same file, measured under other conditions: nothing to compare"
             return _part(old_ms, new_ms, None, reason, limit, False)
         if old is not None:
-            ratio = median_ratio_between_runs(new, old.stages_ms.sum(-1), seed=seed)
-            found = ratio.value, ratio.low, ratio.high
+            found = median_ratio_between_runs(new, old.stages_ms.sum(-1), seed=seed)
             basis = "two runs: the interval does not hold what changed in between"
         else:
             ends, old_ends = _interval(row["latency_ms"], "median"), _interval(pair.old["latency_ms"], "median")
-            found = new_ms / old_ms, ends[0] / old_ends[1], ends[1] / old_ends[0]
+            found = Interval(new_ms / old_ms, ends[0] / old_ends[1], ends[1] / old_ends[0])
             basis = "two runs, from stored medians"
         if gate.differing:
             basis += ", under other conditions"
@@ -256,6 +256,4 @@ def _part(
 
 
 def _median(row: SavedRow) -> float:
-    import numpy as np
-
     return float(np.median(row.stages_ms.sum(-1)))

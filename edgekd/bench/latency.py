@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from edgekd.bench.matching import Float64Array
-from edgekd.bench.stats import has_settled
+from edgekd.device.stats import has_settled
 from edgekd.types import ImageArray
 
 STAGES = ("pre", "infer", "post")

@@ -17,7 +17,7 @@ from edgekd.bench.latency import STAGES, Measurement
 from edgekd.bench.matching import Float64Array, match_coco
 from edgekd.bench.memory import PeakMemory
 from edgekd.bench.precision_recall import percentile_interval, resampled_ap50
-from edgekd.bench.stats import drift, median_interval, median_ratio, percentiles, summarise
+from edgekd.device.stats import drift, median_interval, median_ratio, percentiles, summarise, timing_doubts
 from edgekd.errors import ArtifactError
 from edgekd.types import Dataset, Detections
 
@@ -31,8 +31,6 @@ _CONTENTION_WORTH_SAYING = (
     ("steal", 0.02, "a hypervisor took {:.0%} of the cores' time"),
     ("waiting", 0.05, "the measuring thread waited for a CPU for {:.0%} of the time"),
 )
-_DRIFT_WORTH_SAYING = 0.1
-_TAIL_WORTH_SAYING = 2.0
 
 Rows = list[dict[str, Any]]
 
@@ -47,13 +45,13 @@ def result_row(
     """One row; `speedup_vs_ensemble` is filled in by `compare`."""
     scores = accuracy.to_dict()
     curves = scores.pop("curves")
-    medians = [summarise(measurement.stages_ms[..., i]).to_dict()["median"] for i in range(len(STAGES))]
+    medians = [summarise(measurement.stages_ms[..., i])["median"] for i in range(len(STAGES))]
     return {
         **identity,
         "sha256": facts.sha256,
         "precision": facts.precision,
         "latency_ms": {
-            **summarise(measurement.total_ms).to_dict(),
+            **summarise(measurement.total_ms),
             "median_interval": median_interval(measurement.total_ms),
             "percentiles": percentiles(measurement.total_ms),
         },
@@ -229,15 +227,7 @@ def warnings_of(rows: Rows, contention: Mapping[str, float | None], throttled: S
     if throttled:
         said.append("throttled while measuring: " + ", ".join(throttled))
     for row in rows:
-        if not row["settled"]:
-            said.append(f"{row['name']}: the median had not settled when the warm-up ended")
-        if abs(row["drift"]) > _DRIFT_WORTH_SAYING:
-            said.append(f"{row['name']}: the median moved by {row['drift']:+.0%} from the first half to the second")
-        latency = row["latency_ms"]
-        if latency["p90"] > _TAIL_WORTH_SAYING * latency["median"]:
-            said.append(
-                f"{row['name']}: every tenth inference took over {latency['p90'] / latency['median']:.1f}x the median"
-            )
+        said += timing_doubts(row["name"], row["settled"], row["drift"], row["latency_ms"])
         if unknown := row.get("unknown_classes"):
             said.append(f"{row['name']} does not know {', '.join(unknown)}: it scores nothing there")
     return said

@@ -12,7 +12,7 @@ import numpy as np
 from edgekd.artifact import write_json
 from edgekd.bench.device import Contention, device_facts
 from edgekd.bench.entries import BenchArtifact, check_entries
-from edgekd.bench.stats import P99_NEEDS, summarise
+from edgekd.device.stats import P99_NEEDS, summarise
 from edgekd.predictor import Predictor, load_predictor
 from edgekd.recipe import BenchConfig
 from edgekd.types import Detections
@@ -120,7 +120,7 @@ def _row(
         "seconds": round(seconds, 3),
         "fps": round(video.taken / seconds, 2),
         "source_fps_reached": round(video.offered / seconds, 2),
-        "latency_ms": summarise(np.array(latencies) / 1e6).to_dict(),
+        "latency_ms": summarise(np.array(latencies) / 1e6),
         "stages_ms": dict(zip(STAGES, np.round(np.median(stages, axis=0) / 1e6, 3).tolist(), strict=True)),
         "objects": objects,
     }

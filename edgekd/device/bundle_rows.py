@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgekd.device.roof import share_of_roof
-from edgekd.device.timing import Timed, drift, median_ratio, summarise
+from edgekd.device.stats import drift, median_ratio, summarise, timing_doubts
+from edgekd.device.timing import Timed
 
 
 @dataclass
@@ -84,7 +85,7 @@ def add_speedups(rows: list[dict[str, Any]], timed: Sequence[Timed], seed: int) 
     if reference is None:
         return None
     for row, found in zip(rows, timed):
-        ratio, low, high = median_ratio(timed[reference].blocks_ms, found.blocks_ms, seed)
+        ratio, low, high = median_ratio(timed[reference].blocks_ms, found.blocks_ms, seed=seed)
         row["speedup_vs_ensemble"] = round(ratio, 4)
         row["speedup_interval"] = [round(low, 4), round(high, 4)]
     return str(rows[reference]["name"])
@@ -107,13 +108,7 @@ def warnings_of(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, Any]
         said.append("throttled while measuring: " + ", ".join(conditions["throttled"]))
     for row in rows:
         name = f"{row['name']} {row['precision']}"
-        if not row["settled"]:
-            said.append(f"{name}: the median had not settled when the warm-up ended")
-        if abs(row["drift"]) > 0.1:
-            said.append(f"{name}: the median moved by {row['drift']:+.0%} from the first half to the second")
-        latency = row["latency_ms"]
-        if latency["p90"] > 2 * latency["median"]:
-            said.append(f"{name}: every tenth inference took over {latency['p90'] / latency['median']:.1f}x the median")
+        said += timing_doubts(name, row["settled"], row["drift"], row["latency_ms"])
         built = set((row["session"] or {}).get("layer_precisions") or ()) - {"unknown"}
         if built and row["precision"] not in built:
             said.append(f"{name}: TensorRT built no layer in {row['precision']}, only in " + ", ".join(sorted(built)))

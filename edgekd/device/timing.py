@@ -1,7 +1,6 @@
 """Timing on the device: warm-up until the median settles, interleaved blocks, no sample cut.
 
-The same rules and names as `edgekd.bench.latency` and `edgekd.bench.stats`, which need a newer Python than some devices
-have; `tests/test_bundle.py` checks that both give the same figures.
+The same rules as `edgekd.bench.latency`, which times stages of images and needs a newer Python than some devices have.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-P99_NEEDS = 1000
+from edgekd.device.stats import has_settled
+
 BLOCK = 10
 UNRECORDED = 2
-_WINDOW = 10
-_TOLERANCE = 0.03
 _WARMUP_LIMIT = 5.0
 
 
@@ -121,42 +119,3 @@ def _warm_up(subject: Callable[[int], object], plan: Plan, clock: Callable[[], i
             return True, len(times_ms)
         if elapsed >= max(_WARMUP_LIMIT, 5 * plan.warmup_s):
             return False, len(times_ms)
-
-
-def has_settled(recent_ms: Sequence[float]) -> bool:
-    """Whether the medians of the last two windows agree."""
-    if len(recent_ms) < 2 * _WINDOW:
-        return False
-    before, after = np.median(recent_ms[-2 * _WINDOW : -_WINDOW]), np.median(recent_ms[-_WINDOW:])
-    return bool(abs(after - before) <= _TOLERANCE * before)
-
-
-def summarise(blocks_ms: Any) -> dict[str, Any]:
-    """Percentiles in milliseconds of every sample; p99 only from `P99_NEEDS` samples on."""
-    values = np.asarray(blocks_ms, np.float64).ravel()
-    p99 = round(float(np.percentile(values, 99)), 3) if len(values) >= P99_NEEDS else None
-    return {
-        "median": round(float(np.median(values)), 3),
-        "p90": round(float(np.percentile(values, 90)), 3),
-        "p99": p99,
-        "max": round(float(values.max()), 3),
-        "samples": len(values),
-    }
-
-
-def drift(blocks_ms: Any) -> float:
-    """Relative change of the median from the first half of the rounds to the second."""
-    half = len(blocks_ms) // 2
-    return float(np.median(blocks_ms[half:]) / np.median(blocks_ms[:half]) - 1.0) if half else 0.0
-
-
-def median_ratio(a_ms: Any, b_ms: Any, seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """(ratio of medians a / b, low, high): a 95 % interval from resampling whole rounds, paired."""
-    a, b = np.asarray(a_ms, np.float64), np.asarray(b_ms, np.float64)
-    rng = np.random.RandomState(seed)
-    ratios = []
-    for _ in range(resamples):
-        drawn = rng.randint(0, len(a), len(a))
-        ratios.append(np.median(a[drawn]) / np.median(b[drawn]))
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(np.median(a) / np.median(b)), float(low), float(high)
