@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekd.types import FloatArray
+from edgekd.types import BoolArray, FloatArray
 
 
 def area(boxes_xyxy: FloatArray) -> FloatArray:
     """(N,) areas in square pixels; a box with negative extent has none."""
     extent = np.maximum(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], 0.0)
     return np.asarray(extent[:, 0] * extent[:, 1], np.float32)
+
+
+def have_extent(boxes_xyxy: FloatArray) -> BoolArray:
+    """(N,) which boxes are wider and higher than nothing; one clipped to an image that it lies beside is not."""
+    return np.asarray((boxes_xyxy[:, 2:] > boxes_xyxy[:, :2]).all(1), np.bool_)
 
 
 def iou_matrix(a_xyxy: FloatArray, b_xyxy: FloatArray) -> FloatArray:

@@ -25,6 +25,7 @@ from edgekd.bench.matching import match_coco
 from edgekd.checkpoint import MODEL_FILE, load_detector
 from edgekd.comparison import ALONE, Evaluated, summary, table_markdown
 from edgekd.console import Terminal
+from edgekd.data.image_cache import ResizedImages
 from edgekd.errors import DataError, RecipeError, UserError
 from edgekd.recipe import Recipe, TrainedTeacher
 from edgekd.selection import Selection
@@ -32,7 +33,7 @@ from edgekd.side_by_side import Task, run_side_by_side, tasks_at_once
 from edgekd.stages import distill_student, ready_teachers, train_student, train_teacher
 from edgekd.teaching import check_setup
 from edgekd.types import Detections
-from edgekd.validate import ResizedImages, detect_dataset
+from edgekd.validate import detect_dataset
 from edgekd.workspace import Workspace, has_objects, open_workspace
 
 _EVALUATION = "evaluation"
@@ -258,7 +259,7 @@ def _evaluate(work: Workspace, run_folder: Path, run: Run) -> None:
     if is_current(folder, _EVALUATION, inputs):
         return
     detector = load_detector(run_folder)
-    images = ResizedImages(val, detector, cache_mib=0)
+    images = ResizedImages(val.records, detector.spec.preprocess, cache_mib=0)
     with work.terminal.counting(f"evaluate {run}") as progress:
         found = detect_dataset(detector, images, selection=Selection.of(work.recipe.bench), progress=progress)
     figures = evaluate(val.records, found, val.class_names).to_dict()

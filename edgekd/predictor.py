@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edgekd import preprocess as _preprocess
+from edgekd.boxes import have_extent
 from edgekd.errors import ArtifactError, UserError
 from edgekd.labels import ClassMap, map_classes
 from edgekd.postprocess import select_soft
@@ -91,10 +92,7 @@ class Predictor:
         selection = self.selection
         if self._nms_iou(selection.nms_iou) == 1:  # nothing is suppressed, so that nothing can vote
             selection = replace(selection, nms_iou=1.0, box_voting=None)
-        found = selection.select(boxes, scores)
-        placed = geometry.to_source(found.boxes_xyxy)
-        inside = (placed[:, 2:] > placed[:, :2]).all(1)
-        return Detections(placed[inside], found.scores[inside], found.labels[inside])
+        return selection.place(boxes, scores, geometry)
 
     def candidates(self, raw: Arrays, item: int = 0) -> tuple[FloatArray, FloatArray]:
         """One image's (boxes (P, 4) input pixels, scores (P, classes)) before any selection, in `class_names`."""
@@ -136,7 +134,7 @@ class Predictor:
         """Like `finish`, but candidates with whole class distributions after a light NMS."""
         found = self.soft_candidates(raw)
         placed = geometry.to_source(found.boxes_xyxy)
-        inside = (placed[:, 2:] > placed[:, :2]).all(1)
+        inside = have_extent(placed)
         return SoftDetections(placed[inside], found.class_probs[inside])
 
     def detect(self, image: ImageArray) -> Detections:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgekd.boxes import have_extent
 from edgekd.postprocess import select
+from edgekd.preprocess import Geometry
 from edgekd.recipe import BenchConfig
 from edgekd.types import Detections, FloatArray
 
@@ -47,6 +49,13 @@ class Selection:
             max_detections=self.max_detections,
             box_voting=self.box_voting,
         )
+
+    def place(self, boxes_xyxy: FloatArray, scores: FloatArray, geometry: Geometry) -> Detections:
+        """`select`, and in the source image's pixels; boxes that lie beside it are left out."""
+        found = self.select(boxes_xyxy, scores)
+        placed = geometry.to_source(found.boxes_xyxy)
+        inside = have_extent(placed)
+        return Detections(placed[inside], found.scores[inside], found.labels[inside])
 
 
 DEFAULT_SELECTION = Selection()

@@ -20,6 +20,7 @@ from torch import Tensor
 from edgekd import ranks
 from edgekd.artifact import atomic_path, is_current, read_manifest, write_manifest
 from edgekd.checkpoint import BEST_FILE, MODEL_FILE, save_detector
+from edgekd.data.image_cache import ResizedImages
 from edgekd.data.loader import Batch, TrainLoader
 from edgekd.detectors import spec_for
 from edgekd.detectors.base import Detector
@@ -45,7 +46,7 @@ from edgekd.training_setup import (
 )
 from edgekd.training_state import RunState, clear_leftovers, refuse_foreign, require_best
 from edgekd.types import Dataset
-from edgekd.validate import ResizedImages, detect_dataset
+from edgekd.validate import detect_dataset
 
 _LOWEST_SCORE = 0.01
 """Of detections that count while a run goes on: selection is quicker than from 0.001, and AP50 hardly lower."""
@@ -163,7 +164,10 @@ class _Trainer:
             ema.to(self.fabric.device)
         adversary = distiller.adversary_parameters() if distiller is not None else []
         self.adversary = torch.optim.Adam(adversary, lr=1e-3, betas=(0.5, 0.999)) if adversary else None
-        self._val_images = None if job.val is None else ResizedImages(job.val, detector, job.data.cache_mib // 2)
+        self._val_images: ResizedImages | None = None
+        if job.val is not None:
+            preprocess = detector.spec.preprocess
+            self._val_images = ResizedImages(job.val.records, preprocess, job.data.cache_mib // 2)
         self._signals, self._stop = StopSignals(), False
         self.state = RunState(self.learner, ema, self.optimizer, self.adversary)
         self.state.load(job.out)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from edgekd.preprocess import geometry_for
 from edgekd.selection import Selection, effective, idle
+from edgekd.types import PreprocessSpec
 
 OURS = {"score_threshold": 0.001, "nms_iou": 0.5, "max_detections": 100}
 
@@ -29,6 +32,13 @@ OURS = {"score_threshold": 0.001, "nms_iou": 0.5, "max_detections": 100}
 def test_what_does_not_apply(inside: dict[str, Any] | None, asked: Selection, merges: bool, said: str | None) -> None:
     found = idle(asked, inside, merges=merges)
     assert found is said is None or (found is not None and said is not None and found.endswith(said))
+
+
+def test_boxes_beside_the_image_are_no_detections() -> None:
+    geometry = geometry_for((100, 200), PreprocessSpec((64, 64), "letterbox"))
+    boxes = np.array([[0, 0, 64, 12], [0, 20, 32, 40]], np.float32)  # the first lies in the padding
+    found = Selection().place(boxes, np.full((2, 1), 0.5, np.float32), geometry)
+    np.testing.assert_allclose(found.boxes_xyxy, [[0, 12.5, 100, 75]])
 
 
 def test_what_applies() -> None:

@@ -520,7 +520,7 @@ def test_everything_asked_of_the_builder_reaches_it(
     fake = machine("10.13.3.9")
     seen: list[Any] = []
     monkeypatch.setattr(fake_tensorrt, "_problem_of", lambda trt, network, config: seen.append(config))
-    monkeypatch.setattr("edgekd.export.engine._available_bytes", lambda: 2**30)
+    monkeypatch.setattr("edgekd.export.engine.memory_bytes", lambda: (2**33, 2**30))
     options = EngineOptions(workspace_mib=256, level=4, library_tactics=False)
     build_engine(onnx.load(str(detector)), options, ORIN)
     (config,) = seen

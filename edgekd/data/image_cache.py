@@ -1,4 +1,4 @@
-"""Decoded images of a data set, as many as a memory budget holds."""
+"""Images of a data set, decoded or resized, as many as a memory budget holds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from edgekd.data.images import load_image
 from edgekd.errors import DataError, EdgeKDError
-from edgekd.types import ImageArray, ImageRecord
+from edgekd.preprocess import Geometry, geometry_for, resize
+from edgekd.types import ImageArray, ImageRecord, PreprocessSpec
 
 
 class ImageCache:
@@ -42,9 +44,29 @@ class ImageCache:
         return image
 
 
-def _read(record: ImageRecord) -> ImageArray:
-    from edgekd.data.images import load_image
+class ResizedImages:
+    """Images at a detector's input size, kept in memory up to a budget (an epoch asks again)."""
 
+    def __init__(self, records: Sequence[ImageRecord], spec: PreprocessSpec, cache_mib: int) -> None:
+        self.records, self.spec = records, spec
+        h, w = spec.input_hw
+        self.capacity = cache_mib * 2**20 // (h * w * 3)
+        self._kept: dict[int, ImageArray] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[ImageArray, Geometry]:
+        record = self.records[index]
+        if index in self._kept:
+            return self._kept[index], geometry_for(record.image_hw, self.spec)
+        image, geometry = resize(load_image(record.path), self.spec)
+        if len(self._kept) < self.capacity:
+            self._kept[index] = image
+        return image, geometry
+
+
+def _read(record: ImageRecord) -> ImageArray:
     try:
         image = np.ascontiguousarray(load_image(record.path))
     except EdgeKDError:

@@ -27,7 +27,7 @@ from edgekd.data.images import load_image
 from edgekd.device.bundle_bench import BUNDLE_SCHEMA, read_bundle
 from edgekd.device.bundle_program import readme, write_program
 from edgekd.errors import ArtifactError, UserError, is_full, refusal
-from edgekd.export.images import GENERATED_IMAGES, spread
+from edgekd.export.images import generated_scenes, spread
 from edgekd.preprocess import normalise, resize
 from edgekd.recipe import ExportConfig
 from edgekd.runtimes.onnx_file import open_onnx
@@ -252,11 +252,8 @@ def _golden_images(dataset: Dataset | None) -> tuple[list[ImageArray], list[str]
     if dataset is not None and len(dataset):
         paths = spread(dataset.records, GOLDEN_IMAGES)
         return [load_image(path) for path in paths], [path.name for path in paths]
-    from edgekd.data.scenes import make_scenes
-
     with tempfile.TemporaryDirectory(prefix="edgekd-scenes-") as folder:
-        root = make_scenes(Path(folder), counts={"val": GENERATED_IMAGES}, seed=0)
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in (".png", ".jpg"))[:GOLDEN_IMAGES]
+        paths = generated_scenes(Path(folder))[:GOLDEN_IMAGES]
         return [load_image(path) for path in paths], [f"generated scene {path.name}" for path in paths]
 
 

@@ -28,6 +28,7 @@ from edgekd.runtimes.trt_api import (
     parse_onnx,
     said,
     tensorrt,
+    tensors_of,
 )
 from edgekd.runtimes.trt_precision import precision_flags, set_precision
 
@@ -101,12 +102,7 @@ def _manifest(
 ) -> EngineManifest:
     """What was built, read back from the engine."""
     _runtime, engine = open_engine(trt, plan)
-    tensors: dict[bool, dict[str, Any]] = {True: {}, False: {}}
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        shape = [int(extent) for extent in engine.get_tensor_shape(name)]
-        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-        tensors[is_input][name] = {"shape": shape, "dtype": engine.get_tensor_dtype(name).name}
+    inputs, outputs = tensors_of(trt, engine)
     return EngineManifest(
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         onnx_sha256=model["sha256"],
@@ -119,8 +115,8 @@ def _manifest(
         version_compatible=False,
         hardware="exact",
         options={},
-        inputs=tensors[True],
-        outputs=tensors[False],
+        inputs=inputs,
+        outputs=outputs,
         profile=(1, 1, 1),
         layers=tuple(layers_of(trt, engine)),
         memory_bytes=memory_of(engine),

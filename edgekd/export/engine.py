@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import atomic_path, sha256_json
 from edgekd.errors import ExportError, MissingDependencyError, UserError
+from edgekd.machine import memory_bytes
 from edgekd.runtimes.cuda_driver import DeviceFacts
 from edgekd.runtimes.engine_file import Hardware
 from edgekd.runtimes.trt_api import (
@@ -29,6 +30,7 @@ from edgekd.runtimes.trt_api import (
     parse_onnx,
     said,
     tensorrt,
+    tensors_of,
 )
 from edgekd.runtimes.trt_precision import precision_flags, set_precision
 
@@ -210,7 +212,7 @@ def _set_dla(trt: Any, builder: Any, config: Any, core: int, precision: Precisio
 
 def _workspace_bytes(options: EngineOptions, device: DeviceFacts) -> int | None:
     """The limit to set: as asked, never more than is left of memory that the CPU shares (which would end in a kill)."""
-    free = _available_bytes() if device.integrated else None
+    free = memory_bytes()[1] if device.integrated else None
     if options.workspace_mib is None:
         return None if free is None else free // 2
     wanted = options.workspace_mib * _MIB
@@ -222,12 +224,6 @@ def _workspace_bytes(options: EngineOptions, device: DeviceFacts) -> int | None:
             fix="close other programs, or ask for a smaller workspace",
         )
     return wanted
-
-
-def _available_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _set_profile(builder: Any, network: Any, config: Any, options: EngineOptions) -> None:
@@ -289,12 +285,7 @@ def _describe(
         ExportError: no layer runs in the graph's precision.
     """
     _runtime, engine = open_engine(trt, plan, host_code=options.version_compatible)
-    tensors: dict[bool, dict[str, Any]] = {True: {}, False: {}}
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        shape = [int(extent) for extent in engine.get_tensor_shape(name)]
-        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-        tensors[is_input][name] = {"shape": shape, "dtype": engine.get_tensor_dtype(name).name}
+    inputs, outputs = tensors_of(trt, engine)
     layers = layers_of(trt, engine)
     known = {layer["precision"] for layer in layers} - {None}
     if known and precision not in known:
@@ -310,8 +301,8 @@ def _describe(
         trt.__version__,
         strongly_typed,
         tuple(flags),
-        tensors[True],
-        tensors[False],
+        inputs,
+        outputs,
         layers,
         memory_of(engine),
         notes,

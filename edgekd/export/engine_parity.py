@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgekd.errors import ParityError
-from edgekd.export.images import PreparedImages, generated_images, spread
+from edgekd.export.gate import MapMeter, images_to_compare
 from edgekd.export.parity import Outputs, ParityReport, Run, compare, onnx_run, with_map
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
 from edgekd.selection import Selection
-from edgekd.types import Dataset, Detections, FloatArray, PreprocessSpec
+from edgekd.types import Dataset, FloatArray
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -34,20 +33,8 @@ def compare_engine(
         model: what it was built from.
         dataset: real images; generated scenes serve where there are none.
     """
-    from edgekd.export.gate import PARITY_IMAGES
-
     manifest = runtime.manifest
-    preprocess = manifest.preprocess_spec
-    notes: list[str] = []
-    images: Sequence[FloatArray]
-    names: Sequence[str]
-    if dataset is None or not len(dataset):
-        dataset = None
-        images, names = generated_images(preprocess)
-        notes.append("no data set at hand: the engine was compared on generated scenes")
-    else:
-        prepared = PreparedImages(spread(dataset.records, PARITY_IMAGES), preprocess)
-        images, names = prepared, prepared.names
+    images, names, generated = images_to_compare(dataset, manifest.preprocess_spec)
     form = manifest.output_format
     reference, candidate = (_named(run, form.names[:2]) for run in (onnx_run(model), runtime.run))
     precisions: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
@@ -59,14 +46,15 @@ def compare_engine(
         precision=precisions[manifest.precision],
         against=f"ONNX Runtime on the same graph (TensorRT {manifest.tensorrt} on {runtime.provider})",
         thresholds=thresholds,
-        generated=dataset is None,
+        generated=generated,
         align=aligned,
     )
-    if dataset is not None and dataset.class_names == manifest.class_names:
-        dataset = _thinned(dataset)
-        pair = [_ap50(run, dataset, preprocess, thresholds) for run in (reference, candidate)]
-        report = with_map(report, pair[0], pair[1], len(dataset), map_budget)
-    return report, notes
+    if dataset is None or generated:
+        return report, ["no data set at hand: the engine was compared on generated scenes"]
+    if dataset.class_names == manifest.class_names:
+        meter = MapMeter(dataset, manifest.preprocess_spec, thresholds)
+        report = with_map(report, meter.of(reference), meter.of(candidate), meter.images, map_budget)
+    return report, []
 
 
 def _named(run: Any, names: Sequence[str]) -> Run:
@@ -102,24 +90,3 @@ def aligned(truth: Outputs, found: Outputs) -> tuple[Outputs, Outputs]:
         {"boxes": boxes[None], "scores": scores[None]},
         {"boxes": found["boxes"][:, rows], "scores": found["scores"][:, rows]},
     )
-
-
-def _thinned(dataset: Dataset) -> Dataset:
-    from edgekd.export.gate import MAP_IMAGES
-
-    step = max(1, len(dataset) // MAP_IMAGES)
-    return replace(dataset, records=dataset.records[::step][:MAP_IMAGES])
-
-
-def _ap50(run: Run, dataset: Dataset, preprocess: PreprocessSpec, thresholds: Selection) -> float:
-    from edgekd.bench.accuracy import evaluate
-    from edgekd.data.images import load_image
-    from edgekd.preprocess import prepare
-
-    found = []
-    for record in dataset.records:
-        tensor, geometry = prepare(load_image(record.path), preprocess)
-        outputs = run(tensor)
-        kept = thresholds.select(outputs["boxes"][0], outputs["scores"][0])
-        found.append(Detections(geometry.to_source(kept.boxes_xyxy), kept.scores, kept.labels))
-    return evaluate(dataset.records, found, dataset.class_names).ap50 or 0.0

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edgekd.data.image_cache import ResizedImages
 from edgekd.errors import ParityError
 from edgekd.export.images import PreparedImages, generated_images, spread
 from edgekd.export.parity import ParityReport, Run, compare, onnx_run, same_selection, torch_run, with_map, worst_layer
 from edgekd.preprocess import normalise
 from edgekd.selection import Selection
-from edgekd.types import Dataset, Detections, FloatArray
+from edgekd.types import Dataset, FloatArray, PreprocessSpec
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -25,39 +26,33 @@ _CACHE_MIB = 256
 
 
 class MapMeter:
-    """AP50 on (part of) a split, as a detector and as exported models; images are read and resized once.
+    """AP50 on (part of) a split of whatever runs; images are read and resized once.
 
     Attributes:
         images: how many the figures are from.
     """
 
-    def __init__(self, dataset: Dataset, detector: Detector, thresholds: Selection) -> None:
-        from edgekd.validate import ResizedImages
-
+    def __init__(self, dataset: Dataset, preprocess: PreprocessSpec, thresholds: Selection) -> None:
         step = max(1, len(dataset) // MAP_IMAGES)
-        self.dataset = replace(dataset, records=dataset.records[::step][:MAP_IMAGES])
-        self.images = len(self.dataset)
-        self._detector, self._thresholds = detector, thresholds
-        self._resized = ResizedImages(self.dataset, detector, _CACHE_MIB)
+        self._records, self._class_names = dataset.records[::step][:MAP_IMAGES], dataset.class_names
+        self.images = len(self._records)
+        self._preprocess, self._thresholds = preprocess, thresholds
+        self._resized = ResizedImages(self._records, preprocess, _CACHE_MIB)
 
-    def of_model(self, model: bytes | ModelProto) -> float:
-        """AP50 in [0, 1] of an exported model with decoded outputs."""
-        return self._of(onnx_run(model))
-
-    def of_detector(self) -> float:
-        """AP50 in [0, 1] of the torch detector."""
-        return self._of(torch_run(self._detector))
-
-    def _of(self, run: Run) -> float:
+    def of(self, run: Run) -> float:
+        """AP50 in [0, 1]."""
         from edgekd.bench.accuracy import evaluate
 
         found = []
         for index in range(self.images):
             image, geometry = self._resized[index]
-            outputs = run(normalise(image, self._detector.spec.preprocess))
-            kept = self._thresholds.select(outputs["boxes"][0], outputs["scores"][0])
-            found.append(Detections(geometry.to_source(kept.boxes_xyxy), kept.scores, kept.labels))
-        return evaluate(self.dataset.records, found, self.dataset.class_names).ap50 or 0.0
+            outputs = run(normalise(image, self._preprocess))
+            found.append(self._thresholds.place(outputs["boxes"][0], outputs["scores"][0], geometry))
+        return evaluate(self._records, found, self._class_names).ap50 or 0.0
+
+    def of_model(self, model: bytes | ModelProto) -> float:
+        """AP50 in [0, 1] of an exported model with decoded outputs."""
+        return self.of(onnx_run(model))
 
 
 @dataclass
@@ -89,7 +84,7 @@ class Gate:
         """
         report = self._compare(torch_run(self.detector), onnx_run(model), "fp32", "torch")
         if measure_map and self.meter is not None:
-            pair = self.meter.of_detector(), self.meter.of_model(model)
+            pair = self.meter.of(torch_run(self.detector)), self.meter.of_model(model)
             report = with_map(report, *pair, self.meter.images, self.map_budget)
         self._pass(report)
 
@@ -144,18 +139,25 @@ class Gate:
             self.notes.append(f"{report.precision}: nothing scored over 0.3 on these images, so no detections to match")
 
 
+def images_to_compare(
+    dataset: Dataset | None, spec: PreprocessSpec
+) -> tuple[Sequence[FloatArray], Sequence[str], bool]:
+    """Some of a split's images, prepared, with their names; of generated scenes, and True, where there are none."""
+    if dataset is None or not len(dataset):
+        return *generated_images(spec), True
+    prepared = PreparedImages(spread(dataset.records, PARITY_IMAGES), spec)
+    return prepared, prepared.names, False
+
+
 def make_gate(detector: Detector, dataset: Dataset | None, thresholds: Selection, map_budget: float) -> Gate:
     """The gate on a split's images, or on generated scenes where there is none."""
-    spec = detector.spec.preprocess
-    if dataset is None or not len(dataset):
-        images, names = generated_images(spec)
-        gate = Gate(detector, thresholds, images, names, True, None, map_budget)
+    spec = detector.spec
+    images, names, generated = images_to_compare(dataset, spec.preprocess)
+    gate = Gate(detector, thresholds, images, names, generated, None, map_budget)
+    if dataset is None or generated:
         gate.notes.append("no data set at hand: compared on generated scenes, which says less than real images")
-        return gate
-    prepared = PreparedImages(spread(dataset.records, PARITY_IMAGES), spec)
-    same_classes = dataset.class_names == detector.spec.class_names
-    meter = MapMeter(dataset, detector, thresholds) if same_classes else None
-    gate = Gate(detector, thresholds, prepared, prepared.names, False, meter, map_budget)
-    if meter is None:
+    elif dataset.class_names == spec.class_names:
+        gate.meter = MapMeter(dataset, spec.preprocess, thresholds)
+    else:
         gate.notes.append("mAP was not compared: the data set's classes are not the detector's")
     return gate

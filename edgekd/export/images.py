@@ -72,12 +72,16 @@ def spread(records: Sequence[ImageRecord], count: int) -> list[Path]:
     return [records[i].path for i in at]
 
 
-def generated_images(spec: PreprocessSpec) -> tuple[list[FloatArray], list[str]]:
-    """A few generated scenes, prepared, with names: for a parity check where there is no data."""
+def generated_scenes(folder: Path, count: int = GENERATED_IMAGES) -> list[Path]:
+    """The image files of so many scenes, always the same, drawn into `folder`: for where there is no data."""
     from edgekd.data.scenes import make_scenes
 
+    root = make_scenes(folder, counts={"val": count}, seed=0)
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in (".png", ".jpg"))
+
+
+def generated_images(spec: PreprocessSpec) -> tuple[list[FloatArray], list[str]]:
+    """A few generated scenes, prepared, with names: for a parity check where there is no data."""
     with tempfile.TemporaryDirectory(prefix="edgekd-scenes-") as folder:
-        root = make_scenes(Path(folder), counts={"val": GENERATED_IMAGES}, seed=0)
-        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in (".png", ".jpg"))
-        prepared = PreparedImages(files[:GENERATED_IMAGES], spec)
+        prepared = PreparedImages(generated_scenes(Path(folder)), spec)
         return list(prepared), [f"generated scene {name}" for name in prepared.names]

@@ -207,13 +207,11 @@ def _meter(asked: Asked, class_names: Sequence[str], files: Sequence[Path], work
 
 
 def _image_files(images: Dataset | None, work: Path) -> list[Path]:
-    from edgekd.data.scenes import make_scenes
-    from edgekd.export.images import spread
+    from edgekd.export.images import generated_scenes, spread
 
     if images is not None:
         return spread(images.records, _IMAGES)
-    root = make_scenes(work / "scenes", counts={"val": _IMAGES}, seed=0)
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in (".png", ".jpg"))[:_IMAGES]
+    return generated_scenes(work / "scenes", _IMAGES)
 
 
 def _rate(asked: Asked) -> float:

@@ -222,6 +222,18 @@ def memory_of(engine: Any) -> int:
     return int(optional(engine, "device_memory_size", "TensorRT 8 and 10"))
 
 
+def tensors_of(trt: Any, engine: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(inputs, outputs) of an engine by name: {"shape", "dtype"}."""
+    inputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        side = inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else outputs
+        shape = [int(extent) for extent in engine.get_tensor_shape(name)]
+        side[name] = {"shape": shape, "dtype": engine.get_tensor_dtype(name).name}
+    return inputs, outputs
+
+
 def layers_of(trt: Any, engine: Any) -> list[dict[str, Any]]:
     """What the inspector says of each layer: {"name", "type", "precision"}; precision None where it does not say."""
     inspector = engine.create_engine_inspector()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgekd.boxes import have_extent
 from edgekd.errors import DistillationSetupError, UserError
 from edgekd.postprocess import nms, select, select_soft, soft_nms, weighted_boxes_fusion
 from edgekd.predictor import LIGHT_NMS_IOU
@@ -98,7 +99,7 @@ class Ensemble:
     def finish(self, raw: Sequence[Any], geometries: Sequence[Geometry]) -> Detections:
         """Fuse raw outputs of one image to detections in its own pixels."""
         if self._detectors:
-            return self._finish_mean(raw, geometries[0])
+            return self.selection.place(*self._mean(raw), geometries[0])
         lowest = min(self.selection.score_threshold, ANSWER_THRESHOLD)  # what one doubts, another may be sure of
         return detections_of(self._soften(raw, geometries, lowest), self.config, self.selection)
 
@@ -114,13 +115,11 @@ class Ensemble:
                 nms_iou=LIGHT_NMS_IOU,
                 max_detections=self.selection.max_detections,
             )
-            return SoftDetections(geometries[0].to_source(found.boxes_xyxy), found.class_probs)
+            placed = geometries[0].to_source(found.boxes_xyxy)
+            inside = have_extent(placed)
+            return SoftDetections(placed[inside], found.class_probs[inside])
         triples = zip(self.teachers, raw, geometries, strict=True)
         return self.fuse([teacher.soften(outputs, geometry, score_threshold) for teacher, outputs, geometry in triples])
-
-    def _finish_mean(self, raw: Sequence[DetectorOutput], geometry: Geometry) -> Detections:
-        found = self.selection.select(*self._mean(raw))
-        return Detections(geometry.to_source(found.boxes_xyxy), found.scores, found.labels)
 
     def _mean(self, outputs: Sequence[DetectorOutput]) -> tuple[FloatArray, FloatArray]:
         """(boxes, scores) decoded from the weighted mean of logits and box codings."""
