@@ -14,6 +14,7 @@ from edgekd.artifact import source_commit, versions
 from edgekd.bench.matching import Matches
 from edgekd.bench.precision_recall import mean_ap50
 from edgekd.recipe import Recipe
+from edgekd.report.table import in_markdown
 from edgekd.workspace import Workspace, is_synthetic
 
 ALONE = "alone"
@@ -153,7 +154,7 @@ def table_markdown(data: Mapping[str, Any]) -> str:
     if sizes:
         lines += ["", "Gain in AP50 by object size and by class:", ""]
         names = [*sizes[0]["gain"]["by_size"], *sizes[0]["gain"]["per_class"]]
-        lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += ["| | " + " | ".join(map(in_markdown, names)) + " |", "|---" * (len(names) + 1) + "|"]
         for row in sizes:
             values = {**row["gain"]["by_size"], **row["gain"]["per_class"]}
             cells = ["-" if values[n] is None else f"{100 * values[n]:+.1f}" for n in names]

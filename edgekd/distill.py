@@ -20,7 +20,7 @@ from edgekd.data.view_plan import ViewPlan
 from edgekd.data.view_store import ViewStore
 from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, Targets
 from edgekd.errors import DistillationSetupError
-from edgekd.losses import DistillBatch, Pair, TeacherView, Term, build_term
+from edgekd.losses import TERMS, DistillBatch, Pair, TeacherView, Term, build_term
 from edgekd.recipe import DistillConfig
 from edgekd.teachers.base import Teacher, TeacherOutput
 from edgekd.teachers.cache import DENSE, Wanted
@@ -253,8 +253,6 @@ def fuse_answers(teacher_answers: Sequence[Answers], fuse: Fuse) -> Answers:
 
 
 def _weighted_terms(config: DistillConfig, pair: Pair) -> list[WeightedTerm]:
-    from edgekd.losses import TERMS
-
     entries: list[WeightedTerm] = []
     for term_config in config.terms:
         term = build_term(term_config, pair)

@@ -18,6 +18,7 @@ from edgekd.postprocess import select_soft
 from edgekd.preprocess import Geometry
 from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.base import Runtime
+from edgekd.runtimes.engine_file import ENGINE_SUFFIXES
 from edgekd.runtimes.model_files import external_files, sha256_model
 from edgekd.runtimes.onnx_file import OnnxEngine, open_onnx
 from edgekd.runtimes.output_format import OutputFormat
@@ -31,9 +32,12 @@ RuntimeChoice = Literal["auto", "torch", "onnxruntime", "openvino", "tensorrt"]
 LIGHT_NMS_IOU = 0.65
 """For answers that are fused or taught: wider than a deployed detector's, since fusion merges what is left."""
 
-_ONNX_SUFFIXES = (".onnx", ".ort")
-_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
-_ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+NATURAL: Mapping[str, NaturalRuntime] = {
+    **dict.fromkeys((".onnx", ".ort"), "onnxruntime"),
+    **dict.fromkeys((".pt", ".pth", ".ckpt"), "torch"),
+    **dict.fromkeys(ENGINE_SUFFIXES, "tensorrt"),
+}
+"""What runs a file, by its suffix; a run folder is torch's."""
 
 
 class Predictor:
@@ -316,18 +320,12 @@ def _runtime_for(path: Path, runtime: RuntimeChoice) -> NaturalRuntime:
     suffix = path.suffix.lower()
     if not path.exists():
         raise ArtifactError(f"{path}: no such file or folder", expected="an ONNX file, a checkpoint or a run folder")
-    natural: NaturalRuntime | None = None
-    if suffix in _ENGINE_SUFFIXES and path.is_file():
-        natural = "tensorrt"
-    elif suffix in _ONNX_SUFFIXES and path.is_file():
-        natural = "onnxruntime"
-    elif suffix in _TORCH_SUFFIXES or path.is_dir():
-        natural = "torch"
+    natural = "torch" if path.is_dir() else NATURAL.get(suffix)
     if natural is None:
         raise ArtifactError(
             f"{path}: not a kind of file that detects",
             got=suffix or "a file without suffix",
-            expected=f"{_ONNX_SUFFIXES[0]}, {_TORCH_SUFFIXES[0]}, {_ENGINE_SUFFIXES[0]}, or a run folder",
+            expected=".onnx, .pt, .engine, or a run folder",
         )
     if runtime not in ("auto", natural) and not (runtime == "openvino" and natural == "onnxruntime"):
         raise UserError(

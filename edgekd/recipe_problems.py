@@ -46,9 +46,9 @@ def schema_problems(document: Document) -> tuple[Recipe | None, list[Problem]]:
         for detail in error.errors(include_url=False):
             groups.setdefault(_key_path(detail, document.data), []).append(detail)
         return None, [
-            _problem(document, path, _relevant(path, details, groups))
+            _problem(document, path, said)
             for path, details in groups.items()
-            if _relevant(path, details, groups)
+            if (said := _relevant(path, details, groups))
         ]
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from edgekd.artifact import write_text
+from edgekd.console import Listener
 
 METRICS_FILE = "metrics.jsonl"
-Listener = Callable[[Mapping[str, Any]], None]
 
 
 class RunLog:

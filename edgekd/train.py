@@ -20,6 +20,7 @@ from torch import Tensor
 from edgekd import ranks
 from edgekd.artifact import atomic_path, is_current, read_manifest, write_manifest
 from edgekd.checkpoint import BEST_FILE, MODEL_FILE, save_detector
+from edgekd.console import Listener
 from edgekd.data.image_cache import ResizedImages
 from edgekd.data.loader import Batch, TrainLoader
 from edgekd.detectors import spec_for
@@ -31,7 +32,7 @@ from edgekd.errors import UserError
 from edgekd.heap import give_back, kept
 from edgekd.learning import LearningStep, StepInput, check_finite
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
-from edgekd.runlog import METRICS_FILE, Listener, RunLog
+from edgekd.runlog import METRICS_FILE, RunLog
 from edgekd.selection import DEFAULT_SELECTION, Selection
 from edgekd.training_setup import (
     StopSignals,

@@ -448,8 +448,8 @@ def orin_with(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts a fake TensorRT of some version, and an Orin's facts, in place of what is not here."""
     from types import SimpleNamespace
 
-    from edgekd.runtimes.buffers import HostBuffers
     from tests.fake_tensorrt import ORIN, FakeTensorRT
+    from tests.host_buffers import HostBuffers
 
     def install(version: str, device: Any = ORIN) -> Any:
         fake = FakeTensorRT(version, device)

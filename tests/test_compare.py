@@ -92,6 +92,20 @@ def test_one_seed_shows_nothing(tmp_path: Path) -> None:
     assert gain(one[:1], one[1:])["verdict"] == "no difference shown"
 
 
+def test_names_of_classes_take_no_table_apart() -> None:
+    figures = {"mean": 0.5, "sd": None, "values": [0.5]}
+    alone = {"method": "alone", "seeds": [0], **dict.fromkeys(("ap50", "ap", "voc07"), figures)}
+    found = {"ap50": 0.1, "interval_seeds": None, "interval_images": [0.0, 0.2], "verdict": "gain"}
+    method = {**alone, "method": "kd", "gain": {**found, "by_size": {"small": 0.1}, "per_class": {"a|b": 0.1}}}
+    data = {
+        "student": {"model": "m", "width": 1.0, "input_size": 96},
+        "data": {"name": "d", "train": "train", "val": "val", "train_images": 1, "images": 1, "synthetic": False},
+        "train": {"epochs": 1},
+        "rows": [alone, method],
+    }
+    assert r"| | small | a\|b |" in table_markdown(data)
+
+
 def test_spread() -> None:
     assert spread([0.2, 0.4]) == {
         "mean": pytest.approx(0.3),

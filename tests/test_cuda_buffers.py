@@ -14,9 +14,10 @@ import pytest
 
 from edgekd.errors import MissingDependencyError, RuntimeFailure
 from edgekd.runtimes import cuda_driver
-from edgekd.runtimes.buffers import BACKENDS, Buffers, HostBuffers, open_buffers
+from edgekd.runtimes.buffers import BACKENDS, Buffers, open_buffers
 from edgekd.runtimes.cuda_buffers import open_cuda_buffers
 from edgekd.runtimes.cuda_driver import CudaDriver
+from tests.host_buffers import HostBuffers
 
 CALLS = ("cuMemAlloc", "cuMemFree", "cuMemAllocHost", "cuStreamDestroy", "cuEventDestroy")
 CALLS += ("cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync")

@@ -32,9 +32,9 @@ from edgekd.detectors.complexity import count_macs  # noqa: E402
 from edgekd.errors import ParityError  # noqa: E402
 from edgekd.recipe import ModelConfig  # noqa: E402
 from edgekd.recipe_file import load_recipe  # noqa: E402
-from edgekd.runtimes.buffers import HostBuffers  # noqa: E402
 from tests.export_double import CLASSES, ToyDetector  # noqa: E402
 from tests.fake_tensorrt import ORIN, FakeTensorRT  # noqa: E402
+from tests.host_buffers import HostBuffers  # noqa: E402
 
 Options = Callable[..., argparse.Namespace]
 

@@ -78,9 +78,10 @@ from pathlib import Path
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, make_dataset, write_detector
 from tests.fake_tensorrt import ORIN, FakeTensorRT
 sys.modules["tensorrt"] = FakeTensorRT("8.6.1")
-from edgekd.runtimes import buffers, tensorrt_runtime
+from tests.host_buffers import HostBuffers
+from edgekd.runtimes import tensorrt_runtime
 from edgekd.export import engine_job
-tensorrt_runtime.open_buffers = engine_job.open_buffers = lambda: buffers.HostBuffers(ORIN)
+tensorrt_runtime.open_buffers = engine_job.open_buffers = lambda: HostBuffers(ORIN)
 from edgekd.bench.runner import bench_artifacts
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble
 from edgekd.recipe import BenchConfig

@@ -26,7 +26,6 @@ from edgekd.export.topk import with_top_candidates
 from edgekd.postprocess import select
 from edgekd.predictor import load_predictor
 from edgekd.runtimes import buffers as buffers_module
-from edgekd.runtimes.buffers import HostBuffers
 from edgekd.runtimes.cuda_driver import l4t_release
 from edgekd.runtimes.engine_file import manifest_path, read_engine_manifest, write_engine_manifest
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
@@ -36,6 +35,7 @@ from edgekd.selection import Selection
 from edgekd.types import Dataset
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, make_dataset, write_detector
 from tests.fake_tensorrt import ORIN, VERSIONS, FakeTensorRT
+from tests.host_buffers import HostBuffers
 
 IMAGES = np.random.default_rng(3).normal(size=(4, 3, 64, 64)).astype(np.float32)
 Machine = Callable[..., FakeTensorRT]

@@ -20,16 +20,11 @@ from edgekd.bench.runner import fingerprint
 from edgekd.bench.saved import Saved, read_saved
 from edgekd.errors import ArtifactError, UserError
 from edgekd.machine import usable_threads
-from edgekd.predictor import RuntimeChoice
+from edgekd.predictor import NATURAL, RuntimeChoice
 from edgekd.recipe import BenchConfig
 from edgekd.runtimes.model_files import sha256_model
 from edgekd.types import Dataset
 
-_NATURAL = {
-    **dict.fromkeys((".onnx", ".ort"), "onnxruntime"),
-    **dict.fromkeys((".engine", ".plan", ".trt"), "tensorrt"),
-    **dict.fromkeys((".pt", ".pth", ".ckpt"), "torch"),
-}
 _MACHINE = ("cpu", "machine", "cores", "governor", "board", "gpu")
 _BESIDE = {"detections": "detections.npz", "examples": "examples/examples.json"}
 _THRESHOLDS = ("score_threshold", "nms_iou", "max_detections", "box_voting")
@@ -203,14 +198,14 @@ def _runtime_of(old: Mapping[str, Any]) -> RuntimeChoice:
 
 
 def _runtime_now(artifact: BenchArtifact) -> str:
-    return _NATURAL.get(artifact.path.suffix.lower(), "torch") if artifact.runtime == "auto" else artifact.runtime
+    return NATURAL.get(artifact.path.suffix.lower(), "torch") if artifact.runtime == "auto" else artifact.runtime
 
 
 def _find(old: Mapping[str, Any], beside: Path, folders: Sequence[Path]) -> Path | None:
     """The file or run folder with the row's hash."""
     shown = Path(str(old["artifact"]))
     candidates = [shown, beside / shown, beside / shown.name]
-    candidates += [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix.lower() in _NATURAL]
+    candidates += [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix.lower() in NATURAL]
     for candidate in candidates:
         try:
             if sha256_model(deployed_file(candidate)) == old["sha256"]:

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from edgekd.artifact import is_onnx
 from edgekd.bench.layers import graph_layers, inferred, stored_shapes
 from edgekd.errors import ArtifactError, EdgeKDError
+from edgekd.runtimes.engine_file import ENGINE_SUFFIXES, read_engine_manifest
 from edgekd.runtimes.model_files import external_files, sha256_model
 
-ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 CountedFrom = Literal["detector", "graph"]
 
 
@@ -73,8 +73,6 @@ def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> Ar
 
 def _engine_facts(file: Path) -> ArtifactFacts:
     """An engine's facts stand in its manifest; counts are of the native detector that it came from."""
-    from edgekd.runtimes.engine_file import read_engine_manifest
-
     manifest = read_engine_manifest(file)
     spec = {} if manifest.spec is None else {"edgekd.spec": json.dumps(manifest.spec)}
     counts = _spec_counts(spec) or (None, None, None)

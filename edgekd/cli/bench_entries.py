@@ -57,8 +57,8 @@ def with_graphs(artifacts: list[BenchArtifact]) -> list[BenchArtifact]:
     """
     from dataclasses import replace
 
-    from edgekd.bench.complexity import ENGINE_SUFFIXES
     from edgekd.errors import UserError
+    from edgekd.runtimes.engine_file import ENGINE_SUFFIXES
 
     found = []
     for artifact in artifacts:

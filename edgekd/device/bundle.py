@@ -30,6 +30,7 @@ from edgekd.errors import ArtifactError, UserError, is_full, refusal
 from edgekd.export.images import generated_scenes, spread
 from edgekd.preprocess import normalise, resize
 from edgekd.recipe import ExportConfig
+from edgekd.runtimes.model_files import external_files
 from edgekd.runtimes.onnx_file import open_onnx
 from edgekd.types import Dataset, ImageArray
 
@@ -236,11 +237,9 @@ def _unused(folder: Path, stem: str, precision: str) -> Path:
 
 def _copy_onnx(source: Path, file: Path) -> Path:
     """The file as it is; weights that lie beside it are taken in."""
-    import onnx
-    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+    if external_files(source):
+        import onnx
 
-    model = onnx.load(str(source), load_external_data=False)
-    if any(uses_external_data(tensor) for tensor in _get_all_tensors(model)):
         onnx.save(onnx.load(str(source)), str(file))
     else:
         shutil.copyfile(source, file)

@@ -28,11 +28,6 @@ def normalise(image_u8: Any, preprocess: Mapping[str, Any]) -> Any:
     return out[None]
 
 
-def output_format(model: Mapping[str, Any]) -> OutputFormat:
-    """How a bundled model's outputs are read."""
-    return OutputFormat.from_dict(model["output_format"])
-
-
 def check(model: Mapping[str, Any], expected: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """Compare one image's outputs; `failure` says what is beyond tolerance, or is None.
 
@@ -40,7 +35,7 @@ def check(model: Mapping[str, Any], expected: Mapping[str, Any], found: Mapping[
         model: its entry in the manifest, with `tolerance`.
         expected, found: output name to array.
     """
-    tolerance, form = model["tolerance"], output_format(model)
+    tolerance, form = model["tolerance"], OutputFormat.from_dict(model["output_format"])
     input_hw = tuple(model["preprocess"]["input_hw"])
     boxes, scores = decode(expected, form, input_hw)
     other_boxes, other_scores = decode(found, form, input_hw)

@@ -21,7 +21,7 @@ from edgekd.export.parity import ParityReport
 from edgekd.export.topk import CANDIDATES, with_top_candidates
 from edgekd.recipe import ExportConfig
 from edgekd.runtimes.buffers import Buffers, open_buffers
-from edgekd.runtimes.engine_file import EngineManifest, manifest_path, write_engine_manifest
+from edgekd.runtimes.engine_file import ENGINE_SUFFIXES, EngineManifest, manifest_path, write_engine_manifest
 from edgekd.runtimes.model_files import external_files
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from edgekd.export.job import ExportData
     from edgekd.export.onnx import Precision
 
-SUFFIXES = (".engine", ".plan", ".trt")
 _REFUSED_BY_TENSORRT = ("dynamic-scale", "scale", "int32-bias", "zero-point")
 
 
@@ -104,7 +103,7 @@ def export_engine(
         ExportError, ParityError: building failed, or the engine does not agree with its ONNX.
     """
     source, out = Path(source), Path(out)
-    if out.suffix not in SUFFIXES or out.is_dir():
+    if out.suffix not in ENGINE_SUFFIXES or out.is_dir():
         raise UserError("an engine goes to an .engine file", got=out, expected="a name such as student.engine")
     require_file(out)
     config, options = config or ExportConfig(), options or EngineOptions()

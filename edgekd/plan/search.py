@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import log
 from statistics import median
 
 from edgekd.plan.candidates import Candidate
@@ -57,7 +58,7 @@ class Search:
         for line in ((model, precision), *((model, other) for other in ("fp32", "fp16", "int8"))):
             points = [(c, ms) for c, ms in known.items() if c.line == line]
             if points:
-                near = min(points, key=lambda point: abs(_log_ratio(candidate.macs, point[0].macs)))
+                near = min(points, key=lambda point: abs(log(candidate.macs / point[0].macs)))
                 return _scaled(near[1], near[0].macs, candidate.macs) * _between(line[1], precision)
         others = [_scaled(ms, c.macs, candidate.macs) * _between(c.precision, precision) for c, ms in known.items()]
         return median(others) if others else candidate.macs / self._rate * _between("fp32", precision)
@@ -97,9 +98,3 @@ def _between(known: str, wanted: str) -> float:
 
 def _scaled(ms: float, macs: float, wanted: float) -> float:
     return float(ms * (wanted / macs) ** EXPONENT)
-
-
-def _log_ratio(a: float, b: float) -> float:
-    from math import log
-
-    return log(a / b)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
 
 from edgekd.report import bars, dots, gains, spread, tradeoff, training, words
 from edgekd.report.marks import Row, Rows
@@ -34,14 +34,14 @@ def draw_all(sources: Sources) -> dict[str, tuple[str, str]]:
         found |= {name: (draw, WIDE) for name, draw in _of_result(sources.result["rows"]).items()}
     for index, (_, comparison) in enumerate(sources.comparisons):
         if rows := gains.gain_rows(comparison):
-            found[f"gains{index}"] = (_bound(gains.gain_plot, rows), WIDE)
+            found[f"gains{index}"] = (partial(gains.gain_plot, rows), WIDE)
     for index, (_, device) in enumerate(sources.devices):
         found |= {f"{name}{index}": (draw, WIDE) for name, draw in _of_device(device["rows"]).items()}
     if any(run.accuracy for run in sources.runs):
-        found["accuracy"] = (_bound(training.accuracy_plot, sources.runs), WIDE)
+        found["accuracy"] = (partial(training.accuracy_plot, sources.runs), WIDE)
     for index, run in enumerate(sources.runs):
         if any(value > 0 for curve in run.losses.values() for _, value in curve):
-            found[f"loss{index}"] = (_bound(training.loss_plot, run), HALF)
+            found[f"loss{index}"] = (partial(training.loss_plot, run), HALF)
     return {name: (draw(width), draw(NARROW)) for name, (draw, width) in found.items()}
 
 
@@ -49,11 +49,11 @@ def _of_result(rows: Rows) -> dict[str, Draw]:
     some = compared(rows)
     found: dict[str, Draw] = {}
     if tradeoff.placed(rows):
-        found["tradeoff"] = _bound(tradeoff.tradeoff_plot, rows)
+        found["tradeoff"] = partial(tradeoff.tradeoff_plot, rows)
     if stages := bars.stage_bars(rows):
         found["stages"] = lambda width: bars.bar_plot(stages, width, "Stage times", "ms an image, medians")
     if spread.spread_rows(rows):
-        found["spread"] = _bound(spread.spread_plot, rows)
+        found["spread"] = partial(spread.spread_plot, rows)
     if memory := bars.memory_bars(rows):
         found["memory"] = lambda width: bars.bar_plot(memory, width, "Peak memory", "MB of a fresh process")
     if energy := bars.energy_bars(rows):
@@ -65,10 +65,10 @@ def _of_result(rows: Rows) -> dict[str, Draw]:
         layers = bars.layer_bars(row)
         found["layers"] = lambda width: bars.bar_plot(layers, width, "Slowest layers", "ms")
     if any(row["precision_at_recall"] for row in rows):
-        found["recall"] = _bound(dots.recall_plot, rows)
+        found["recall"] = partial(dots.recall_plot, rows)
     for name, kind in (("classes", "per_class"), ("sizes", "by_size")):
         if dots.groups_of(some, kind):
-            found[name] = _bound(dots.group_plot, some, kind)
+            found[name] = partial(dots.group_plot, some, kind)
     return found
 
 
@@ -81,10 +81,6 @@ def _of_device(rows: Rows) -> dict[str, Draw]:
     if energy := bars.energy_bars(rows):
         found["device-energy"] = lambda width: bars.bar_plot(energy, width, "Energy on the device", "mJ an inference")
     return found
-
-
-def _bound(draw: Callable[..., str], *first: Any) -> Draw:
-    return lambda width: draw(*first, width)
 
 
 _ABSENT = {

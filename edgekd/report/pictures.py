@@ -14,6 +14,7 @@ from edgekd.bench.examples import shown
 from edgekd.bench.matching import assign
 from edgekd.bench.saved import Saved
 from edgekd.report import svg
+from edgekd.report.marks import shortened
 from edgekd.types import Detections, ImageRecord
 
 _MOST_BYTES = 2_500_000
@@ -136,7 +137,7 @@ def _draw(key: str, record: ImageRecord, boxes: Sequence[tuple[Any, str, str]], 
         body.append(f'<rect {place} class="box {kind}" stroke-width="{svg.num(stroke)}"/>')
     taken: list[tuple[float, float, float, float]] = []
     for box, kind, name in boxes:
-        short = name if len(name) <= 22 else name[:21] + "…"
+        short = shortened(name, 22)
         spot = _label_place([float(v) for v in box], len(short) * type_px * 0.66, type_px, (height, width), taken)
         if spot is not None:
             body.append(

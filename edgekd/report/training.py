@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.report import svg
+from edgekd.report.marks import shortened
 from edgekd.report.shape import AMOUNT, NUMBER, SHARE, Each, fit, text
 from edgekd.report.words import MINUS
 from edgekd.runlog import read_log
@@ -123,7 +124,7 @@ def loss_plot(run: TrainingRun, width: float) -> str:
         body.append(svg.polyline([(x(e), y(v)) for e, v in curve], style))
         ends.append((y(curve[-1][1]), "total" if term == "loss" else term))
     for place, name in _spread(ends, 13.0, bottom):
-        body.append(svg.text(right + 6, place + 4, name if len(name) <= 13 else name[:12] + "…", "label small"))
+        body.append(svg.text(right + 6, place + 4, shortened(name, 13), "label small"))
     said = "; ".join(f"{term} from {curve[0][1]:.2f} to {curve[-1][1]:.2f}" for term, curve in curves.items())
     return svg.svg(width, height, f"Losses of {run.name}. {said.replace('-', MINUS)}.", body)
 

@@ -20,6 +20,7 @@ from edgekd.runtimes.trt_api import version_numbers
 from edgekd.types import PreprocessSpec
 
 SCHEMA = "edgekd.engine/1"
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 Hardware = Literal["exact", "same-capability", "ampere+"]
 
 
