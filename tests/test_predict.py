@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 from typer.testing import CliRunner
 
 from edgekd.cli import app
-from edgekd.cli.deploy import foreign_options, provider_of
+from edgekd.cli.artifacts import foreign_options, provider_of
 from edgekd.data.images import load_image
 from edgekd.data.layout import IMAGE_SUFFIXES
 from edgekd.draw import class_colour, draw_detections

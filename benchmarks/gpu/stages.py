@@ -137,7 +137,7 @@ def bundle(options: argparse.Namespace, record: Record) -> None:
     from edgekd.device.bundle_bench import read_bundle
 
     if options.bundle is None:
-        from edgekd.cli.deploy import export_data
+        from edgekd.cli.artifacts import export_data
         from edgekd.device.bundle import make_bundle
 
         teachers = [BenchArtifact(path, path.stem, "teacher") for path in options.teachers]

@@ -7,6 +7,18 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from edgekd.cli.artifacts import (
+    BoxVotingOption,
+    ClassesOption,
+    DeclareOption,
+    FormatOption,
+    InputSizeOption,
+    OutputOption,
+    RuntimeName,
+    ThreadsOption,
+    export_data,
+    refuse_declared,
+)
 from edgekd.cli.bench_entries import (
     asked_ensemble,
     bench_config,
@@ -53,18 +65,6 @@ from edgekd.cli.bundle import (
     TimeLimitOption,
     measure_on_target,
     precisions_of,
-)
-from edgekd.cli.deploy import (
-    BoxVotingOption,
-    ClassesOption,
-    DeclareOption,
-    FormatOption,
-    InputSizeOption,
-    OutputOption,
-    RuntimeName,
-    ThreadsOption,
-    export_data,
-    refuse_declared,
 )
 from edgekd.cli.predict import VIDEO, MaxFramesOption, RealtimeOption, measure_video
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, session_of

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.artifact import is_onnx
-from edgekd.cli.deploy import foreign_options, provider_of
+from edgekd.cli.artifacts import foreign_options, provider_of
 
 if TYPE_CHECKING:
     from edgekd.bench.entries import BenchArtifact, BenchEnsemble

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgekd.cli.deploy import (
+from edgekd.cli.artifacts import (
     ClassesOption,
     DataOption,
     DeclareOption,

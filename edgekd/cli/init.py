@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from edgekd.cli.artifacts import ClassesOption, DeclareOption, OutputOption, foreign_options, refuse_declared
 from edgekd.cli.data import FormatOption
-from edgekd.cli.deploy import ClassesOption, DeclareOption, OutputOption, foreign_options, refuse_declared
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
 from edgekd.errors import UserError
 

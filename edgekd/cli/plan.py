@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from edgekd.cli.artifacts import FormatOption, Target, ThreadsOption
 from edgekd.cli.bundle import SshConfigOption, TargetOption, TargetPythonOption, precisions_of
-from edgekd.cli.deploy import FormatOption, Target, ThreadsOption
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, refuse_idle, session_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from edgekd.cli.deploy import (
+from edgekd.cli.artifacts import (
     BoxVotingOption,
     ClassesOption,
     DeclareOption,
