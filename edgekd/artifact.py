@@ -85,9 +85,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
         if is_refusal(error) and error.filename in (None, name):  # else it speaks of another file
@@ -99,6 +97,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `path` and move it into place on success; on any error, nothing is left.
+
+    Raises:
+        OSError: the system refuses it, such as where `path` is a folder with something in it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        os.replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    """What the user keeps from others; temporary files and folders begin as the user's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def leftovers_of(path: Path) -> list[Path]:

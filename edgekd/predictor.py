@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +167,7 @@ class Predictor:
         Raises:
             ClassMapError: nothing maps, or `class_map` names a class that is not there.
         """
-        mapped = self._copy()
+        mapped = copy.copy(self)
         mapped.class_map = map_classes(self.source_class_names, class_names, class_map)
         mapped.class_names = tuple(class_names)
         if mapped.class_map.is_identity:
@@ -194,33 +195,20 @@ class Predictor:
             "max_detections": max_detections,
             "box_voting": box_voting,
         }
-        other = self._copy()
+        other = copy.copy(self)
         other.selection = replace(self.selection, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
         return other
 
     def with_preprocess(self, preprocess: PreprocessSpec) -> Predictor:
         """The same detector with its pictures prepared in another way, sharing the runtime."""
-        other = self._copy()
+        other = copy.copy(self)
         other.preprocess = preprocess
         return other
 
     def with_form(self, form: OutputFormat) -> Predictor:
         """The same detector with its outputs read in another way, sharing the runtime."""
-        other = self._copy()
+        other = copy.copy(self)
         other.form = form
-        return other
-
-    def _copy(self) -> Predictor:
-        other = Predictor(
-            self.name,
-            self.source_class_names,
-            self.preprocess,
-            self.runtime,
-            self.form,
-            selection=self.selection,
-            facts=self.facts,
-        )
-        other.class_names, other.class_map = self.class_names, self.class_map
         return other
 
     def describe(self) -> dict[str, Any]:

@@ -59,37 +59,30 @@ _COLOURS: tuple[tuple[Channels, tuple[float, float, float], tuple[float, float, 
 _TRIES = len(_COLOURS) + len(RESIZE_MODES) - 2
 
 
-def check_readings(
+def check_reading(
     dataset: Dataset,
-    teachers: Sequence[tuple[TeacherConfig, PredictorTeacher, Mapping[str, Any]]],
+    config: TeacherConfig,
+    teacher: PredictorTeacher,
+    identity: Mapping[str, Any],
     folder: Path,
     data_identity: object,
-) -> tuple[list[str], list[str]]:
-    """(notes, warnings) on how well each foreign detector agrees with the labels, and what would agree better.
+) -> dict[str, Any]:
+    """How well a foreign detector agrees with the labels, and what would agree better; see `examine` for what it gives.
 
     Args:
-        dataset: the training split.
-        teachers: config, teacher, identity. Native ones are not asked: they carry their own preprocessing.
+        dataset: the training split. data_identity: its content. identity: the teacher's.
         folder: where the findings are kept, so that nobody waits for them twice.
-        data_identity: of the training split.
     """
-    notes: list[str] = []
-    warnings: list[str] = []
-    for config, teacher, identity in teachers:
-        if not is_foreign(teacher):
-            continue
-        place = folder / teacher.name / "reading"
-        inputs = {"teacher": dict(identity), "data": data_identity, "classes": list(dataset.class_names)}
-        if not is_current(place, "reading", inputs):
-            place.mkdir(parents=True, exist_ok=True)
-            # A module of the user's own prepares its pictures by code, which no key of the recipe could change.
-            searched = isinstance(config, OnnxTeacher)
-            found = examine(dataset, f"teacher {teacher.name}", teacher.predictor, teacher.known, searched=searched)
-            write_json(place / "reading.json", found)
-            write_manifest(place, "reading", inputs, ["reading.json"], {"teacher": teacher.name})
-        found = json.loads((place / "reading.json").read_text(encoding="utf-8"))
-        (warnings if found["doubtful"] else notes).append(found["says"])
-    return notes, warnings
+    place = folder / teacher.name / "reading"
+    inputs = {"teacher": dict(identity), "data": data_identity, "classes": list(dataset.class_names)}
+    if not is_current(place, "reading", inputs):
+        # A module of the user's own prepares its pictures by code, which no key of the recipe could change.
+        searched = isinstance(config, OnnxTeacher)
+        found = examine(dataset, f"teacher {teacher.name}", teacher.predictor, teacher.known, searched=searched)
+        write_json(place / "reading.json", found)
+        write_manifest(place, "reading", inputs, ["reading.json"], {"teacher": teacher.name})
+    kept: dict[str, Any] = json.loads((place / "reading.json").read_text(encoding="utf-8"))
+    return kept
 
 
 def is_foreign(teacher: PredictorTeacher) -> bool:

@@ -30,7 +30,7 @@ from edgekd.recipe import (
     TrainedTeacher,
 )
 from edgekd.runtimes.model_files import sha256_model
-from edgekd.teacher_check import check_readings, is_foreign
+from edgekd.teacher_check import check_reading, is_foreign
 from edgekd.teachers import build_teacher
 from edgekd.teachers.answers import collect_answers
 from edgekd.teachers.cache import GIB, Recording, estimate, fill_fused, make_room
@@ -175,19 +175,16 @@ def _check_room(work: Workspace, config: CacheConfig, recordings: Sequence[Recor
 def _check_readings(
     work: Workspace, teachers: Sequence[tuple[TeacherConfig, PredictorTeacher, Mapping[str, Any]]], answers: Path
 ) -> None:
-    """Say how well foreign detectors agree with the training labels."""
-    for entry in teachers:
-        _, teacher, _ = entry
+    """Say how well foreign detectors agree with the training labels; native ones carry their own preprocessing."""
+    for config, teacher, identity in teachers:
         for taken in teacher.predictor.taken_for_granted():
             work.terminal.note(f"teacher {teacher.name}: {taken}")
-        if is_foreign(teacher):
-            work.terminal.note(f"teacher {teacher.name}: tried on training images")  # for up to a minute
+        if not is_foreign(teacher):
+            continue
+        work.terminal.note(f"teacher {teacher.name}: tried on training images")  # for up to a minute
         with ranks.first_goes_first():
-            notes, warnings = check_readings(work.train, [entry], answers, work.data_identity["train"])
-        for note in notes:
-            work.terminal.note(note)
-        for warning in warnings:
-            work.terminal.warn(warning)
+            found = check_reading(work.train, config, teacher, identity, answers, work.data_identity["train"])
+        (work.terminal.warn if found["doubtful"] else work.terminal.note)(found["says"])
 
 
 def _check_heard(work: Workspace, teachers: Sequence[PredictorTeacher], collected: Sequence[Answers]) -> None:

@@ -17,7 +17,7 @@ from edgekd.runtimes.output_format import OutputFormat
 from edgekd.teacher_check import (
     _better,
     called_otherwise,
-    check_readings,
+    check_reading,
     other_colours,
     other_forms,
     other_sizes,
@@ -80,7 +80,8 @@ def detector_file(path: Path, below: float, box: tuple[float, ...] = BOX) -> Pat
 def check(dataset: Dataset, config: OnnxTeacher, folder: Path) -> tuple[list[str], list[str]]:
     teacher = build_teacher(config, dataset.class_names)
     try:
-        return check_readings(dataset, [(config, teacher, {"sha256": config.onnx})], folder, "data")
+        found = check_reading(dataset, config, teacher, {"sha256": config.onnx}, folder, "data")
+        return ([], [found["says"]]) if found["doubtful"] else ([found["says"]], [])
     finally:
         teacher.close()
 

@@ -8,14 +8,12 @@ poses, marks such as truncated and occluded), and boxes that reading refuses, wh
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import itertools
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import get_args
@@ -23,6 +21,7 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
+from edgekd.artifact import atomic_folder
 from edgekd.data.layout import IMAGE_SUFFIXES, Format, RawImage, Source, require_split
 from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.reading import class_names_of, open_source
@@ -121,7 +120,7 @@ def write_dataset(
     placed = _place(found, to)
     content = Content(names, source.category_ids(), placed)
     try:
-        with _built_beside(out) as folder:
+        with atomic_folder(out) as folder:
             _put_images(folder, to, content, link)
             _WRITERS[to](folder, content)
     except OSError as error:
@@ -133,23 +132,6 @@ def write_dataset(
         {split: sum(len(row.boxes) for row in rows) for split, rows in placed.items()},
         tuple(judged),
     )
-
-
-@contextlib.contextmanager
-def _built_beside(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes `out` on success and vanishes on any error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        if out.is_dir():
-            out.rmdir()  # empty, as was checked
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put_images(folder: Path, to: str, content: Content, link: bool) -> None:

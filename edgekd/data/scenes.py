@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,7 +22,7 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 
-from edgekd.artifact import is_current, read_manifest, write_manifest
+from edgekd.artifact import atomic_folder, is_current, read_manifest, write_manifest
 from edgekd.data._scene import REVISION, SCENE_CLASSES, Scene, SceneObject, render_scene
 from edgekd.data.sidecar import NAME as SIDECAR_NAME
 from edgekd.data.sidecar import Sidecar, write_sidecar
@@ -81,21 +78,13 @@ def make_scenes(
     inputs = {"revision": REVISION, "seed": seed, "counts": dict(counts), "image_hw": list(image_hw)}
     if _is_finished(out, inputs):
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        files = _write_scenes(unfinished, counts, seed, image_hw, processes, progress)
-        write_manifest(unfinished, _KIND, inputs, files, {"synthetic": True, "class_names": list(SCENE_CLASSES)})
-        umask = os.umask(0)
-        os.umask(umask)
-        unfinished.chmod(0o777 & ~umask)
-        try:
-            os.replace(unfinished, out)
-        except OSError:  # someone else made it in the meantime
-            if not _is_finished(out, inputs):
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with atomic_folder(out) as folder:
+            files = _write_scenes(folder, counts, seed, image_hw, processes, progress)
+            write_manifest(folder, _KIND, inputs, files, {"synthetic": True, "class_names": list(SCENE_CLASSES)})
+    except OSError:
+        if not _is_finished(out, inputs):  # someone else may have made it in the meantime
+            raise
     return out
 
 
