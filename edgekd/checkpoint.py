@@ -16,8 +16,6 @@ from edgekd.errors import ArtifactError
 from edgekd.types import DetectorSpec
 
 if TYPE_CHECKING:
-    import torch
-
     from edgekd.detectors.base import Detector
 
 DETECTOR_SCHEMA = "edgekd.detector/1"
@@ -97,8 +95,8 @@ def read_payload(path: Path, schema: str) -> dict[str, Any]:
     return dict(payload)
 
 
-def load_detector(path: Path, map_location: str | torch.device = "cpu") -> Detector:
-    """The detector of a checkpoint file or run folder, in eval mode.
+def load_detector(path: Path) -> Detector:
+    """The detector of a checkpoint file or run folder, in eval mode, on the CPU.
 
     Raises:
         ArtifactError: missing, damaged, or its weights do not fit its spec.
@@ -112,7 +110,7 @@ def load_detector(path: Path, map_location: str | torch.device = "cpu") -> Detec
         raise ArtifactError(
             f"{file}: weights do not fit the model", got=str(error).splitlines()[-1].strip()[:200]
         ) from error
-    return detector.to(map_location).eval()
+    return detector.eval()
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class BenchArtifact:
         options: how to read a black box, as a recipe's teacher says it; None if the file says it all.
         class_map: its classes onto the data set's, by name if left out (those of `options` come first).
         cuda_graph: engines only: launch an inference as one CUDA graph.
-        runtime: what runs it, where that is not the whole benchmark's choice.
+        runtime: what runs it; "auto" goes by what the file is.
     """
 
     path: Path

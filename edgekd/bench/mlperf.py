@@ -38,18 +38,18 @@ class Rule:
 RULES: dict[Scenario, Rule] = {"SingleStream": Rule(0.90, 1), "MultiStream": Rule(0.99, 8)}
 
 
-def early_stopping(count: int, percentile: float, confidence: float = CONFIDENCE) -> int | None:
+def early_stopping(count: int, percentile: float) -> int | None:
     """How many of the largest of `count` latencies end at the one that stands for the percentile; None: too few.
 
     The estimate is the t-th largest latency, for the largest t such that t or fewer of `count` queries over the true
-    percentile would be seen with a probability of at most 1 - `confidence`: an upper bound that tightens with time.
+    percentile would be seen with a probability of at most 1 - `CONFIDENCE`: an upper bound that tightens with time.
     """
     over, under = math.log1p(-percentile), math.log(percentile)
     probability, largest = math.exp(count * under), 0
     for t in range(1, count):
         choose = math.lgamma(count + 1) - math.lgamma(t + 1) - math.lgamma(count - t + 1)
         probability += math.exp(choose + t * over + (count - t) * under)
-        if probability > 1.0 - confidence:
+        if probability > 1.0 - CONFIDENCE:
             break
         largest = t
     return largest or None

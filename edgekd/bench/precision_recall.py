@@ -44,10 +44,9 @@ def map_difference(
     num_classes: int,
     *,
     resamples: int = 1000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float, float] | None:
-    """AP50 of model a minus that of model b, with a paired bootstrap interval over images.
+    """AP50 of model a minus that of model b, with a paired 95 % bootstrap interval over images.
 
     Both models answer the same resampled images, so what is hard about an image cancels. Images are drawn with
     replacement; the interval is the percentile one.
@@ -61,15 +60,8 @@ def map_difference(
     check_answers(records, detections_a, num_classes)
     check_answers(records, detections_b, num_classes)
     a, b = (match_coco(records, found, num_classes) for found in (detections_a, detections_b))
-    return difference_interval(a, b, resamples=resamples, confidence=confidence, seed=seed)
-
-
-def difference_interval(
-    a: Matches, b: Matches, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float, float] | None:
-    """`map_difference` for answers that are matched already."""
     drawn = resampled_ap50([a, b], resamples=resamples, seed=seed)
-    return percentile_interval(drawn[0] - drawn[1], confidence)
+    return percentile_interval(drawn[0] - drawn[1])
 
 
 def resampled_ap50(models: Sequence[Matches], *, resamples: int = 1000, seed: int = 0) -> Float64Array:
@@ -80,13 +72,12 @@ def resampled_ap50(models: Sequence[Matches], *, resamples: int = 1000, seed: in
     return np.stack([mean_ap50(matches, weights) for matches in models])
 
 
-def percentile_interval(values: Float64Array, confidence: float = 0.95) -> tuple[float, float, float] | None:
-    """(the first, low, high) of a figure and its resampled values; None if the figure itself is not there."""
+def percentile_interval(values: Float64Array) -> tuple[float, float, float] | None:
+    """(the first, low, high) of a figure and its resampled values, 95 %; None if the figure itself is not there."""
     if not np.isfinite(values[0]):
         return None
     drawn = values[1:][np.isfinite(values[1:])]  # a draw without any object says nothing
-    tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(drawn, [tail, 100.0 - tail]) if len(drawn) else (values[0], values[0])
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (values[0], values[0])
     return float(values[0]), float(low), float(high)
 
 

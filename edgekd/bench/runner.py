@@ -35,7 +35,7 @@ from edgekd.bench.subjects import Opener, Subject
 from edgekd.errors import DataError
 from edgekd.labels import some_of
 from edgekd.machine import usable_threads
-from edgekd.predictor import Predictor, RuntimeChoice
+from edgekd.predictor import Predictor
 from edgekd.recipe import BenchConfig
 from edgekd.selection import OPTIONS
 from edgekd.types import LABELLED_BY_TEACHERS, Dataset
@@ -48,7 +48,6 @@ def bench_artifacts(
     config: BenchConfig,
     out: Path,
     ensemble: BenchEnsemble | None = None,
-    runtime: RuntimeChoice = "auto",
     provider: str | None = None,
     seed: int = 0,
     synthetic: bool = False,
@@ -89,7 +88,7 @@ def bench_artifacts(
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(opencv_threads(threads))
-        opener = Opener(dataset, config, threads, runtime, provider, stack)
+        opener = Opener(dataset, config, threads, provider, stack)
         subjects = [opener.detector(artifact) for artifact in artifacts]
         if ensemble is not None:
             after = 1 + max(i for i, subject in enumerate(subjects) if subject.name in ensemble.members)

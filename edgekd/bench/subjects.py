@@ -12,7 +12,7 @@ from edgekd.bench.complexity import ArtifactFacts, describe_artifact
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble, Role
 from edgekd.bench.result import together
 from edgekd.bench.systems import Member, Parallel, Staged, System, ensemble_of
-from edgekd.predictor import Predictor, RuntimeChoice, load_predictor
+from edgekd.predictor import Predictor, load_predictor
 from edgekd.recipe import BenchConfig, OnnxTeacher
 from edgekd.types import Dataset
 
@@ -52,19 +52,18 @@ class Opener:
         dataset: Dataset,
         config: BenchConfig,
         threads: int,
-        runtime: RuntimeChoice,
         provider: str | None,
         stack: contextlib.ExitStack,
     ) -> None:
         self._dataset, self._config, self._threads, self._stack = dataset, config, threads, stack
-        self._runtime, self._provider = runtime, provider
+        self._provider = provider
 
     def detector(self, artifact: BenchArtifact) -> Subject:
         """An artefact, answering in the data set's classes."""
         options = None if artifact.options is None else artifact.options.model_dump(mode="json")
         load = {
             "path": str(artifact.path.resolve()),
-            "runtime": self._runtime if artifact.runtime == "auto" else artifact.runtime,
+            "runtime": artifact.runtime,
             "provider": self._provider,
             "threads": self._threads,
             "score_threshold": self._config.score_threshold,

@@ -97,10 +97,10 @@ def collect(
     return {name: TensorStatistics(*extremes[name], counts[name]) for name in tensors}
 
 
-def percentile_share(histogram: NDArray[np.int64], percentile: float = PERCENTILE) -> float:
-    """Share of the histogram's width below which `percentile` per cent of the values lie."""
+def percentile_share(histogram: NDArray[np.int64]) -> float:
+    """Share of the histogram's width below which `PERCENTILE` per cent of the values lie."""
     total = np.cumsum(histogram)
-    return float((np.searchsorted(total, total[-1] * percentile / 100.0) + 1) / len(histogram))
+    return float((np.searchsorted(total, total[-1] * PERCENTILE / 100.0) + 1) / len(histogram))
 
 
 def entropy_share(histogram: NDArray[np.int64]) -> float:

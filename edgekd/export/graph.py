@@ -147,15 +147,12 @@ def _replace(field: Any, items: list[Any]) -> None:
     field.extend(copies)
 
 
-def open_session(
-    model: bytes | ModelProto, *, threads: int = 0, optimised: bool = True
-) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU, warnings off; `threads` 0 lets the runtime choose."""
+def open_session(model: bytes | ModelProto, *, optimised: bool = True) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU, warnings off."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     data = model if isinstance(model, bytes) else model.SerializeToString()

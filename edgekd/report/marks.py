@@ -39,8 +39,8 @@ def shortened(name: object, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def name_column(names: Sequence[object], width: float, limit: int = 26) -> float:
+def name_column(names: Sequence[object], width: float) -> float:
     """Pixels that names take at the left of a wide plot; none in a narrow one, where they stand above."""
     if width <= NARROW:
         return 0.0
-    return min(200.0, 14 + max((len(shortened(name, limit)) for name in names), default=4) * 7.3 + 12)
+    return min(200.0, 14 + max((len(shortened(name, 26)) for name in names), default=4) * 7.3 + 12)

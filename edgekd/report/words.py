@@ -51,9 +51,9 @@ def times(value: float | None) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 1.95 else 2}f}{TIMES}"
 
 
-def interval(low: float, high: float, decimals: int = 1) -> str:
+def interval(low: float, high: float) -> str:
     """[−1.5, −0.1]."""
-    return f"[{signed(low, decimals)},{_SPACE}{signed(high, decimals)}]"
+    return f"[{signed(low)},{_SPACE}{signed(high)}]"
 
 
 def images(result: Mapping[str, Any]) -> str:

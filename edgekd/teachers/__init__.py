@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["build_teacher"]
 
 
-def build_teacher(
-    config: TeacherConfig, class_names: Sequence[str], *, device: str = "cpu", threads: int | None = None
-) -> PredictorTeacher:
+def build_teacher(config: TeacherConfig, class_names: Sequence[str], *, device: str = "cpu") -> PredictorTeacher:
     """The teacher that a recipe describes, answering in the student's classes.
 
     Args:
@@ -25,7 +23,6 @@ def build_teacher(
         class_names: the student's.
         device: where native teachers and torch modules run, such as "cpu" or "cuda:0". ONNX files run on CUDA too when
             this is a CUDA device and ONNX Runtime can.
-        threads: threads of an ONNX teacher; ONNX Runtime's own choice if left out.
 
     Raises:
         ArtifactError: its file is missing or damaged. ClassMapError: its classes are none of the student's.
@@ -33,13 +30,13 @@ def build_teacher(
         DistillationSetupError: the teacher has still to be trained.
     """
     try:
-        return _built(config, class_names, device, threads)
+        return _built(config, class_names, device)
     except ClassMapError as error:
         what = f"teacher {config.name!r}: {error.what}"
         raise ClassMapError(what, got=error.got, expected=error.expected, fix=error.fix) from error
 
 
-def _built(config: TeacherConfig, class_names: Sequence[str], device: str, threads: int | None) -> PredictorTeacher:
+def _built(config: TeacherConfig, class_names: Sequence[str], device: str) -> PredictorTeacher:
     if isinstance(config, CheckpointTeacher):
         from edgekd.teachers.native import native_teacher
 
@@ -47,7 +44,7 @@ def _built(config: TeacherConfig, class_names: Sequence[str], device: str, threa
     if isinstance(config, OnnxTeacher):
         from edgekd.teachers.onnx import onnx_teacher
 
-        return onnx_teacher(config, class_names, device, threads)
+        return onnx_teacher(config, class_names, device)
     if isinstance(config, ModuleTeacher):
         from edgekd.teachers.module import module_teacher
 

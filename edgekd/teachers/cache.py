@@ -204,7 +204,6 @@ def fill_fused(
     fuse: Fuse,
     input_hw: tuple[int, int],
     identity: Mapping[str, Any],
-    progress: Progress | None = None,
 ) -> ViewStore:
     """The ensemble's answer to every view, from what each teacher said: no teacher is asked.
 
@@ -239,7 +238,7 @@ def fill_fused(
         arrays[ENDS] = np.cumsum(arrays[ENDS])
         write_shard(folder / name, {**arrays, VIEWS: np.array(rows[0].digests, np.uint64)})
 
-    fill_together(folder, first.names, lambda name, whole: shard_is_intact(folder / name, whole=whole), make, progress)
+    fill_together(folder, first.names, lambda name, whole: shard_is_intact(folder / name, whole=whole), make)
     if not is_current(folder, KIND, inputs):
         write_manifest(folder, KIND, inputs, [], {"teacher": "ensemble"})
     return store

@@ -14,9 +14,7 @@ from edgekd.runtimes.ort import has_provider
 from edgekd.teachers.predicted import PredictorTeacher
 
 
-def onnx_teacher(
-    config: OnnxTeacher, class_names: Sequence[str], device: str = "cpu", threads: int | None = None
-) -> PredictorTeacher:
+def onnx_teacher(config: OnnxTeacher, class_names: Sequence[str], device: str) -> PredictorTeacher:
     """The teacher in an ONNX file.
 
     Raises:
@@ -25,7 +23,7 @@ def onnx_teacher(
     """
     # A GPU build of ONNX Runtime is a separate package: without it, the teacher runs on the CPU and says so.
     provider = "cuda" if device.startswith("cuda") and has_provider("cuda") else "cpu"
-    opened = open_onnx(Path(os.path.expanduser(config.onnx)), config, provider=provider, threads=threads)
+    opened = open_onnx(Path(os.path.expanduser(config.onnx)), config, provider=provider)
     predictor = Predictor(
         config.name, opened.class_names, opened.preprocess, opened.runtime, opened.form, facts=opened.facts
     )
