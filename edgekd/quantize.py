@@ -6,9 +6,10 @@ from pathlib import Path
 
 from edgekd.artifact import is_current, read_manifest, sha256_file, write_manifest
 from edgekd.checkpoint import MODEL_FILE, checkpoint_facts, detector_file, load_detector, save_detector
+from edgekd.data.images import evenly_spread
 from edgekd.data.loader import TrainLoader
 from edgekd.errors import UserError
-from edgekd.export.images import PreparedImages, spread
+from edgekd.export.images import PreparedImages
 from edgekd.export.qat import fine_tune
 from edgekd.recipe_file import write_recipe
 from edgekd.train import RunResult
@@ -57,7 +58,9 @@ def quantize_run(work: Workspace, source: Path, out: Path) -> RunResult:
         cache_mib=recipe.data.cache_mib,
         difficult=recipe.train.difficult,
     )
-    images = PreparedImages(spread(work.train.records, recipe.export.calibration_images), detector.spec.preprocess)
+    images = PreparedImages(
+        evenly_spread(work.train.records, recipe.export.calibration_images), detector.spec.preprocess
+    )
     tell = work.terminal.staged()
     try:
         result = fine_tune(

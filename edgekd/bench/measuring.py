@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from edgekd.bench.device import Contention
 from edgekd.bench.energy import measure_energy, uses_gpu
 from edgekd.bench.entries import BenchEnsemble
@@ -17,7 +15,7 @@ from edgekd.bench.memory import PeakMemory, peak_memory
 from edgekd.bench.mlperf import LIBRARY_IMAGES, run_scenario
 from edgekd.bench.subjects import Opener, Subject
 from edgekd.bench.throughput import measure_throughput, stream_of, throughput_facts
-from edgekd.data.images import load_image
+from edgekd.data.images import evenly_spread, load_image
 from edgekd.device.conditions import ConditionWatch
 from edgekd.device.nvml import open_nvml
 from edgekd.machine import usable_threads
@@ -60,7 +58,7 @@ def measure_all(
 ) -> Measured:
     """Answers to every image first, then all that is timed, then memory, which runs in processes of its own."""
     answers = _answer_all(subjects, dataset, tell)
-    images = [load_image(dataset.records[i].path) for i in _evenly(len(dataset), LATENCY_IMAGES)]
+    images = [load_image(path) for path in evenly_spread(dataset.records, LATENCY_IMAGES)]
     with ConditionWatch(nvml=open_nvml()) as watch:
         contention = Contention()
         latencies = measure(
@@ -105,7 +103,7 @@ def _answer_all(subjects: Sequence[Subject], dataset: Dataset, tell: Progress) -
 
 
 def _memory_of_all(subjects: Sequence[Subject], dataset: Dataset, tell: Progress) -> list[PeakMemory | None]:
-    paths = [dataset.records[i].path for i in _evenly(len(dataset), _MEMORY_IMAGES)]
+    paths = evenly_spread(dataset.records, _MEMORY_IMAGES)
     found = []
     for done, subject in enumerate(subjects, 1):
         found.append(peak_memory(subject.loads, paths))
@@ -163,7 +161,7 @@ def _scenario_of_all(
     scenario = config.mlperf
     if scenario is None:
         return [None] * len(subjects)
-    images = [load_image(dataset.records[i].path) for i in _evenly(len(dataset), LIBRARY_IMAGES)]
+    images = [load_image(path) for path in evenly_spread(dataset.records, LIBRARY_IMAGES)]
     return [
         run_scenario(
             subject.system.staged,
@@ -175,8 +173,3 @@ def _scenario_of_all(
         )
         for subject in subjects
     ]
-
-
-def _evenly(total: int, wanted: int) -> list[int]:
-    """At most `wanted` of `total` indices, evenly spread."""
-    return [int(i) for i in np.unique(np.linspace(0, total - 1, min(total, wanted)).round())]

@@ -17,7 +17,7 @@ import numpy as np
 from edgekd.artifact import write_json
 from edgekd.bench.entries import BenchArtifact
 from edgekd.bench.layers import Layer, read_layers
-from edgekd.data.images import load_image
+from edgekd.data.images import evenly_spread, load_image
 from edgekd.predictor import Predictor, load_predictor
 from edgekd.types import Dataset, FloatArray
 
@@ -45,8 +45,7 @@ def add_profiles(
 
     Ensembles have none of their own: their members have. `profile` is None where the runtime has no profiler.
     """
-    paths = [dataset.records[i].path for i in np.linspace(0, len(dataset) - 1, min(len(dataset), _IMAGES)).astype(int)]
-    images = [load_image(path) for path in paths]
+    images = [load_image(path) for path in evenly_spread(dataset.records, _IMAGES)]
     by_name = {artifact.name: artifact for artifact in artifacts}
     threads = result["settings"]["threads"]
     for row in result["rows"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,19 @@ from PIL import Image, UnidentifiedImageError
 from edgekd.data.layout import UNREAD_SUFFIXES, unread_message
 from edgekd.data.problems import printable
 from edgekd.errors import DataError
-from edgekd.types import ImageArray
+from edgekd.types import ImageArray, ImageRecord
 
 MAX_PIXELS = 89_000_000
 """Larger images are refused: just below the size at which Pillow suspects a decompression bomb."""
 
 _MAX_BYTES = 1 << 30
 _EXIF_ORIENTATION = 0x0112
+
+
+def evenly_spread(records: Sequence[ImageRecord], count: int) -> list[Path]:
+    """At most `count` image files, evenly over a data set, since sets are often sorted by content."""
+    at = np.unique(np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int))
+    return [records[i].path for i in at]
 
 
 def load_image(path: Path | str) -> ImageArray:

@@ -23,11 +23,11 @@ from edgekd.artifact import MANIFEST_NAME, is_onnx, sha256_file, source_commit, 
 from edgekd.bench.complexity import describe_artifact
 from edgekd.bench.entries import BenchArtifact
 from edgekd.bench.roof import bytes_moved, product_models
-from edgekd.data.images import load_image
+from edgekd.data.images import evenly_spread, load_image
 from edgekd.device.bundle_bench import BUNDLE_SCHEMA, read_bundle
 from edgekd.device.bundle_program import readme, write_program
 from edgekd.errors import ArtifactError, UserError, is_full, refusal
-from edgekd.export.images import generated_scenes, spread
+from edgekd.export.images import generated_scenes
 from edgekd.preprocess import normalise, resize
 from edgekd.recipe import ExportConfig
 from edgekd.runtimes.model_files import external_files
@@ -249,7 +249,7 @@ def _copy_onnx(source: Path, file: Path) -> Path:
 def _golden_images(dataset: Dataset | None) -> tuple[list[ImageArray], list[str]]:
     """A few pictures, (H, W, 3) uint8 RGB, with names."""
     if dataset is not None and len(dataset):
-        paths = spread(dataset.records, GOLDEN_IMAGES)
+        paths = evenly_spread(dataset.records, GOLDEN_IMAGES)
         return [load_image(path) for path in paths], [path.name for path in paths]
     with tempfile.TemporaryDirectory(prefix="edgekd-scenes-") as folder:
         paths = generated_scenes(Path(folder))[:GOLDEN_IMAGES]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgekd.data.image_cache import ResizedImages
+from edgekd.data.images import evenly_spread
 from edgekd.errors import ParityError
-from edgekd.export.images import PreparedImages, generated_images, spread
+from edgekd.export.images import PreparedImages, generated_images
 from edgekd.export.parity import ParityReport, Run, compare, onnx_run, same_selection, torch_run, with_map, worst_layer
 from edgekd.preprocess import normalise
 from edgekd.selection import Selection
@@ -145,7 +146,7 @@ def images_to_compare(
     """Some of a split's images, prepared, with their names; of generated scenes, and True, where there are none."""
     if dataset is None or not len(dataset):
         return *generated_images(spec), True
-    prepared = PreparedImages(spread(dataset.records, PARITY_IMAGES), spec)
+    prepared = PreparedImages(evenly_spread(dataset.records, PARITY_IMAGES), spec)
     return prepared, prepared.names, False
 
 

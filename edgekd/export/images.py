@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
-import numpy as np
-
 from edgekd.data.images import load_image
 from edgekd.preprocess import prepare
-from edgekd.types import Dataset, FloatArray, ImageRecord, PreprocessSpec
+from edgekd.types import Dataset, FloatArray, PreprocessSpec
 
 GENERATED_IMAGES = 8
 COMPARED_IMAGES = 300
@@ -64,12 +62,6 @@ class PreparedImages(Sequence[FloatArray]):
         if isinstance(index, slice):
             return PreparedImages(self.paths[index], self.spec)
         return prepare(load_image(self.paths[index]), self.spec)[0]
-
-
-def spread(records: Sequence[ImageRecord], count: int) -> list[Path]:
-    """At most `count` image files, evenly over a data set, since sets are often sorted by content."""
-    at = np.unique(np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int))
-    return [records[i].path for i in at]
 
 
 def generated_scenes(folder: Path, count: int = GENERATED_IMAGES) -> list[Path]:

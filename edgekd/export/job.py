@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import atomic_path, require_file, sha256_file
 from edgekd.checkpoint import checkpoint_facts, detector_file, load_detector
+from edgekd.data.images import evenly_spread
 from edgekd.detectors.base import Detector
 from edgekd.errors import DataError, UserError
 from edgekd.export.float16 import to_float16
 from edgekd.export.gate import make_gate
 from edgekd.export.graph import set_metadata
 from edgekd.export.images import ExportData as ExportData
-from edgekd.export.images import PreparedImages, spread
+from edgekd.export.images import PreparedImages
 from edgekd.export.onnx import Precision, describe, detections_form, trace, write_model
 from edgekd.export.opset import require_opset
 from edgekd.export.parity import ParityReport
@@ -194,7 +195,7 @@ def _calibration(detector: Detector, data: ExportData | None, config: ExportConf
         )
     if not data.train:
         notes.append(f"calibrated on split {dataset.split!r}, since no training split was given")
-    return PreparedImages(spread(dataset.records, config.calibration_images), detector.spec.preprocess)
+    return PreparedImages(evenly_spread(dataset.records, config.calibration_images), detector.spec.preprocess)
 
 
 def _float_notes(int8: Int8Result | None) -> list[str]:

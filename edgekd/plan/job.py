@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from edgekd.artifact import source_commit, versions, write_json
 from edgekd.bench.device import Contention, device_facts
 from edgekd.bench.roof import cpu_roof
-from edgekd.data.images import load_image
+from edgekd.data.images import evenly_spread, load_image
 from edgekd.device.target import Target
 from edgekd.errors import UserError
 from edgekd.plan.candidates import Candidate
@@ -207,10 +207,10 @@ def _meter(asked: Asked, class_names: Sequence[str], files: Sequence[Path], work
 
 
 def _image_files(images: Dataset | None, work: Path) -> list[Path]:
-    from edgekd.export.images import generated_scenes, spread
+    from edgekd.export.images import generated_scenes
 
     if images is not None:
-        return spread(images.records, _IMAGES)
+        return evenly_spread(images.records, _IMAGES)
     return generated_scenes(work / "scenes", _IMAGES)
 
 
