@@ -211,11 +211,15 @@ def _wait_for(condition: object, seconds: float = 300) -> None:
 
 
 def _marked(out: Path) -> list[int]:
-    """Processes that were started with our mark in their environment, zombies aside."""
+    """Processes that were started with our mark in their environment; no zombies, nor what Python keeps count with.
+
+    multiprocessing's resource tracker ends itself when the process that it counts for has ended, and so after it.
+    """
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if f"EDGEKD_TEST_MARK={out}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+            marked = f"EDGEKD_TEST_MARK={out}".encode() in (entry / "environ").read_bytes().split(b"\0")
+            if marked and b"resource_tracker" not in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
         except OSError:
             continue
