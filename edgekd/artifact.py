@@ -139,6 +139,12 @@ def write_json(path: Path, data: object) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
+def cache_folder() -> Path:
+    """Where what can be had again is kept for other runs: $XDG_CACHE_HOME/edgekd, else ~/.cache/edgekd."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "edgekd"
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

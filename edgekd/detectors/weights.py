@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edgekd.artifact import atomic_path, sha256_file, unread_torch_file
+from edgekd.artifact import atomic_path, cache_folder, sha256_file, unread_torch_file
 from edgekd.detectors.backbones.vgg import VGG
 from edgekd.detectors.base import Detector
 from edgekd.detectors.narrowing import narrowed
@@ -244,12 +244,6 @@ def _published_file(detector: Detector) -> Path:
     target = cache_folder() / published.file_name
     _download(published, target)
     return target
-
-
-def cache_folder() -> Path:
-    """Where downloaded weights are kept: $XDG_CACHE_HOME/edgekd, else ~/.cache/edgekd."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edgekd"
 
 
 def _places(file_name: str) -> list[Path]:

@@ -8,12 +8,11 @@ back from the inspector.
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.artifact import atomic_path, sha256_json
+from edgekd.artifact import atomic_path, cache_folder, sha256_json
 from edgekd.errors import ExportError, MissingDependencyError, UserError
 from edgekd.machine import memory_bytes
 from edgekd.runtimes.cuda_driver import DeviceFacts
@@ -251,8 +250,7 @@ def _set_profile(builder: Any, network: Any, config: Any, options: EngineOptions
 
 def _timing_cache_file(trt: Any, options: EngineOptions, device: DeviceFacts) -> Path:
     """One cache for each TensorRT, GPU and L4T release, since timings hold for nothing else."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = options.timing_cache or (Path(base) if base else Path.home() / ".cache") / "edgekd" / "tensorrt"
+    folder = options.timing_cache or cache_folder() / "tensorrt"
     key = {"tensorrt": trt.__version__, **device.key(), "dla": options.dla_core}
     return folder / f"timing-{trt.__version__}-{sha256_json(key)[:16]}.cache"
 
