@@ -363,6 +363,15 @@ def _best_of(boxes: np.ndarray) -> Arrays:
     }
 
 
+def _picodet(boxes: np.ndarray) -> Arrays:
+    """PicoDet without its postprocessing, as paddle2onnx names it: all scores, then all distributions, four levels."""
+    coded, scores = distribution(boxes, 8, (8, 16, 32, 64), 0.5)
+    counts = [-(-INPUT_HW[0] // stride) * -(-INPUT_HW[1] // stride) for stride in (8, 16, 32, 64)]
+    ends = np.cumsum(counts)[:-1]
+    tables = [*np.split(scores, ends), *np.split(coded, ends)]
+    return {f"transpose_{n}.tmp_0": table[None] for n, table in zip((0, 2, 4, 6, 1, 3, 5, 7), tables, strict=True)}
+
+
 PERSON = ("person",)
 OWN_ANCHORS = ((8, 9), (15, 11), (20, 24), (28, 40), (45, 30), (50, 52), (70, 60), (80, 64), (96, 64))
 PROTOTYPES = np.zeros((1, 32, 16, 24), np.float32)
@@ -583,6 +592,14 @@ EXPORTS: dict[str, Export] = {
         NANODET,
         "bgr",
         inputs=image("FLOAT", 1, 3, *INPUT_HW, name="input.1"),
+    ),
+    "PicoDet without postprocessing": Export(
+        _picodet,
+        "stretch",
+        IMAGENET,
+        inputs=image("FLOAT", 1, 3, *INPUT_HW, name="image"),
+        metadata={"character": "\n".join(NAMES)},
+        declared={},
     ),
     "mmdeploy": Export(
         lambda b: {"dets": rows_of(b, "bs", 4)[None], "labels": np.append(LABELS, [-1] * 4)[None]},

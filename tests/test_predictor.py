@@ -258,6 +258,14 @@ def test_odd_names_in_metadata_are_no_names(text: str) -> None:
     assert names_in_metadata({"names": text}) is None
 
 
+def test_names_in_metadata_may_stand_a_line_each() -> None:
+    from edgekd.runtimes.onnx_file import names_in_metadata
+
+    assert names_in_metadata({"character": "text\ntable caption\n"}) == ("text", "table caption")
+    assert names_in_metadata({"names": "{0: 'a',\n 1: 'b'}"}) == ("a", "b")
+    assert names_in_metadata({"names": "{0: 'a',\n 1: 'b'"}) is None
+
+
 def test_outputs_that_are_not_finite_are_a_failure(tmp_path: Path) -> None:
     path = ours(tmp_path / "m.onnx")
     predictor = load_predictor(path)

@@ -75,6 +75,8 @@ def custom_of(
         return Custom("YOLOX", "letterbox-corner", (ZERO, BYTES), "bgr")
     if form.box_format == "grid-distances-corner" or any("pred_stride" in name for name in outputs):
         return Custom("NanoDet", "stretch", BGR_IMAGENET, "bgr")
+    if form.kind == "boxes-scores" and form.box_format == "grid-distances" and not form.channels_first:
+        return Custom("PicoDet", "stretch", IMAGENET)  # NanoDet's like tables are named by their stride
     if outputs == {"dets", "labels"}:
         if form.kind == "boxes-scores":
             return Custom("RF-DETR", "stretch", IMAGENET)

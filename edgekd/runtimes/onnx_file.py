@@ -35,7 +35,7 @@ from edgekd.types import DetectorSpec, ImageArray, PreprocessSpec
 
 SCHEMA = "edgekd.onnx/1"
 OnnxEngine = Literal["onnxruntime", "openvino"]
-_NAME_KEYS = ("names", "class_names", "classes", "labels", "id2label", "categories")
+_NAME_KEYS = ("names", "class_names", "classes", "labels", "id2label", "categories", "character")
 _FOREIGN_KEYS = (
     "resize",
     "channels",
@@ -353,9 +353,11 @@ def _precision(runtime: OnnxRuntime) -> str:
 
 
 def names_in_metadata(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    """Class names from the file: Ultralytics' `names` entry or another's, a dictionary or list as text; None without any."""
-    entry = next((key for key in _NAME_KEYS if key in metadata), None)
-    names = _literal(metadata.get(entry or ""))
+    """Class names from the file: Ultralytics' `names` entry or another's, a dictionary or list as text, or a name a line, as
+    RapidLayout's `character`; None without any."""
+    text = next((metadata[key] for key in _NAME_KEYS if key in metadata), "")
+    lines = text.split("\n") if "\n" in text.strip() and text.lstrip()[0] not in "{[(" else []
+    names = [line.strip() for line in lines if line.strip()] or _literal(text)
     if isinstance(names, dict) and names and all(str(key).isdigit() for key in names):
         by_label = {int(key): name for key, name in names.items()}
         if sorted(by_label) != list(range(len(names))):
