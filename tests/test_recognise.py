@@ -285,7 +285,13 @@ THREE_A_CELL = np.tile(YOLOV5[:, :126], (1, 3, 1))
 MANY_CLASSES = np.concatenate([CENTRES[:126], truth(31, 126)[1]], 1)[None]
 ONE_BOX = np.array([[[20, 20, 40, 40]]], np.float32)
 UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
-    "no names": ({"o": YOLO}, None, {}, "class_names"),
+    "no names": ({"o": YOLO}, None, {}, r"in label order: 3 of them, or 2 if"),
+    "no names for a head in levels": (
+        {f"{k}{n}": np.zeros((1, 96 >> 2 * n, w), np.float32) for n in range(3) for k, w in (("s", 3), ("d", 32))},
+        None,
+        {},
+        "3 scores a candidate, and no names",
+    ),
     "names that do not fit a head": ({"o": YOLO}, (*NAMES, "a", "b"), {}, "class_names"),
     "names that do not fit scores": ({"boxes": BOXES[None], "s": SCORES[None]}, ("a",), {}, "class names"),
     "no background column stands out": ({"boxes": BOXES[None], "s": SCORES[None]}, ("a", "b"), {}, "background"),

@@ -65,7 +65,7 @@ def finished(
     if names is None:
         raise probe.unclear(
             "finished detections, and no class names in the file",
-            "declare `class_names`: a list in label order, coco, coco91 (COCO's own ids) or voc",
+            "declare `class_names` (--classes): a list in label order, coco, coco91 (COCO's own ids) or voc",
         )
     outputs, columns = roles
     origin = _origin(probe, outputs, arrays)

@@ -153,6 +153,12 @@ def _layout(probe: Probe, values: FloatArray, declared: OnnxTeacher, names: tupl
         values[:, 4:]
     ):  # else they are scores behind a box, of more classes than there are names
         return _Layout("yolo", classes, columns - classes)
+    if names is None and columns > 5:
+        raise probe.unclear(
+            f"{columns} values a candidate, and no class names in the file",
+            f"declare `class_names` (--classes) in label order: {columns - 4} of them, or {columns - 5} if the fifth value is "
+            "an objectness (YOLOv3 to v7, YOLOX); fewer if further values are keypoints, masks or angles",
+        )
     raise probe.unclear(
         f"{columns} values a candidate fit neither 4 + {classes} nor 5 + {classes} classes",
         "declare `class_names`, and `output: yolo` or `output: yolo-objectness`; a head for masks, keypoints or rotated "
@@ -332,7 +338,8 @@ def _pairs(
     """Boxes and scores apart on each level, as for RKNN and in NanoDet's and PicoDet's first exports."""
     widths = sorted(next(iter(groups.values())).values())
     coded = [width for width in widths if width in [4 * bins for bins in BINS]]
-    classes = len(names) if names is not None else 80
+    others = [width for width in widths if width not in coded]
+    classes = len(names) if names is not None else others[0] if len(others) == 1 else 80
     if len(coded) != 1 or widths.count(classes) != 1 or classes == coded[0]:
         return None
     box_names = [name for size in sizes for name, width in groups[size].items() if width == coded[0]]

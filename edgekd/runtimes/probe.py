@@ -82,7 +82,7 @@ def names_or_error(
         return NAMED_LABEL_SETS[key], () if by_id else (f"{columns} scores a candidate taken as COCO's classes",)
     raise probe.unclear(
         f"{columns} scores a candidate, and no names for them in the file",
-        "declare `class_names`: a list in label order, coco, coco91 (COCO's own ids) or voc",
+        "declare `class_names` (--classes): a list in label order, coco, coco91 (COCO's own ids) or voc",
     )
 
 
