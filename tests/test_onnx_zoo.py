@@ -144,6 +144,28 @@ def test_pixels_that_the_graph_normalises_come_as_it_wants_them(first: str, tmp_
         assert len(said) == (first not in ("Sub next to nothing", "Conv"))
 
 
+def test_scores_that_quantisation_left_nothing_are_told(tmp_path: Path) -> None:
+    """One scale for boxes and scores: 640 / 255 a step, which no score reaches half of."""
+    export = EXPORTS["Ultralytics v8, 11"]
+    rounded = replace(export, outputs=lambda b: {n: 2.5 * np.rint(a / 2.5) for n, a in export.outputs(b).items()})
+    with opened(rounded, write(rounded, tmp_path / "m.onnx")) as predictor:
+        assert any("exactly 0: where the file is quantised" in note for note in predictor.facts["notes"])
+    with opened(export, write(export, tmp_path / "m.onnx")) as predictor:
+        assert not any("exactly 0" in note for note in predictor.facts["notes"])
+
+
+def test_the_precision_is_of_the_weights(tmp_path: Path) -> None:
+    """Files quantised by others keep their inputs in fp32, as half ones that keep their types do."""
+    export = EXPORTS["Ultralytics v8, 11"]
+    model = onnx.load(str(write(export, tmp_path / "m.onnx")))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((64, 64, 3, 3), np.int8), "weights"))
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    with opened(export, tmp_path / "m.onnx") as predictor:
+        assert predictor.describe()["precision"] == "int8"
+    with opened(export, write(export, tmp_path / "m.onnx")) as predictor:
+        assert predictor.describe()["precision"] == "fp32"
+
+
 def halved_inside(export: Export, path: Path) -> Path:
     """The file, taking pictures twice as large, which its graph first brings to its own size."""
     image, (kind, shape) = next(iter(export.inputs.items()))

@@ -13,7 +13,7 @@ from edgekd.artifact import is_onnx
 from edgekd.bench.layers import graph_layers, inferred, stored_shapes
 from edgekd.errors import ArtifactError, EdgeKDError
 from edgekd.runtimes.engine_file import ENGINE_SUFFIXES, read_engine_manifest
-from edgekd.runtimes.model_files import external_files, sha256_model
+from edgekd.runtimes.model_files import external_files, sha256_model, weights_precision
 
 CountedFrom = Literal["detector", "graph"]
 
@@ -67,7 +67,7 @@ def describe_artifact(path: Path, input_hw: tuple[int, int] | None = None) -> Ar
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     size = file.stat().st_size + sum(part.stat().st_size for part in external_files(file, model))
     counts = _spec_counts(metadata) or _graph_counts(model, input_hw)
-    precision = metadata.get("edgekd.precision") or _graph_precision(model)
+    precision = metadata.get("edgekd.precision") or weights_precision(model)
     return ArtifactFacts(file, sha256, size, precision, *counts)
 
 
@@ -137,15 +137,3 @@ def _graph_counts(model: Any, input_hw: tuple[int, int] | None) -> _Counts:
     macs = [layer.macs for layer in graph_layers(graph)]
     total = None if None in macs else sum(count for count in macs if count is not None)
     return sum(learnt.values()) or None, total or None, "graph"
-
-
-def _graph_precision(model: Any) -> str:
-    """The type of most weights: "int8", "fp16" or "fp32"."""
-    import onnx
-
-    names = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8", onnx.TensorProto.FLOAT16: "fp16"}
-    volumes = {"fp32": 0, "fp16": 0, "int8": 0}
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT or tensor.data_type in names:
-            volumes[names.get(tensor.data_type, "fp32")] += prod(tensor.dims)
-    return max(volumes, key=lambda name: volumes[name])

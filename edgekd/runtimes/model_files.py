@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def sha256_model(file: Path) -> str:
     if not parts:
         return sha256_file(file)
     return hashlib.sha256("".join(sha256_file(part) for part in (file, *parts)).encode()).hexdigest()
+
+
+def weights_precision(model: Any) -> str:
+    """The type of most weights of an ONNX `ModelProto`: "int8", "fp16" or "fp32", whatever type its inputs have."""
+    import onnx
+
+    names = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8", onnx.TensorProto.FLOAT16: "fp16"}
+    volumes = {"fp32": 0, "fp16": 0, "int8": 0}
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT or tensor.data_type in names:
+            volumes[names.get(tensor.data_type, "fp32")] += prod(tensor.dims)
+    return max(volumes, key=lambda name: volumes[name])
 
 
 def may_be_foreign(path: Path) -> bool:

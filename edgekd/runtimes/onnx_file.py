@@ -25,6 +25,7 @@ from edgekd.runtimes.customs import BYTES, ONE, ZERO, Custom, custom_of
 from edgekd.runtimes.first_nodes import PixelRange, beginning_of
 from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.inner_picture import in_its_frame
+from edgekd.runtimes.model_files import weights_precision
 from edgekd.runtimes.onnx_session import OnnxRuntime
 from edgekd.runtimes.ort import OrtRuntime, with_extra_outputs
 from edgekd.runtimes.output_format import OutputFormat
@@ -47,6 +48,10 @@ _FOREIGN_KEYS = (
     "score_activation",
     "background",
     "anchors",
+)
+_ALL_ZERO = (
+    "every score of the probe picture is exactly 0: where the file is quantised, boxes and scores may share one tensor's "
+    "scale, which leaves the latter nothing; quantise it without the operators behind the last convolutions"
 )
 
 
@@ -224,16 +229,18 @@ def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str],
     found = in_its_frame(own, input_hw, inner_hw, recognised)
     if lacks_batch_axis(found.form, own):
         runtime.one_at_a_time()
-    a_row_a_cell = grid_cells(inner_hw, _candidates(path, own, found.form, input_hw)) is not None
+    scores = _raw_scores(path, own, found.form, input_hw)
+    a_row_a_cell = grid_cells(inner_hw, len(scores)) is not None
     custom = custom_of(found.form, inputs, metadata, a_row_a_cell=a_row_a_cell, sliced=beginning.sliced)
     base = custom.preprocess(input_hw, beginning, runtime.takes_bytes)
     preprocess = _declared_preprocess(base, input_hw, declared)
     notes = (
         *found.notes,
+        *([_ALL_ZERO] if scores.size and not scores.any() else []),
         *_idle(found.form, declared),
         *_preprocess_notes(custom, preprocess, beginning.pixels, runtime, declared),
     )
-    facts = {"path": str(path), "precision": _precision(runtime), "notes": notes}
+    facts = {"path": str(path), "precision": _precision(path, runtime), "notes": notes}
     grids = _tap_grids(path, arrays, taps)
     return OnnxDetector(runtime, found.class_names, preprocess, found.form, facts, grids)
 
@@ -252,16 +259,18 @@ def _first_image(array: NDArray[Any], batch: int) -> NDArray[Any]:
     return array if whole else array[:1]
 
 
-def _candidates(path: Path, arrays: Mapping[str, NDArray[Any]], form: OutputFormat, input_hw: tuple[int, int]) -> int:
-    """How many candidates a raw head gives; 0 of finished detections, which are not read before there are any.
+def _raw_scores(
+    path: Path, arrays: Mapping[str, NDArray[Any]], form: OutputFormat, input_hw: tuple[int, int]
+) -> NDArray[Any]:
+    """(P, K) scores of a raw head's candidates; (0, 0) of finished detections, which are not read before there are any.
 
     Raises:
         UserError: the outputs are not what was recognised or declared.
     """
     if form.kind == "detections":
-        return 0
+        return np.zeros((0, 0), np.float32)
     try:
-        return len(decode(arrays, form, input_hw)[0])
+        return decode(arrays, form, input_hw)[1]
     except RuntimeFailure as error:
         raise UserError(
             f"{path}: its outputs cannot be read as {form.kind} with boxes as {form.box_format}",
@@ -348,8 +357,14 @@ def _declared_preprocess(base: PreprocessSpec, input_hw: tuple[int, int], declar
     )
 
 
-def _precision(runtime: OnnxRuntime) -> str:
-    return "fp16" if any(info.type == "tensor(float16)" for info in runtime.inputs) else "fp32"
+def _precision(path: Path, runtime: OnnxRuntime) -> str:
+    """Of most weights; without onnx, which reads them, what the inputs tell."""
+    try:
+        import onnx
+
+        return weights_precision(onnx.load(str(path), load_external_data=False))
+    except Exception:  # the session has read the file all the same
+        return "fp16" if any(info.type == "tensor(float16)" for info in runtime.inputs) else "fp32"
 
 
 def names_in_metadata(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
