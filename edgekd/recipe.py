@@ -208,6 +208,7 @@ AnchorFamily = Literal[
     "yolov5",
     "yolov7",
     "yolov7-tiny",
+    "retinaface",
 ]
 """Published raw heads with anchors; how each is decoded stands in `runtimes.anchored.ANCHOR_SETS`."""
 AnchorSizes = tuple[tuple[float, float], ...]
@@ -255,9 +256,9 @@ class OnnxTeacher(_Section):
         AnchorFamily | AnchorSizes | Annotated[dict[AnchorFamily, AnchorSizes], AfterValidator(_one_family)] | None
     ) = Field(
         None,
-        description="Of a raw head in levels: a published set; or its own, (width, height) in input pixels, fine to coarse, "
-        "under the name of the set that it is decoded like: {yolov4-tiny: [[23, 27], ...]}. A bare list is decoded as "
-        "YOLOv5's.",
+        description="Of a raw head whose boxes are coded by anchors: a published set; or its own, (width, height) in input "
+        "pixels, fine to coarse, under the name of the set that it is decoded like: {yolov4-tiny: [[23, 27], ...]}. A bare "
+        "list is decoded as YOLOv5's.",
     )
     taps: dict[str, str] | Literal["auto"] = Field(
         default_factory=dict,

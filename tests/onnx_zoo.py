@@ -32,6 +32,7 @@ CELLS = 126  # of strides 8, 16, 32 in 64 x 96
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 BYTES = ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+CAFFE = ((104 / 255, 117 / 255, 123 / 255), (1 / 255, 1 / 255, 1 / 255))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NANODET = ((0.406, 0.456, 0.485), (0.225, 0.224, 0.229))
 Arrays = dict[str, np.ndarray]
@@ -310,6 +311,26 @@ def anchored(
     return {name: turned(grid).astype(np.float32) for name, grid in zip("abc", grids, strict=True)}
 
 
+def retinaface(boxes: np.ndarray, own: tuple[tuple[int, int], ...] = ()) -> Arrays:
+    """RetinaFace in PyTorch: offsets from two priors a cell, face or not, and five landmarks, all in rows."""
+    cells = grid_cells(INPUT_HW, CELLS)
+    assert cells is not None
+    sizes = np.array(own or ANCHOR_SETS["retinaface"].sizes, np.float32).reshape(3, 2, 2)
+    rng = np.random.default_rng(0)
+    offsets = rng.normal(0, 2, (2 * CELLS, 4)).astype(np.float32)
+    scores = rng.uniform(1e-5, 5e-4, 2 * CELLS).astype(np.float32)
+    for box, score in zip(cxcywh_from_xyxy(boxes), SCORES, strict=True):
+        place = int(np.flatnonzero((cells[:, 2] == 16) & (cells[:, :2] == box[:2] // 16).all(1))[0])
+        middle, prior = (cells[place, :2] + 0.5) * 16, sizes[1, 1]
+        offsets[2 * place + 1] = *(box[:2] - middle) / (0.1 * prior), *np.log(box[2:] / prior) / 0.2
+        scores[2 * place + 1] = score
+    return {
+        "loc": offsets[None],
+        "conf": np.stack([1 - scores, scores], 1)[None],
+        "landms": rng.normal(0, 2, (1, 2 * CELLS, 10)).astype(np.float32),
+    }
+
+
 def _one_class(boxes: np.ndarray, further: int = 0) -> np.ndarray:
     corners, scores = candidates(boxes, 1, labels=ONE_CLASS)
     rest = np.random.default_rng(1).normal(20, 30, (CELLS, further))
@@ -373,6 +394,7 @@ def _picodet(boxes: np.ndarray) -> Arrays:
 
 
 PERSON = ("person",)
+OWN_PRIORS = ((24, 24), (48, 48), (96, 96), (192, 192), (384, 384), (768, 768))
 OWN_ANCHORS = ((8, 9), (15, 11), (20, 24), (28, 40), (45, 30), (50, 52), (70, 60), (80, 64), (96, 64))
 PROTOTYPES = np.zeros((1, 32, 16, 24), np.float32)
 BY_ID = np.array([COCO_BY_ID.index(name) for name in ("cow", "cat", "dog")])
@@ -709,6 +731,17 @@ EXPORTS: dict[str, Export] = {
         partial(anchored, which="yolov4", own=OWN_ANCHORS),
         declared={"class_names": NAMES, "anchors": {"yolov4": OWN_ANCHORS}},
     ),
+    **{
+        f"RetinaFace in PyTorch, {which}": Export(
+            partial(retinaface, own=own),
+            "letterbox",
+            CAFFE,
+            "bgr",
+            declared={"class_names": PERSON, "anchors": {"retinaface": own} if own else "retinaface"},
+            names=PERSON,
+        )
+        for which, own in (("as published", ()), ("priors of its own", OWN_PRIORS))
+    },
     "raw yolov5 for RKNN": Export(
         partial(anchored, which="yolov5", squashed=True), declared={"class_names": NAMES, "anchors": "yolov5"}
     ),

@@ -284,6 +284,8 @@ NOISE = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
 THREE_A_CELL = np.tile(YOLOV5[:, :126], (1, 3, 1))
 MANY_CLASSES = np.concatenate([CENTRES[:126], truth(31, 126)[1]], 1)[None]
 ONE_BOX = np.array([[[20, 20, 40, 40]]], np.float32)
+CODED = np.random.default_rng(0).normal(0, 2, (1, 252, 4)).astype(np.float32)
+FACES = {"loc": CODED, "conf": np.tile(np.array([0.99, 0.01], np.float32), (1, 252, 1))}
 UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
     "no names": ({"o": YOLO}, None, {}, r"in label order: 3 of them, or 2 if"),
     "no names for a head in levels": (
@@ -300,6 +302,19 @@ UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
         NAMES,
         {},
         "name that one among the classes",
+    ),
+    "offsets from priors": (FACES, ("face",), {}, "declare `anchors: retinaface`"),
+    "priors that are not as many": (
+        FACES,
+        ("face",),
+        {"anchors": {"retinaface": ((16, 16), (32, 32), (64, 64))}},
+        "252 boxes are not those of 3 priors",
+    ),
+    "priors of rows for maps": (
+        {name: np.zeros((1, 16, 8 >> n, 12 >> n), np.float32) for n, name in enumerate("abc")},
+        NAMES,
+        {"anchors": "retinaface"},
+        "stand in maps",
     ),
     "both readings of boxes": ({"boxes": ONE_BOX, "s": SCORES[None, :1]}, NAMES, {}, "box_format"),
     "offsets that are not decoded": (

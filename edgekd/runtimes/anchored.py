@@ -1,4 +1,4 @@
-"""Raw heads with anchors: maps in levels whose boxes are coded relative to anchors, which no ONNX file says."""
+"""Raw heads with anchors: maps in levels, or rows, whose boxes are coded relative to anchors, which no ONNX file says."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgekd.boxes import xyxy_from_cxcywh
+from edgekd.runtimes.grids import grid_cells
 from edgekd.types import Array, FloatArray
 
 MOST_ANCHORS = 9
+PRIOR_VARIANCES = (0.1, 0.2)
+"""Of SSD's coding, Liu et al. 2016 (arXiv 1512.02325), as its authors' code scales centres and extents."""
 CELL = 32
 """Pixels that YOLOv2's configurations have their anchors in."""
 
@@ -25,16 +28,22 @@ class AnchorSet:
             exponentials, as in YOLOv2 to v4.
         centre_scales: YOLOv4's factor on the centre's sigmoid, a level; empty for 1.
         softmax: class scores are of a softmax, as YOLOv2's.
+        in_rows: boxes stand in rows beside their scores, all anchors of a cell after each other, coded as SSD's are.
     """
 
     sizes: tuple[float, ...]
     squared: bool
     centre_scales: tuple[float, ...] = ()
     softmax: bool = False
+    in_rows: bool = False
 
 
 def _from_cells(*sizes: float) -> tuple[float, ...]:
     return tuple(CELL * size for size in sizes)
+
+
+def _squares(*sides: float) -> tuple[float, ...]:
+    return tuple(side for side in sides for _ in "wh")
 
 
 _V3 = (10, 13, 16, 30, 33, 23, 30, 61, 62, 45, 59, 119, 116, 90, 156, 198, 373, 326)
@@ -55,8 +64,12 @@ ANCHOR_SETS: dict[str, AnchorSet] = {
     "yolov5": AnchorSet(_V3, squared=True),
     "yolov7": AnchorSet(_V4, squared=True),
     "yolov7-tiny": AnchorSet(_V3, squared=True),
+    "retinaface": AnchorSet(_squares(16, 32, 64, 128, 256, 512), squared=False, in_rows=True),
 }
-"""Of the authors' own configurations, fine to coarse: three levels, two of the tiny ones of v3 and v4, one of v2."""
+"""Of the authors' own configurations, fine to coarse: three levels, two of the tiny ones of v3 and v4, one of v2. RetinaFace's
+are those of its PyTorch version (Deng et al. 2019, arXiv 1905.00641), two a cell at strides 8, 16 and 32."""
+OF_MAPS = ", ".join(name for name, anchors in ANCHOR_SETS.items() if not anchors.in_rows)
+"""The sets that maps may be decoded with, in words."""
 
 
 def grid_of(shape: Sequence[int], values: int, input_hw: tuple[int, int]) -> tuple[int, int, int] | None:
@@ -122,6 +135,44 @@ def decoded(raw: FloatArray, places: FloatArray, anchors: AnchorSet, levels: int
     else:
         extent = np.exp(np.minimum(raw[:, 2:], 20.0)) * sizes[index]
     return xyxy_from_cxcywh(np.concatenate([centre, extent], 1))
+
+
+def prior_cells(rows: int, anchors: int, input_hw: tuple[int, int]) -> FloatArray | None:
+    """(P, 3) x, y and stride of every cell, if so many rows are those of grids with an equal share of the anchors in each.
+
+    Args:
+        anchors: how many there are over all levels.
+    """
+    for levels in range(1, anchors + 1):
+        if anchors % levels == 0 and rows % (anchors // levels) == 0:
+            cells = grid_cells(input_hw, rows // (anchors // levels))
+            if cells is not None and len(np.unique(cells[:, 2])) == levels:
+                return cells
+    return None
+
+
+def from_priors(offsets: FloatArray, sizes: Sequence[float], input_hw: tuple[int, int]) -> FloatArray:
+    """(P, 4) SSD's offsets from priors to corners in input pixels.
+
+    Args:
+        offsets: of the centre in tenths of the prior, and logarithms of the extent in fifths, cell by cell, all priors of a
+            cell after each other.
+        sizes: width and height of each prior in input pixels, flat, fine to coarse.
+
+    Raises:
+        ValueError: there are not as many rows as the priors have.
+    """
+    shapes = np.array(sizes, np.float32).reshape(-1, 2)
+    cells = prior_cells(len(offsets), len(shapes), input_hw)
+    if cells is None:
+        raise ValueError(f"{len(offsets)} rows are not those of {len(shapes)} priors")
+    levels = np.unique(cells[:, 2], return_inverse=True)[1].reshape(-1)
+    each = len(offsets) // len(cells)
+    index = (levels[:, None] * each + np.arange(each)).reshape(-1)
+    middles = np.repeat((cells[:, :2] + 0.5) * cells[:, 2:], each, 0)
+    centre = middles + PRIOR_VARIANCES[0] * offsets[:, :2] * shapes[index]
+    extent = np.exp(np.minimum(PRIOR_VARIANCES[1] * offsets[:, 2:], 20.0)) * shapes[index]
+    return xyxy_from_cxcywh(np.asarray(np.concatenate([centre, extent], 1), np.float32))
 
 
 def _sigmoid(values: FloatArray) -> FloatArray:

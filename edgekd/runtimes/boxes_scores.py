@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.heads import activation_of
-from edgekd.runtimes.output_format import Activation, Background, OutputFormat
+from edgekd.runtimes.anchored import prior_cells
+from edgekd.runtimes.grids import grid_cells
+from edgekd.runtimes.heads import activation_of, declared_anchors
+from edgekd.runtimes.output_format import Activation, Background, BoxFormat, OutputFormat
 from edgekd.runtimes.outputs import Arrays, activate, item_of, paired
 from edgekd.runtimes.probe import (
     BOX_WORDS,
@@ -67,14 +69,56 @@ def boxes_scores(
             f"declare {columns} class names, or {columns - 1} with `background: first` or `last`; a column that is never used "
             "needs a name, too",
         )
-    box_format = box_format_of(probe, boxes, declared, usual=None)
+    priors = _priors(probe, boxes, declared)
+    box_format: BoxFormat = "grid-priors" if priors else box_format_of(probe, boxes, declared, usual=None)
     if declared.box_format == "auto" and any("yolonms" in name for name in probe.arrays):
         box_format = "yxyx"  # Keras YOLOv3, of the ONNX model zoo
     form = OutputFormat(
-        "boxes-scores", (box_name, score_name), len(class_names), box_format, activation, background, channels_first
+        "boxes-scores",
+        (box_name, score_name),
+        len(class_names),
+        box_format,
+        activation,
+        background,
+        channels_first,
+        anchors=priors,
     )
     found = f"outputs recognised as boxes ({box_format}) and scores (activation {activation}, background {background})"
     return Recognised(form, class_names, (found, *notes))
+
+
+def _priors(probe: Probe, boxes: FloatArray, declared: OnnxTeacher) -> tuple[float, ...]:
+    """The declared priors that boxes are coded by; empty where they are decoded.
+
+    Raises:
+        UserError: there are not as many boxes as the priors have; or they look coded, and no priors are declared.
+    """
+    anchors = None if declared.anchors is None else declared_anchors(declared.anchors)
+    if anchors is None or not anchors.in_rows:
+        if declared.box_format == "auto" and _look_coded(probe, boxes):
+            raise probe.unclear(
+                "the boxes are neither corners nor centre with extent: they look like offsets from priors, two a cell",
+                "declare `anchors: retinaface` if it is one, or its priors, fine to coarse: `anchors: {retinaface: [[24, 24], "
+                "[48, 48], ...]}`; or export the detector with decoded boxes",
+            )
+        return ()
+    count = len(anchors.sizes) // 2
+    if prior_cells(len(boxes), count, probe.input_hw) is None:
+        raise probe.unclear(
+            f"{len(boxes)} boxes are not those of {count} priors, an equal share in each cell of every level",
+            "declare the priors of each level, fine to coarse, in input pixels: `anchors: {retinaface: [[16, 16], ...]}`",
+        )
+    return anchors.sizes
+
+
+def _look_coded(probe: Probe, boxes: FloatArray) -> bool:
+    """Whether boxes are about 0, and two for every cell of the usual grids."""
+    two_a_cell = len(boxes) % 2 == 0 and grid_cells(probe.input_hw, len(boxes) // 2) is not None
+    return (
+        two_a_cell
+        and bool((boxes[:, 2:] < 0).any(1).mean() > 0.1)
+        and bool((boxes[:, 2:] < boxes[:, :2]).any(1).mean() > 0.1)
+    )
 
 
 def tables_of(probe: Probe, pair: tuple[str, str, bool]) -> tuple[FloatArray, FloatArray]:

@@ -18,6 +18,7 @@ ONE: Triple = (1.0, 1.0, 1.0)
 BYTES: Triple = (1 / 255, 1 / 255, 1 / 255)
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 BGR_IMAGENET: tuple[Triple, Triple] = ((0.406, 0.456, 0.485), (0.225, 0.224, 0.229))
+CAFFE: tuple[Triple, Triple] = ((104 / 255, 117 / 255, 123 / 255), BYTES)
 HALVES: tuple[Triple, Triple] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -75,6 +76,8 @@ def custom_of(
         return Custom("YOLOX", "letterbox-corner", (ZERO, BYTES), "bgr")
     if form.box_format == "grid-distances-corner" or any("pred_stride" in name for name in outputs):
         return Custom("NanoDet", "stretch", BGR_IMAGENET, "bgr")
+    if form.box_format == "grid-priors":
+        return Custom("RetinaFace", "letterbox", CAFFE, "bgr")
     if form.kind == "boxes-scores" and form.box_format == "grid-distances" and not form.channels_first:
         return Custom("PicoDet", "stretch", IMAGENET)  # NanoDet's like tables are named by their stride
     if outputs == {"dets", "labels"}:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.recipe import AnchorFamily, AnchorSizes, OnnxTeacher
-from edgekd.runtimes.anchored import ANCHOR_SETS, CELL, AnchorSet, candidates_of, grid_of
+from edgekd.runtimes.anchored import ANCHOR_SETS, CELL, OF_MAPS, AnchorSet, candidates_of, grid_of
 from edgekd.runtimes.grids import grid_cells, is_map
 from edgekd.runtimes.output_format import Activation, BoxFormat, OutputFormat, OutputKind
 from edgekd.runtimes.outputs import item_of, table_of
@@ -279,11 +279,16 @@ def _anchored(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None
     if declared.anchors is None:
         raise probe.unclear(
             f"a raw head with {total} anchors, which the file does not say",
-            f"declare `anchors`, one of {', '.join(ANCHOR_SETS)}, or its own under the name of the one that it is decoded "
+            f"declare `anchors`, one of {OF_MAPS}, or its own under the name of the one that it is decoded "
             "like: `anchors: {yolov4-tiny: [[23, 27], ...]}`; or export it with decoded boxes: YOLOv5's export.py does, "
             "YOLOv7's with --grid",
         )
-    anchors = _declared_anchors(declared.anchors)
+    anchors = declared_anchors(declared.anchors)
+    if anchors.in_rows:
+        raise probe.unclear(
+            "anchors of boxes in rows are declared, and these stand in maps",
+            f"declare `anchors` that maps are decoded with: {OF_MAPS}",
+        )
     if len(anchors.sizes) != 2 * total:
         raise probe.unclear(
             f"{len(anchors.sizes) // 2} anchors for maps of {total}",
@@ -320,7 +325,7 @@ def _anchored(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None
     return Recognised(form, class_names, (found, *notes))
 
 
-def _declared_anchors(declared: AnchorFamily | AnchorSizes | Mapping[AnchorFamily, AnchorSizes]) -> AnchorSet:
+def declared_anchors(declared: AnchorFamily | AnchorSizes | Mapping[AnchorFamily, AnchorSizes]) -> AnchorSet:
     """A published set, or sizes of one's own decoded like one."""
     if isinstance(declared, str):
         return ANCHOR_SETS[declared]

@@ -286,7 +286,7 @@ def _idle(form: OutputFormat, declared: OnnxTeacher) -> list[str]:
         notes.append(
             f"declared background: {declared.background}: not used, a head in one array has it among its classes"
         )
-    if declared.anchors is not None and form.box_format != "grid-anchors":
+    if declared.anchors is not None and form.box_format not in ("grid-anchors", "grid-priors"):
         notes.append("declared anchors: not used, the boxes are decoded already or have none")
     return notes
 

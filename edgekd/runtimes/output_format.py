@@ -20,6 +20,7 @@ BoxFormat = Literal[
     "grid-distances",
     "grid-distances-corner",
     "grid-anchors",
+    "grid-priors",
 ]
 Activation = Literal["none", "sigmoid", "softmax"]
 Background = Literal["none", "first", "last"]
@@ -41,7 +42,8 @@ class OutputFormat:
         box_format: coding of the boxes; "xywh" has the upper left corner and the extent, as COCO's; "normalised" means
             shares of the input's width and height; "rotated" ones have an angle in the last column and count as the
             upright box around them; "grid-..." is undecoded: "offsets" YOLOX's, "distances" YOLOv8's,
-            "distances-corner" NanoDet-Plus's (`runtimes.grids`), "anchors" in maps (`runtimes.anchored`).
+            "distances-corner" NanoDet-Plus's (`runtimes.grids`), "anchors" in maps and "priors" in rows
+            (`runtimes.anchored`).
         activation: what turns the scores into probabilities.
         background: where a score column for "no object" stands; in "detections", "first" means labels start at 1.
         channels_first: values run along the second to last axis, candidates along the last.
@@ -53,7 +55,7 @@ class OutputFormat:
         extra: "yolo": values after the scores that are neither (mask coefficients, keypoints, an angle).
         boxes_last: "yolo": the scores stand before the boxes.
         overlapping: "detections" to which no NMS has been applied yet.
-        anchors: "grid-anchors": width and height of each in input pixels, flat, fine to coarse.
+        anchors: "grid-anchors", "grid-priors": width and height of each in input pixels, flat, fine to coarse.
         anchors_squared, centre_scales: how they are used, see `runtimes.anchored.AnchorSet`.
         frame_hw: height and width of the picture that boxes are of, where the graph itself resizes it; empty for the
             input's.

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgekd.boxes import xyxy_from_cxcywh
 from edgekd.errors import ArtifactError, RuntimeFailure
-from edgekd.runtimes.anchored import AnchorSet, candidates_of, decoded
+from edgekd.runtimes.anchored import AnchorSet, candidates_of, decoded, from_priors
 from edgekd.runtimes.grids import from_distances, from_offsets
 from edgekd.runtimes.output_format import NORMALISED_BELOW, Activation, BoxFormat, OutputFormat
 from edgekd.runtimes.rows import HIGHEST_SCORE, layout_of
@@ -46,7 +46,11 @@ def decode(
             boxes, scores = _read_anchored(outputs, form, item, input_hw)
         else:
             boxes, scores = _READERS[form.kind](outputs, form, item)
-            boxes = _to_pixels(np.asarray(boxes, np.float32), _box_format(boxes, form), input_hw)
+            boxes = np.asarray(boxes, np.float32)
+            if form.box_format == "grid-priors":
+                boxes = from_priors(boxes, form.anchors, input_hw)
+            else:
+                boxes = _to_pixels(boxes, _box_format(boxes, form), input_hw)
     except (KeyError, IndexError, ValueError) as error:
         raise RuntimeFailure(
             "a detector's outputs are not what its output format says",
