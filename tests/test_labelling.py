@@ -15,6 +15,7 @@ from edgekd.data.check import check_dataset
 from edgekd.errors import RuntimeFailure
 from edgekd.workspace import doubts_about
 from tests.data_layouts import picture
+from tests.onnx_zoo import EXPORTS, write
 from tests.toy_onnx import write_constant_detector
 
 
@@ -82,6 +83,22 @@ def test_a_folder_and_its_teachers_need_no_recipe(
     dataset = read_dataset(photos, "val")
     assert dataset.class_names == ("dog", "eel")
     assert dataset.by_teachers
+
+
+def test_what_a_file_leaves_open_stands_in_a_recipe(tmp_path: Path, photos: Path) -> None:
+    """--classes says here what to find, so it cannot be the names that an ONNX file lacks."""
+    file = write(EXPORTS["YOLOX"], tmp_path / "m.onnx")
+    told = CliRunner().invoke(app, ["data", "label", str(photos), "--teacher", str(file), "--classes", "cat,dog,cow"])
+    assert told.exit_code == 2
+    assert "no class names in the file" in told.stderr
+    assert "from a recipe in place of the folder" in told.stderr
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f'name: label\ndata: {{root: "{photos}", classes: [cat]}}\nstudent: {{model: mobilenetv2-ssd-lite}}\n'
+        f"teachers: [{{name: one, onnx: {file}, class_names: [cat, dog, cow]}}]\n",
+        encoding="utf-8",
+    )
+    assert CliRunner().invoke(app, ["data", "label", str(recipe)]).exit_code == 0
 
 
 def test_the_score_is_a_bound(tmp_path: Path, photos: Path, checkpoint: Path) -> None:

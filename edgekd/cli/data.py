@@ -13,6 +13,10 @@ from edgekd.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from edgekd.data.check import CheckReport
+_IN_A_RECIPE = (
+    "`data label` takes it from a recipe in place of the folder: name: label; data: {root: DIR, classes: [...]}; student: "
+    "{model: mobilenetv2-ssd-lite}, which it does not look at; teachers: [{name: one, onnx: FILE, class_names: [...]}]"
+)
 
 app = typer.Typer(no_args_is_help=True, help="Make, check, convert and fetch data sets.")
 
@@ -218,10 +222,18 @@ def label(
         refuse_idle(context, {"a folder of images": {"teacher", "classes"}})
         checked = load_recipe(source, session.overrides, needs=("data", "teachers"))
     terminal = Terminal(session.quiet)
-    with terminal.counting("images") as progress:
-        report = label_images(
-            checked, score=score, device=session.device or "auto", progress=progress, note=terminal.note
-        )
+    try:
+        with terminal.counting("images") as progress:
+            report = label_images(
+                checked, score=score, device=session.device or "auto", progress=progress, note=terminal.note
+            )
+    except UserError as error:
+        if not (teacher and "declare" in (error.fix or "")):
+            raise
+        # --classes says here what to find, and nothing of a file
+        raise UserError(
+            error.what, got=error.got, expected=error.expected, fix=f"{error.fix}. {_IN_A_RECIPE}"
+        ) from error
     for path, reason in report.failures.items():
         terminal.warn(f"left out: {reason if path in reason else f'{path}: {reason}'}")
     if report.unknown:
