@@ -255,7 +255,8 @@ def levels(probe: Probe, declared: OnnxTeacher, names: tuple[str, ...] | None) -
     if found is None and maps:
         raise probe.unclear(
             "feature maps of a head whose coding of boxes the file does not say",
-            "export the detector with decoded boxes and class scores",
+            "export the detector with decoded boxes and class scores; as a teacher it can also be a `module` that decodes them "
+            "(docs/teachers.md)",
         )
     return found
 
