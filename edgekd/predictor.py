@@ -347,6 +347,7 @@ def _engine_predictor(path: Path, selection: Selection, cuda_graph: bool) -> Pre
     facts = {
         "path": str(path),
         "precision": manifest.precision,
+        "thresholds": manifest.thresholds,
         "notes": (f"an engine of TensorRT {manifest.tensorrt}, buffers by {runtime.backend}",),
     }
     return Predictor(

@@ -310,6 +310,24 @@ def test_int8_that_tensorrt_refuses_is_refused_before_it_is_asked(
     assert fake._builds == 0
 
 
+def test_an_engine_keeps_what_its_source_was_measured_with(machine: Machine, tmp_path: Path) -> None:
+    machine()
+    source, out = ours(moving_detector(), tmp_path / "student.onnx"), tmp_path / "student.engine"
+    thresholds = {"score_threshold": 0.01, "nms_iou": 0.55, "max_detections": 50, "box_voting": 0.8}
+    model = onnx.load(source)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "edgekd.thresholds", json.dumps(thresholds)
+    onnx.save(model, source)
+    assert export_engine(source, out).manifest.thresholds == thresholds
+    with load_predictor(out) as engine, load_predictor(source) as plain:
+        assert engine.own_selection() == plain.own_selection() == {k: thresholds[k] for k in list(thresholds)[1:]}
+    written = json.loads(manifest_path(out).read_text(encoding="utf-8"))
+    del written["thresholds"]  # as engines were before they kept them
+    manifest_path(out).write_text(json.dumps(written), encoding="utf-8")
+    with load_predictor(out) as engine:
+        assert engine.own_selection() == {}
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_dynamic_batch_with_a_profile_and_graphs_captured_anew(machine: Machine, tmp_path: Path, version: str) -> None:
     fake = machine(version)

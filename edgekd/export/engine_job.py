@@ -83,7 +83,6 @@ def export_engine(
     precision: Precision = "fp32",
     config: ExportConfig | None = None,
     options: EngineOptions | None = None,
-    thresholds: Selection | None = None,
     data: ExportData | None = None,
     say: Callable[[str], None] | None = None,
     buffers: Buffers | None = None,
@@ -107,19 +106,17 @@ def export_engine(
         raise UserError("an engine goes to an .engine file", got=out, expected="a name such as student.engine")
     require_file(out)
     config, options = config or ExportConfig(), options or EngineOptions()
-    thresholds, say = thresholds or Selection(), say or (lambda _: None)
+    say = say or (lambda _: None)
     device_memory = buffers or open_buffers()
     try:
         with tempfile.TemporaryDirectory(prefix="edgekd-engine-") as folder:
-            file, reports, notes = _as_onnx(source, Path(folder), precision, config, options, thresholds, data, say)
+            file, reports, notes = _as_onnx(source, Path(folder), precision, config, options, data, say)
             model = _read(file, precision)
         say(f"building for {device_memory.device.name}; this takes minutes at a high optimisation level")
         with device_memory.active():
             built = build_engine(model.proto, options, device_memory.device)
         manifest = _manifest(source, out, model, precision, built, options, device_memory)
-        return _compare_and_write(
-            out, model, built, manifest, thresholds, data, config, device_memory, (reports, notes), say
-        )
+        return _compare_and_write(out, model, built, manifest, data, config, device_memory, (reports, notes), say)
     finally:
         if buffers is None:
             device_memory.close()
@@ -131,7 +128,6 @@ def _as_onnx(
     precision: Precision,
     config: ExportConfig,
     options: EngineOptions,
-    thresholds: Selection,
     data: ExportData | None,
     say: Callable[[str], None],
 ) -> tuple[Path, tuple[ParityReport, ...], tuple[str, ...]]:
@@ -146,7 +142,7 @@ def _as_onnx(
     changed = {"target": "tensorrt", "nms": False, "dynamic_batch": open_batch}
     config = config.model_copy(update=changed)
     file = folder / "model.onnx"
-    result = export_run(source, file, precision=precision, config=config, thresholds=thresholds, data=data, say=say)
+    result = export_run(source, file, precision=precision, config=config, data=data, say=say)
     return file, result.parity, result.notes
 
 
@@ -250,6 +246,7 @@ def _manifest(
             "onnx": None if provenance is None else json.loads(provenance),
         },
         rebuild=_rebuild(source, out, precision, options),
+        thresholds=json.loads(metadata.get("edgekd.thresholds", "{}")),
     )
 
 
@@ -298,7 +295,6 @@ def _compare_and_write(
     model: _Model,
     built: BuiltEngine,
     manifest: EngineManifest,
-    thresholds: Selection,
     data: ExportData | None,
     config: ExportConfig,
     buffers: Buffers,
@@ -316,6 +312,7 @@ def _compare_and_write(
             say("comparing the engine with its ONNX")
             with TensorRTRuntime(trial, buffers=buffers) as runtime:
                 dataset = None if data is None else data.for_parity
+                thresholds = Selection(**manifest.thresholds)
                 report, more = compare_engine(runtime, model.proto, dataset, thresholds, config.map_budget)
             report.check()
             reports.append(report)

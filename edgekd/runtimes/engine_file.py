@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class EngineManifest:
         class_names, preprocess, form: as `Predictor` takes them; `model`: the detector's name, None if foreign.
         spec: the native detector's spec, where there is one. parity: what the engine was compared with.
         rebuild: the command that builds it again.
+        thresholds: what the detector was measured with, as `Selection` has it; empty where its source does not say.
     """
 
     plan_sha256: str
@@ -70,6 +71,7 @@ class EngineManifest:
     parity: Mapping[str, Any] | None
     provenance: Mapping[str, Any]
     rebuild: str
+    thresholds: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def output_format(self) -> OutputFormat:
@@ -126,6 +128,7 @@ def read_engine_manifest(engine: Path) -> EngineManifest:
     try:
         if data["schema"] != SCHEMA:
             raise ArtifactError(f"{path}: written by another version of edgekd", got=data["schema"], expected=SCHEMA)
+        data.setdefault("thresholds", {})  # engines built before they were kept
         manifest = EngineManifest(**{entry.name: _as_tuple(data[entry.name]) for entry in fields(EngineManifest)})
         _ = manifest.output_format, manifest.preprocess_spec
     except (KeyError, TypeError, ValueError) as error:
