@@ -96,6 +96,11 @@ def second(**changes: object) -> Spoil:
     return edit(lambda data: data["annotations"][1].update(changes))
 
 
+def boxes(numbers: list[float]) -> Spoil:
+    """Nothing but six boxes of these numbers in a COCO file."""
+    return edit(lambda data: data.update(annotations=[{**data["annotations"][0], "bbox": numbers}] * 6))
+
+
 def labels(content: str | bytes) -> Spoil:
     return write("labels/train/a.txt", content)
 
@@ -254,9 +259,13 @@ COCO_CASES = {
                 {**data["annotations"][0], "bbox": [30, 9, 50, 30]} for _ in "12345"
             )
         ),
-        "boxes-beyond-images",
-        "5 of 7 boxes",
+        "boxes-of-other-numbers",
+        "5 of 7 boxes reach beyond their image, and none does if the numbers are left, top, right, bottom; this",
     ),
+    "centre for corner": Case(
+        "coco", boxes([50, 30, 18, 18]), "boxes-of-other-numbers", "if the numbers are centre, width, height"
+    ),
+    "y before x": Case("coco", boxes([3, 50, 9, 5]), "boxes-of-other-numbers", "if the numbers are y before x"),
     "image id twice": Case("coco", image_entry(1, id=1), "duplicate-id", "images[1] (id 1)"),
     "image id twice, as text": Case("coco", image_entry(1, id="1"), "duplicate-id", "images[1] (id 1)"),
     "own id twice": Case("coco", image_entry(1, edgekd_id="1"), "duplicate-id", "images[1] (id 2)"),
@@ -311,6 +320,12 @@ YOLO_CASES = {
     "commas": Case("yolo", labels("0,0.5,0.5,0.5,0.5\n"), "bad-annotation", "a.txt:1"),
     "binary": Case("yolo", labels(ALL_BYTES), "bad-annotation", "a.txt"),
     "corners for sizes": Case("yolo", labels("0 0.3 0.2 0.8 0.7\n" * 5), "boxes-beyond-images", "5 of 6 boxes"),
+    "corner for centre": Case(
+        "yolo",
+        labels("0 0.1 0.3 0.4 0.2\n" * 5 + "0 0.5 0.5 0.1 0.1\n" * 9),
+        "boxes-of-other-numbers",
+        "5 of 15 boxes reach beyond their image, and none does if the numbers are left, top, width, height",
+    ),
     "a folder": Case("yolo", folder_instead("labels/train/a.txt"), "bad-annotation", "a.txt"),
     "nan": Case("yolo", labels("0 nan 0.5 0.5 0.5\n0 0.5 0.5 0.5 0.5\n"), "non-finite-box", "a.txt:1"),
     "nan polygon": Case("yolo", labels("0 0.1 0.1 nan 0.1 0.5 0.5\n"), "non-finite-box", "a.txt:1"),

@@ -169,7 +169,16 @@ class _Reader:
         images, known = self._images(data["images"], limit)
         objects = self._objects(data["annotations"], known)
         return [
-            RawImage(image_id, name, path, self.path, hw, tuple(objects.get(key, ())), item=item)
+            RawImage(
+                image_id,
+                name,
+                path,
+                self.path,
+                hw,
+                tuple(objects.get(key, ())),
+                item=item,
+                numbers="left, top, width, height",
+            )
             for key, (image_id, name, path, hw, item) in images.items()
         ]
 

@@ -19,6 +19,9 @@ from edgekd.errors import DataError
 
 Format = Literal["voc", "coco", "yolo"]
 
+Numbers = Literal["left, top, right, bottom", "left, top, width, height", "centre, width, height"]
+"""What the four numbers of a box are in its file."""
+
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpx", ".png", ".apng", ".gif", ".webp"}
 ) | {".avif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
@@ -67,6 +70,7 @@ class RawImage:
         declared_hw: (height, width) that the annotation states; (0, 0) if it states nothing usable, None if the
             format has no such field.
         normalised: boxes are shares of the image's width and height.
+        numbers: what a box's numbers are in the file, by its format.
     """
 
     image_id: str
@@ -77,6 +81,7 @@ class RawImage:
     objects: tuple[RawObject, ...] = ()
     normalised: bool = False
     item: str = ""
+    numbers: Numbers = "left, top, right, bottom"
 
 
 class Source(Protocol):

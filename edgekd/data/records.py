@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.data.images import image_hw
-from edgekd.data.layout import RawImage, RawObject
+from edgekd.data.layout import Numbers, RawImage, RawObject
 from edgekd.data.problems import Problem
 from edgekd.errors import DataError
 from edgekd.types import ImageRecord
@@ -67,8 +68,61 @@ def resolve(
             continue
         resolved.append(_resolve_one(_Judge(raw, hw, index, split, problems)))
     _report_shares(raws, resolved, split, problems)
-    _report_frame(raws, split, problems[before:], problems)
+    if not _report_numbers(raws, resolved, split, problems):
+        _report_frame(raws, split, problems[before:], problems)
     return resolved
+
+
+def _report_numbers(
+    raws: Sequence[RawImage], resolved: Sequence[Resolved], split: str, problems: list[Problem]
+) -> bool:
+    """Whether boxes of the split reach beyond their images, and none does once its numbers are read in another usual way.
+
+    Boxes that are drawn carelessly reach beyond any side; those of a corner taken for the centre, or of a far corner
+    taken for a size, beyond one alone.
+    """
+    sizes = {item.record.image_id: item.record.image_hw for item in resolved}
+    found = [(raw, obj) for raw in raws if raw.image_id in sizes for obj in raw.objects if _is_finite(obj.box)]
+    if len(found) < _FRAME_NEEDS_BOXES:
+        return False
+    sides = np.array([sizes[raw.image_id][::-1] for raw, _ in found], np.float64)
+    shares = np.array([raw.normalised for raw, _ in found])[:, None]
+    corners = np.array([obj.box for _, obj in found], np.float64) * np.where(shares, np.tile(sides, 2), 1.0)
+    beyond = int(_is_beyond(corners, sides).sum())
+    written = found[0][0].numbers
+    others = {way: _corners(_numbers(corners, written), way) for way in get_args(Numbers) if way != written}
+    if not shares.any():
+        others["y before x"] = corners[:, [1, 0, 3, 2]]
+    ways = [way for way, other in others.items() if not _is_beyond(other, sides).any()]
+    if beyond < _FRAME_NEEDS_BOXES or not ways:
+        return False
+    message = f"{beyond} of {len(found)} boxes reach beyond their image, and none does if the numbers are {ways[0]}"
+    message += f"; this layout's are {written}"
+    problems.append(Problem("boxes-of-other-numbers", found[0][0].annotation, message, split=split))
+    return True
+
+
+def _numbers(corners: NDArray[np.float64], written: Numbers) -> NDArray[np.float64]:
+    """The four numbers as they stand in the file, (N, 4) float64, of (x1, y1, x2, y2)."""
+    size = corners[:, 2:] - corners[:, :2]
+    if written == "left, top, right, bottom":
+        return corners
+    return np.hstack([corners[:, :2] + (size / 2 if written == "centre, width, height" else 0), size])
+
+
+def _corners(numbers: NDArray[np.float64], written: str) -> NDArray[np.float64]:
+    """The inverse of `_numbers`."""
+    if written == "left, top, right, bottom":
+        return numbers
+    start = numbers[:, :2] - (numbers[:, 2:] / 2 if written == "centre, width, height" else 0)
+    return np.hstack([start, start + numbers[:, 2:]])
+
+
+def _is_beyond(corners: NDArray[np.float64], sides: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(N,) bool: the box reaches beyond its image, of (N, 2) width and height, or has no extent."""
+    low, high = corners[:, :2], corners[:, 2:]
+    wrong = (low < -SILENT_OVERHANG_PX) | (high > sides + SILENT_OVERHANG_PX) | (high <= low)
+    return np.asarray(wrong.any(axis=1))
 
 
 def _report_frame(raws: Sequence[RawImage], split: str, found: Sequence[Problem], problems: list[Problem]) -> None:

@@ -193,7 +193,16 @@ class YoloSource:
                     replace(obj, difficult=position in note.difficult, crowd=position in note.crowd)
                     for position, obj in enumerate(objects)
                 )
-        return RawImage(image_id, printable(image.name), image.path, label, None, objects, normalised=True)
+        return RawImage(
+            image_id,
+            printable(image.name),
+            image.path,
+            label,
+            None,
+            objects,
+            normalised=True,
+            numbers="centre, width, height",
+        )
 
     def _objects(self, label: Path, split: str, problems: list[Problem]) -> list[RawObject]:
         try:
