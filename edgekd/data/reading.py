@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from edgekd.data.coco import CocoSource, coco_files
+from edgekd.data.foreign import find_foreign
 from edgekd.data.layout import Format, Source, files_under, find_split, is_image
 from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.records import resolve
@@ -106,7 +107,11 @@ def _no_data_set(root: Path) -> DataError:
         "have the tool that made them, or FiftyOne, CVAT, Roboflow, Label Studio and the like, write them as COCO, VOC "
     )
     tools += "or YOLO"
-    if texts:
+    if foreign := find_foreign(files):
+        kind, path = foreign
+        kinds = f"{kind.name}, a kind that is not read ({printable(path.relative_to(root))})"
+        fix = kind.fix.replace("DIR", shlex.quote(printable(root))).replace("FILE", shlex.quote(printable(path)))
+    elif texts:
         kinds = f"{texts} .txt file{'s' * (texts > 1)} of the images' names, in a folder where none is looked for"
         fix = f"YOLO's labels belong into labels/ beside images/ (so written), or beside the images; of other kinds, {tools}"
     elif others:

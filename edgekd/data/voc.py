@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from edgekd.data.foreign import kind_of
 from edgekd.data.layout import (
     IMAGE_SUFFIXES,
     PARTS,
@@ -297,9 +298,13 @@ def _annotation_folder(folder: Path) -> Path | None:
         if not (folder / name).is_dir():
             continue
         files = each_file(folder / name) if name == "labels" else files_under(folder / name)  # YOLO's, most likely
-        if any(path.suffix.lower() == ".xml" for path in files):
+        if any(map(_may_be_voc, files)):
             return folder / name
-    return folder if any(path.suffix.lower() == ".xml" for path in folder.iterdir()) else None
+    return folder if any(map(_may_be_voc, folder.iterdir())) else None
+
+
+def _may_be_voc(path: Path) -> bool:
+    return path.suffix.lower() == ".xml" and kind_of(path) is None
 
 
 def _is_base(folder: Path) -> bool:

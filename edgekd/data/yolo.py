@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgekd.data.foreign import kind_of_line
 from edgekd.data.layout import (
     Format,
     RawImage,
@@ -291,7 +292,9 @@ def parse_line(text: str, keypoints: bool = False) -> tuple[int, tuple[float, fl
     try:
         values = [float(field) for field in fields]
     except ValueError:
-        raise ValueError(f"not all numbers: {printable(text[:80])!r}") from None
+        kind = kind_of_line(text)
+        hint = f"; it looks like {kind.name}" if kind else ", where blanks part them" if "," in text else ""
+        raise ValueError(f"not all numbers{hint}: {printable(text[:80])!r}") from None
     if not math.isfinite(values[0]) or values[0] != int(values[0]):
         raise ValueError(f"the class id is no whole number: {fields[0]!r}")
     if len(values) == 5 or (keypoints and len(values) > 5):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgekd.data.foreign import kind_of
 from edgekd.data.layout import each_file, forms, is_image, is_part, numbered_lines, tails
 from edgekd.data.problems import printable
 from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names, find_yaml
@@ -91,12 +92,13 @@ def _usual_order(path: Path) -> tuple[int, str]:
 
 
 def _has_labels_apart(folder: Path) -> bool:
-    """Whether there are images/ and labels/, and not only other files in it: some tools keep XML in a folder of that name."""
+    """Whether there are images/ and labels/, and not only other files in it: some tools keep XML in a folder of that name,
+    or KITTI's text files."""
     if not ((folder / "images").is_dir() and (folder / "labels").is_dir()):
         return False
     others = False
     for path in each_file(folder / "labels"):
-        if is_label(path):
+        if is_label(path) and kind_of(path) is None:
             return True
         others = others or path.stem.casefold() != "classes"
     return not others  # without a file, its images show nothing
@@ -129,9 +131,8 @@ def _in_any_form(path: Path) -> Path | None:
 def _has_labels_beside(folder: Path) -> bool:
     """Whether some image in the folder has a .txt of its name beside it."""
     names = set(os.listdir(folder))
-    return any(
-        is_image(Path(name)) and not names.isdisjoint(forms(os.path.splitext(name)[0] + ".txt")) for name in names
-    )
+    labels = (form for name in names if is_image(Path(name)) for form in forms(os.path.splitext(name)[0] + ".txt"))
+    return any(label in names and kind_of(folder / label) is None for label in labels)
 
 
 def _lists_labelled_images(path: Path) -> bool:
