@@ -357,12 +357,49 @@ def test_keypoints_after_a_box_are_no_polygon(tmp_path: Path, shape: list[int]) 
     assert np.allclose(record.boxes_xyxy, [[24, 12, 36, 28]])
 
 
-@pytest.mark.parametrize("form", ["iscrowd null", "images in data"])
+@pytest.mark.parametrize("form", ["voc", "coco"])
+def test_a_turned_box_of_cvat_becomes_the_one_around_it(tmp_path: Path, form: str) -> None:
+    """Turned by a right angle about (20, 15), 20 x 10 becomes 10 x 20; by -30 degrees, its sides mix."""
+    extra = "<attributes><attribute><name>rotation</name><value>{}</value></attribute></attributes>"
+    w, h = 20 * np.sqrt(3) / 2 + 5, 10 + 5 * np.sqrt(3)
+    for degrees, expected in ((90.0, (10, 20)), (-30.0, (w, h)), (0, (20, 10))):
+        root = tmp_path / str(degrees)
+        if form == "voc":
+            make_voc(root, {"train": {"a": []}})
+            (root / "Annotations" / "a.xml").write_text(
+                voc_xml([("dog", (11, 11, 30, 20))], extra=extra.format(degrees))
+            )
+        else:
+            make_coco(root, {"train": {"a": [("dog", (10, 10, 20, 10))]}}, {"dog": 1})
+            path = root / "annotations" / "instances_train.json"
+            data = json.loads(path.read_text())
+            data["annotations"][0]["attributes"] = {"occluded": False, "rotation": degrees}
+            path.write_text(json.dumps(data))
+        (box,) = boxes(root, "train")
+        half = np.array(expected) / 2
+        assert np.allclose(box, [*(np.array([20, 15]) - half), *(np.array([20, 15]) + half)], atol=1e-5)
+
+
+def test_what_datumaro_says_of_objects_in_attributes(tmp_path: Path) -> None:
+    extra = "<attributes><attribute><name>is_crowd</name><value>True</value></attribute></attributes>"
+    make_voc(tmp_path / "voc", {"train": {"a": []}})
+    (tmp_path / "voc" / "Annotations" / "a.xml").write_text(voc_xml([("dog", (11, 11, 30, 20))], extra=extra))
+    (record,) = read_dataset(tmp_path / "voc", "train").records
+    assert record.crowd.tolist() == [True]
+    make_coco(tmp_path / "coco", {"train": {"a": [("dog", (10, 10, 20, 10))]}}, {"dog": 1})
+    path = tmp_path / "coco" / "annotations" / "instances_train.json"
+    path.write_text(path.read_text().replace('"iscrowd"', '"attributes": {"difficult": true}, "iscrowd"'))
+    (record,) = read_dataset(tmp_path / "coco", "train").records
+    assert record.difficult.tolist() == [True]
+
+
+@pytest.mark.parametrize("form", ["iscrowd null", "iscrowd a text", "images in data"])
 def test_coco_as_tools_write_it(tmp_path: Path, form: str) -> None:
     make_coco(tmp_path, {"train": {"a": [("dog", (1, 2, 20, 10))]}}, {"dog": 1})
     path = tmp_path / "annotations" / "instances_train.json"
-    if form == "iscrowd null":
-        path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": null'))
+    if form.startswith("iscrowd"):
+        value = {"iscrowd null": "null", "iscrowd a text": '"0"'}[form]
+        path.write_text(path.read_text().replace('"iscrowd": 0', f'"iscrowd": {value}'))
     else:
         (tmp_path / "train").rename(tmp_path / "data")
         path.rename(tmp_path / "labels.json")

@@ -3,7 +3,7 @@
 Labels follow the category ids, in order, over all splits together. Splits are annotations/instances_SPLIT.json,
 SPLIT/_annotations.coco.json, or any JSON file of that content in `annotations/` or in the folder itself, under its own
 name, or SPLIT/*.json, or SPLIT/annotations/*.json. Boxes are [x, y, width, height] in pixels; of segmentations, only the
-box around polygons is read, and only where there is no other.
+box around polygons is read, and only where there is no other; of a turned box (CVAT's rotation), the one around it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 
 from edgekd.data.coco_json import (
     CocoError,
+    attributes,
     categories,
     corners,
     declared_hw,
+    flag,
     id_key,
     is_name,
     load_coco,
@@ -247,11 +249,9 @@ class _Reader:
         box, category = corners(entry), whole(entry.get("category_id"))
         if category is None:
             raise CocoError(f"category_id must be an integer, got {entry.get('category_id')!r}")
-        flags = [0 if entry.get(key) is None else entry[key] for key in ("difficult", "iscrowd")]
-        if not all(flag in (0, 1) for flag in flags):
-            raise CocoError(f"iscrowd and difficult must be 0 or 1, got {flags}")
         label: str | int = self.names.get(category, f"category_id {category}")
-        return RawObject(box, label, bool(flags[0]), bool(flags[1]), item=item)
+        difficult = flag(entry.get("difficult")) or flag(attributes(entry).get("difficult"))
+        return RawObject(box, label, difficult, flag(entry.get("iscrowd")), item=item)
 
     def _find(self, name: str) -> Path | None:
         tries = (folder / text for text in tails(name) for folder in self.folders)

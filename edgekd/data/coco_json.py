@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from edgekd.data.layout import around
 from edgekd.data.problems import printable
 from edgekd.errors import DataError
 
@@ -108,7 +109,7 @@ def declared_hw(entry: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def corners(entry: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    """An annotation's box as x1, y1, x2, y2; of its polygons, where it has no bbox.
+    """An annotation's box as x1, y1, x2, y2, around it where it is turned; of its polygons, where it has no bbox.
 
     Raises:
         CocoError: it has neither.
@@ -121,7 +122,26 @@ def corners(entry: Mapping[str, Any]) -> tuple[float, float, float, float]:
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise CocoError(f"bbox must be [x, y, width, height], got {repr(box)[:80]}")
     x, y, w, h = map(float, box)
-    return x, y, x + w, y + h
+    rotation = attributes(entry).get("rotation")
+    return around((x, y, x + w, y + h), float(rotation) if _is_number(rotation) else 0)
+
+
+def attributes(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What CVAT and Datumaro say of an object beyond the format."""
+    found = entry.get("attributes")
+    return found if isinstance(found, dict) else {}
+
+
+def flag(value: object) -> bool:
+    """A flag that is 0 or 1, as a number or, as pandas writes it, a text; one that is not set is False.
+
+    Raises:
+        CocoError: it is something else.
+    """
+    number = int(value) if isinstance(value, bool) else 0 if value is None else whole(value)
+    if number not in (0, 1):
+        raise CocoError(f"iscrowd and difficult must be 0 or 1, got {value!r}")
+    return bool(number)
 
 
 def id_key(value: object) -> str | None:
@@ -151,5 +171,5 @@ def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -82,6 +83,16 @@ class RawImage:
     normalised: bool = False
     item: str = ""
     numbers: Numbers = "left, top, right, bottom"
+
+
+def around(box: tuple[float, float, float, float], degrees: float) -> tuple[float, float, float, float]:
+    """The upright box around one that is turned about its centre: CVAT exports it as it lay before, with a rotation."""
+    if degrees % 180 == 0:
+        return box
+    x1, y1, x2, y2 = box
+    cos, sin = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    w, h = (x2 - x1) * cos + (y2 - y1) * sin, (x2 - x1) * sin + (y2 - y1) * cos
+    return (x1 + x2 - w) / 2, (y1 + y2 - h) / 2, (x1 + x2 + w) / 2, (y1 + y2 + h) / 2
 
 
 class Source(Protocol):

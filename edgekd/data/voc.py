@@ -2,7 +2,8 @@
 
 Frame: VOC counts pixels from 1 and includes both ends, so xmin, ymin, xmax, ymax become x1 = xmin - 1, y1 = ymin - 1,
 x2 = xmax, y2 = ymax, for whole and fractional numbers alike, in every VOC layout; `data convert` writes by the inverse.
-Only an object's own <bndbox> is read: boxes of its <part>s are not objects.
+Only an object's own <bndbox> is read: boxes of its <part>s are not objects; where CVAT says that it is turned, the
+box around that.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from edgekd.data.layout import RawObject
+from edgekd.data.layout import RawObject, around
 from edgekd.data.xml_tree import Element, XmlError, parse_xml
 
 __all__ = ["AnnotationError", "XmlError", "read_annotation"]
@@ -65,18 +65,33 @@ def _object(element: Element) -> RawObject:
     name = _child(element, "name")
     if not name.text:
         raise AnnotationError("an object has an empty <name>", name.line)
+    other = next((child.tag for child in element.children if child.tag in ("polygon", "robndbox")), "")
+    if other and not element.first("bndbox"):
+        raise AnnotationError(f"<object> has no <bndbox>, but a <{other}>, which is not read", element.line)
     box = _child(element, "bndbox")
     if len(element.all("bndbox")) > 1:
         raise AnnotationError("an <object> has more than one <bndbox>", element.all("bndbox")[1].line)
     xmin, ymin, xmax, ymax = (_number(_child(box, key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+    attributes = _attributes(element)
+    rotation = attributes.get("rotation")
     return RawObject(
-        (xmin - 1, ymin - 1, xmax, ymax),
+        around((xmin - 1, ymin - 1, xmax, ymax), _number(rotation) if rotation else 0),
         name.text,
-        difficult=_flag(element, "difficult"),
-        crowd=_flag(element, "crowd"),
+        difficult=_flag(element.first("difficult")),
+        crowd=_flag(element.first("crowd")) or _flag(attributes.get("is_crowd")),
         line=box.line,
         label_line=name.line,
     )
+
+
+def _attributes(element: Element) -> dict[str, Element]:
+    """What CVAT and Datumaro say of an object beyond the format: name -> its value."""
+    found = {}
+    for attribute in (child for group in element.all("attributes") for child in group.all("attribute")):
+        name, value = attribute.first("name"), attribute.first("value")
+        if name and value:
+            found[name.text] = value
+    return found
 
 
 def _child(element: Element, tag: str) -> Element:
@@ -93,9 +108,8 @@ def _number(element: Element) -> float:
         raise AnnotationError(f"<{element.tag}> is no number: {element.text!r}", element.line) from None
 
 
-def _flag(element: Element, tag: str) -> bool:
-    child = element.first(tag)
-    text = child.text.lower() if child else ""
-    if child and text not in _TRUE | _FALSE:
-        raise AnnotationError(f"<{tag}> is neither 0 nor 1: {child.text!r}", child.line)
+def _flag(element: Element | None) -> bool:
+    text = element.text.lower() if element else ""
+    if element and text not in _TRUE | _FALSE:
+        raise AnnotationError(f"<{element.tag}> is neither 0 nor 1: {element.text!r}", element.line)
     return text in _TRUE
