@@ -269,6 +269,20 @@ def test_a_split_without_any_label_stays_a_split(tmp_path: Path) -> None:
     assert list_splits(tmp_path) == ("test", "train")
 
 
+def test_the_lists_of_darknets_data_file_are_the_splits_under_any_name(tmp_path: Path) -> None:
+    """As Datumaro and CVAT write subsets of other names: a folder for each, which is no split by itself."""
+    data = "classes = 1\nnames = data/obj.names\nbackup = backup/\n"
+    for split in ("train2017", "night"):
+        picture(tmp_path / f"obj_{split}_data" / "a.png", seed=len(split))
+        put(tmp_path / f"obj_{split}_data" / "a.txt", LINE)
+        put(tmp_path / f"{split}.txt", f"data/obj_{split}_data/a.png\n")
+        data += f"{split} = data/{split}.txt\n"
+    put(tmp_path / "obj.data", data)
+    put(tmp_path / "obj.names", "cat\n")
+    assert list_splits(tmp_path) == ("train2017", "night")
+    assert len(read_dataset(tmp_path, "train")) == 1
+
+
 def test_labels_among_many_other_files_are_found(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "a.png")
     put(tmp_path / "labels" / "a.txt", LINE)

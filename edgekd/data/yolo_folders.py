@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgekd.data.foreign import kind_of
-from edgekd.data.layout import each_file, forms, is_image, is_part, numbered_lines, tails
+from edgekd.data.layout import each_file, forms, is_image, is_part, is_regular, numbered_lines, tails
 from edgekd.data.problems import printable
 from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names, find_yaml
 from edgekd.errors import DataError
@@ -64,12 +64,13 @@ def _names_in(path: Path) -> tuple[str, ...]:
 def plain_splits(root: Path) -> dict[str, list[Path]]:
     """The splits of a folder, each with its folders or list; empty where it is not in YOLO layout.
 
-    The first of these that is there: train.txt, val.txt, ... that list images with labels; images/SPLIT beside
+    The first of these that is there: lists that Darknet's *.data names; train.txt, val.txt, ... that list images with
+    labels; images/SPLIT beside
     labels/SPLIT; images beside labels ("all"); SPLIT/images beside SPLIT/labels; images with their .txt beside them, in
     the folder itself ("all") or in a folder for each split.
     """
     texts = sorted((path for path in root.glob("*.txt") if is_part(path.stem)), key=_usual_order)
-    lists = {path.stem: [path] for path in texts if _lists_labelled_images(path)}
+    lists = _darknet_lists(root) or {path.stem: [path] for path in texts if _lists_labelled_images(path)}
     if lists:
         return lists
     if _has_labels_apart(root):
@@ -84,6 +85,22 @@ def plain_splits(root: Path) -> dict[str, list[Path]]:
     if _has_labels_beside(root):
         return {"all": [root]}
     return {child.name: [child] for child in folders if _has_labels_beside(child)}
+
+
+def _darknet_lists(root: Path) -> dict[str, list[Path]]:
+    """The lists that a *.data file names, such as obj.data ("train = data/train.txt"), if their images have labels."""
+    lists: dict[str, list[Path]] = {}
+    for path in sorted(path for path in root.glob("[!.]*.data") if is_regular(path)):
+        for _, text in numbered_lines(path):
+            key, _, value = (part.strip() for part in text.partition("="))
+            places = (
+                root / value,
+                root / value.replace("\\", "/").rsplit("/", 1)[-1],
+            )  # mostly from where Darknet starts
+            listing = next((place for place in places if is_regular(place)), None)
+            if listing and listing.suffix.lower() == ".txt" and _lists_labelled_images(listing):
+                lists.setdefault(key, [listing])
+    return lists
 
 
 def _usual_order(path: Path) -> tuple[int, str]:
