@@ -196,6 +196,12 @@ WILD: dict[str, Make] = {
     "yolo, data.yaml beside classes.txt": yaml_without_names,
     "yolo, in a folder": lambda root: yolo(root / "set"),
     "yolo, in a folder, without yaml": lambda root: (yolo(root / "set", None), put(root / "set/classes.txt", "cat")),
+    "voc, in a folder in a folder": lambda root: voc(root / "archive" / "archive" / "set"),
+    "yolo, in a folder in a folder": lambda root: yolo(root / "archive" / "set"),
+    "voc, on a disk that a Mac wrote to": lambda root: (
+        voc(root),
+        *(put(root / f"._a{suffix}", "\0\5\x16") for suffix in (".xml", ".jpg", ".txt")),
+    ),
     "coco, in a folder": lambda root: (coco(root / "coco"), put(root / "__MACOSX/coco/._a.png", "")),
     **{f"{form}, CVAT's capitals": partial(cvat_with_capitals, form=form) for form in ("coco", "voc", "yaml", "names")},
     **{

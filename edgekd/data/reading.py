@@ -25,6 +25,9 @@ _log = logging.getLogger("edgekd.data")
 _MOST_LOOKED_AT = 100_000
 """Files in a folder that is no data set, to say what it holds."""
 
+_MOST_LEVELS, _MOST_FOLDERS = 3, 100
+"""How deep a data set may lie in what was unpacked (archive/archive/set), and folders that are looked at on a level."""
+
 _OTHER_KINDS = frozenset(
     {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".xml", ".parquet", ".tfrecord", ".record", ".mat"}
 )
@@ -53,8 +56,8 @@ def detect_format(root: Path | str) -> Format:
 
 
 def locate(root: Path | str) -> tuple[Path, Format]:
-    """The folder that holds the data set (`root`, or the only one in it that does, as an unpacked archive has it), and its
-    layout.
+    """The folder that holds the data set (`root`, or the only one below it that does, as unpacked archives have it), and
+    its layout.
 
     Raises:
         DataError: `root` is not there, or in no layout, or in several, or holds several data sets.
@@ -78,11 +81,16 @@ def formats_at(root: Path) -> list[Format]:
 
 
 def _nested(root: Path, formats: Sequence[str]) -> list[Path]:
-    """The folders in `root` that are data sets in one of these layouts."""
-    if not root.is_dir():
-        return []
-    children = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith((".", "__")))
-    return [child for child in children if set(formats) & set(formats_at(child))]
+    """The folders in `root` that are data sets in one of these layouts, of the first level that has any."""
+    level = [root] if root.is_dir() else []
+    for _ in range(_MOST_LEVELS):
+        children = (child for folder in level for child in sorted(folder.iterdir()))
+        level = [child for child in children if child.is_dir() and not child.name.startswith((".", "__"))]
+        level = level[:_MOST_FOLDERS]
+        found = [child for child in level if set(formats) & set(formats_at(child))]
+        if found:
+            return found
+    return []
 
 
 def _only(root: Path, places: Sequence[Path]) -> Path:

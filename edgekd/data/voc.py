@@ -305,7 +305,7 @@ def _annotation_folder(folder: Path) -> Path | None:
 
 
 def _may_be_voc(path: Path) -> bool:
-    return path.suffix.lower() == ".xml" and kind_of(path) is None
+    return path.suffix.lower() == ".xml" and not path.name.startswith(".") and kind_of(path) is None
 
 
 def _is_base(folder: Path) -> bool:

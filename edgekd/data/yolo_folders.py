@@ -147,7 +147,7 @@ def _in_any_form(path: Path) -> Path | None:
 
 def _has_labels_beside(folder: Path) -> bool:
     """Whether some image in the folder has a .txt of its name beside it."""
-    names = set(os.listdir(folder))
+    names = {name for name in os.listdir(folder) if not name.startswith(".")}  # macOS leaves ._a.jpg and ._a.txt
     labels = (form for name in names if is_image(Path(name)) for form in forms(os.path.splitext(name)[0] + ".txt"))
     return any(label in names and kind_of(folder / label) is None for label in labels)
 
