@@ -87,6 +87,24 @@ def test_a_file_that_cannot_be_read_is_not_told_as_one_without_classes(tmp_path:
     assert "bad-layout" not in kinds
 
 
+@pytest.mark.parametrize("form", MAKERS)
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path: Path, form: str) -> None:
+    MAKERS[form](tmp_path)
+    name = {"voc": "Annotations/a.xml", "coco": "annotations/instances_train.json", "yolo": "labels/train/a.txt"}[form]
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    report = check_dataset(tmp_path)
+    assert not report.ok
+    assert "a git-lfs pointer, not the file itself" in report.text()
+
+
+def test_class_names_are_not_read_from_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    MAKERS["yolo"](tmp_path)
+    (tmp_path / "data.yaml").unlink()
+    (tmp_path / "classes.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(DataError, match=r"classes.txt is a git-lfs pointer"):
+        read_dataset(tmp_path, "train")
+
+
 def test_categories_that_contradict_are_told_once(tmp_path: Path) -> None:
     root = MAKERS["coco"](tmp_path)
     path = root / "annotations" / "instances_train.json"

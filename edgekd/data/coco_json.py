@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from edgekd.artifact import stand_in
 from edgekd.data.layout import around
 from edgekd.data.problems import printable
 from edgekd.errors import DataError
@@ -33,8 +34,9 @@ def load_coco(path: Path) -> Mapping[str, Any]:
     try:
         data = json.loads(_text(path))
     except json.JSONDecodeError as error:
-        message = "the file is empty" if path.stat().st_size == 0 else f"malformed JSON: {error.msg}"
-        raise CocoError(message, error.lineno) from error
+        if found := stand_in(path):
+            raise CocoError(f"{found[0]}: {found[1]}") from error
+        raise CocoError(f"malformed JSON: {error.msg}", error.lineno) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CocoError(f"not readable as JSON: {error}") from error
     if not isinstance(data, dict):

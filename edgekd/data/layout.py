@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from edgekd.artifact import stand_in
 from edgekd.data.problems import Problem, printable
 from edgekd.errors import DataError
 
@@ -307,12 +308,14 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     UTF-16 is told by its BOM. Bytes that are not UTF-8 survive as surrogates, so that they still name the file they name.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or is Git LFS's pointer to it.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read", got=error.strerror) from error
+    if data.startswith(b"version ") and (found := stand_in(path)):
+        raise DataError(f"{printable(path)} is {found[0]}", fix=found[1])
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as PowerShell's > writes
         text = data.decode("utf-16", "replace")
     else:

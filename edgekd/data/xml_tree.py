@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
 
+from edgekd.artifact import stand_in
+
 _MAX_BYTES = 32 << 20
 _MAX_DEPTH = 64
 
@@ -68,6 +70,8 @@ def parse_xml(path: Path) -> Element:
     try:
         parser.Parse(data, True)
     except expat.ExpatError as error:
+        if found := stand_in(path):
+            raise XmlError(f"{found[0]}: {found[1]}") from error
         raise XmlError(
             f"malformed XML: {expat.ErrorString(error.code)}{_doubt(data, encoding)}", error.lineno
         ) from error
