@@ -111,6 +111,7 @@ def _no_data_set(root: Path) -> DataError:
     holds = f"{images} image{'s' * (images > 1)} but no annotations" if images else "no data set"
     label = f"`edgekd data label {shlex.quote(str(root))} --teacher FILE --classes NAMES`"
     fix = f"{label} has your teachers annotate them" if images else None
+    unlabelled = f"; {label} is for images that nobody has annotated" if images else ""
     tools = (
         "have the tool that made them, or FiftyOne, CVAT, Roboflow, Label Studio and the like, write them as COCO, VOC "
     )
@@ -119,13 +120,14 @@ def _no_data_set(root: Path) -> DataError:
         kind, path = foreign
         kinds = f"{kind.name}, a kind that is not read ({printable(path.relative_to(root))})"
         fix = kind.fix.replace("DIR", shlex.quote(printable(root))).replace("FILE", shlex.quote(printable(path)))
+        fix += unlabelled
     elif texts:
         kinds = f"{texts} .txt file{'s' * (texts > 1)} of the images' names, in a folder where none is looked for"
         fix = f"YOLO's labels belong into labels/ beside images/ (so written), or beside the images; of other kinds, {tools}"
     elif others:
         kinds += ", of a kind that is not read"
         fix = f"if these hold the annotations, {tools}"
-        fix += f"; {label} is for images that nobody has annotated" if images else ""
+        fix += unlabelled
     return DataError(
         f"{printable(root)} holds {holds} in a known layout",
         got=kinds or None,
