@@ -87,7 +87,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, the shipped detector's file, and what was measured last."""
+    """A finished run: its folder, the shipped detector's file, and what was measured of that detector."""
 
     folder: Path
     model: Path
@@ -301,10 +301,11 @@ class _Trainer:
         found = detect_dataset(detector, self._val_images, batch_size=self.cfg.batch_size, selection=selection)
         accuracy = evaluate(self.job.val.records, found, self.job.val.class_names)
         metrics = {"ap50": accuracy.ap50, "ap": accuracy.ap, "voc07": accuracy.voc07, "images": len(self.job.val)}
-        self.progress.metrics = metrics
         step = self.progress.step
         log.write({"event": "eval", "step": step, "epoch": self.progress.epoch, "map": metrics})
         score = metrics["ap50"] if metrics["ap50"] is not None else 0.0
+        if self.cfg.select == "last" or score > self.progress.best:
+            self.progress.metrics = metrics  # of the weights that ship
         if score > self.progress.best:
             self.progress.best = score
             save_detector(self.job.out / BEST_FILE, detector, {"metrics": metrics, "step": step})

@@ -19,7 +19,8 @@ from edgekd.learning import LearningStep, PullGuard
 
 @dataclass
 class Progress:
-    """How far a run is: epochs finished, batches of the present one, optimiser steps, and what was measured.
+    """How far a run is: epochs finished, batches of the present one, optimiser steps, and what was measured of the weights
+    that would ship now.
 
     `bf16_until` is the step whose gradient was not finite in bf16: from there on the run goes in single precision.
     """

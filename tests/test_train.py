@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning_fabric import Fabric
 
-from edgekd.checkpoint import load_detector
+from edgekd.checkpoint import checkpoint_facts, load_detector
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, Targets
 from edgekd.errors import ArtifactError, NonFiniteLossError, RecipeError, UserError
@@ -370,6 +371,20 @@ def test_select_best_ships_the_best(tmp_path: Path) -> None:
     job = make_job(tmp_path, epochs=2, eval_every=1, select="best")
     train_detector(job)
     assert (job.out / "model.pt").read_bytes() == (job.out / "best.pt").read_bytes()
+
+
+@pytest.mark.parametrize(("select", "told"), [("best", 0.7), ("last", 0.2)])
+def test_a_run_tells_the_figures_of_the_detector_that_it_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str, told: float
+) -> None:
+    figures = itertools.chain([0.7], itertools.repeat(0.2))  # worse after the first epoch
+    monkeypatch.setattr(
+        "edgekd.bench.accuracy.evaluate", lambda *_: SimpleNamespace(ap50=next(figures), ap=0.1, voc07=0.1)
+    )
+    job = make_job(tmp_path, epochs=2, eval_every=1, select=select)
+    result = train_detector(job)
+    assert result.metrics["ap50"] == checkpoint_facts(job.out)["metrics"]["ap50"] == told
+    assert train_detector(job).metrics["ap50"] == told  # read again from the manifest
 
 
 def test_cuda_without_a_gpu_is_the_users_mistake(tmp_path: Path) -> None:
