@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 
 from edgekd.bench.accuracy import evaluate
-from edgekd.bench.matching import IOU_THRESHOLD, iou_with_crowds, match_coco, match_voc
-from edgekd.bench.precision_recall import average_precisions_voc, map_difference, mean_ap50, percentile_interval
+from edgekd.bench.matching import IOU_THRESHOLD, Matches, iou_with_crowds, match_coco, match_voc
+from edgekd.bench.precision_recall import (
+    average_precisions_voc,
+    map_difference,
+    mean_ap50,
+    percentile_interval,
+    resampled_ap50,
+    share_interval,
+)
 from edgekd.types import Detections, ImageRecord
 
 NAMES = ("cat", "dog", "bird", "never there")
@@ -320,6 +327,50 @@ def test_an_interval_holds_its_share_of_the_draws() -> None:
     assert percentile_interval(np.r_[0.3, draws, np.nan]) == pytest.approx((0.3, 0.025, 0.975))
     assert percentile_interval(np.r_[np.nan, draws]) is None
     assert percentile_interval(np.array([0.3])) == (0.3, 0.3, 0.3)
+
+
+def test_an_interval_of_ap_is_mirrored_and_stays_a_share() -> None:
+    draws = np.linspace(0.55, 0.85, 101)  # resampled AP is too high
+    value, low, high = share_interval(np.r_[0.6, draws]) or pytest.fail("no interval")
+    ends = np.percentile(draws, [2.5, 97.5])
+    odds = [x / (1 - x) for x in (value, low, high, *ends)]
+    assert value == 0.6
+    assert odds[0] ** 2 == pytest.approx(odds[1] * odds[4])
+    assert odds[0] ** 2 == pytest.approx(odds[2] * odds[3])
+    assert 0.2 < low < 0.3 < 0.6 < high < 0.65
+    assert share_interval(np.r_[0.5, np.zeros(50), np.ones(50)]) == (0.5, 0.0, 1.0)
+    assert share_interval(np.r_[0.5, np.full(50, 0.6)]) == (0.5, pytest.approx(0.4), 0.5)  # the figure itself is held
+    assert share_interval(np.r_[1.0, np.ones(50)]) == (1.0, 1.0, 1.0)
+    assert share_interval(np.zeros(50)) == (0.0, 0.0, 0.0)
+    assert share_interval(np.r_[np.nan, draws]) is None
+
+
+def test_an_interval_of_ap_covers_what_many_images_would_have_given() -> None:
+    """20 classes with some twenty objects each on 200 images: AP there is too high, that of resamples even more."""
+    rng, images, classes = np.random.default_rng(0), 8000, 20
+    positives = rng.poisson(0.12, (images, classes))
+    sides = []
+    for label in range(classes):
+        owner = np.repeat(np.arange(images), positives[:, label])
+        skill = rng.normal(0.3, 1.0, len(owner))
+        wrong = np.repeat(np.arange(images), rng.poisson(1.0, images))
+        scores = np.r_[skill[skill > 0] + rng.normal(0, 0.7, int((skill > 0).sum())), rng.normal(0, 0.9, len(wrong))]
+        correct = np.arange(len(scores)) < int((skill > 0).sum())
+        sides.append((np.full(len(scores), label), scores, np.r_[owner[skill > 0], wrong], correct))
+    labels, scores, owners, correct = (np.concatenate(column) for column in zip(*sides, strict=True))
+    order = np.lexsort((-scores, labels))
+    labels, scores, owners, correct = labels[order], scores[order], owners[order], correct[order]
+    everywhere = Matches(labels, scores, owners, correct, positives.astype(np.int64))
+    truth = float(mean_ap50(everywhere, np.ones((1, images), np.int64))[0])
+    held = {"mirrored": 0, "percentiles": 0}
+    for first in range(0, images, 200):
+        rows = (owners >= first) & (owners < first + 200)
+        few = positives[first : first + 200].astype(np.int64)
+        split = Matches(labels[rows], scores[rows], owners[rows] - first, correct[rows], few)
+        drawn = resampled_ap50([split], resamples=200, seed=first)[0]
+        for name, interval in (("mirrored", share_interval(drawn)), ("percentiles", percentile_interval(drawn))):
+            held[name] += interval is not None and interval[1] <= truth <= interval[2]
+    assert held["mirrored"] >= 30 > 15 > held["percentiles"]  # of 40
 
 
 @pytest.mark.slow

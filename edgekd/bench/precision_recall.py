@@ -81,6 +81,23 @@ def percentile_interval(values: Float64Array) -> tuple[float, float, float] | No
     return float(values[0]), float(low), float(high)
 
 
+def share_interval(values: Float64Array, confidence: float = 0.95) -> tuple[float, float, float] | None:
+    """(AP, low, high) of one model by itself, in [0, 1]: the percentiles of resampled values mirrored about AP in log odds.
+
+    AP of few images is too high, since its envelope takes the best of what chance offers, and AP of a resample of them is
+    too high once more: percentiles would lie on the wrong side of the figure. Mirrored they lie on the other one (the "basic"
+    interval: Davison & Hinkley, Bootstrap Methods, 1997, 5.2). Between two models this cancels, so that differences keep
+    percentiles. None as in `percentile_interval`.
+    """
+    found = percentile_interval(values, confidence)
+    if found is None or not 0.0 < found[0] < 1.0:
+        return found
+    value, low, high = found
+    squared = (value / (1.0 - value)) ** 2
+    ends = [squared * (1.0 - end) / (squared * (1.0 - end) + end) for end in (high, low)]
+    return value, min(ends[0], value), max(ends[1], value)
+
+
 def mean_ap50(matches: Matches, weights: NDArray[np.int64]) -> Float64Array:
     """COCO's 101-point AP50, averaged over classes, of many weighted copies of a split at once.
 

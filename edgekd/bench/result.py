@@ -16,7 +16,7 @@ from edgekd.bench.entries import BenchEnsemble
 from edgekd.bench.latency import STAGES, Measurement
 from edgekd.bench.matching import Float64Array, match_coco
 from edgekd.bench.memory import PeakMemory
-from edgekd.bench.precision_recall import percentile_interval, resampled_ap50
+from edgekd.bench.precision_recall import percentile_interval, resampled_ap50, share_interval
 from edgekd.device.stats import drift, median_interval, median_ratio, percentiles, summarise, timing_doubts
 from edgekd.errors import ArtifactError
 from edgekd.types import Dataset, Detections
@@ -121,7 +121,7 @@ def compare(
     matched = [match_coco(dataset.records, found, len(dataset.class_names)) for found in answers]
     drawn = resampled_ap50(matched, resamples=RESAMPLES, seed=seed)
     for row, values in zip(rows, drawn, strict=True):
-        interval = percentile_interval(values)
+        interval = share_interval(values)
         row["map"]["ap50_interval"] = None if interval is None else [round(v, 6) for v in interval[1:]]
     comparisons = []
     for a, b in _pairs(rows, reference):
