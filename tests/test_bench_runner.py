@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from edgekd.bench.complexity import describe_artifact
 from edgekd.bench.device import Contention, device_facts
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble
 from edgekd.bench.examples import agreement, read_examples
+from edgekd.bench.layers import read_layers
 from edgekd.bench.memory import process_peak_bytes
 from edgekd.bench.result import _pairs as pairs_of
 from edgekd.bench.result import read_result
@@ -326,6 +328,39 @@ def test_graph_counts(tmp_path: Path) -> None:
     assert facts.parameters == 16 * 27 + 16
     assert facts.macs == 16 * 27 * 64 * 64
     assert (facts.precision, facts.counted_from) == ("fp32", "graph")
+
+
+def test_layers_that_compute_in_integers_count_too(tmp_path: Path) -> None:
+    """A file quantised to integer operators, of which a layer is left in float, as ONNX Runtime's quantiser makes them."""
+    node, tensor, rng = onnx.helper.make_node, onnx.numpy_helper.from_array, np.random.default_rng(0)
+    stored = [
+        tensor(rng.normal(size=(4, 3, 3, 3)).astype(np.float32), "float"),
+        tensor(rng.integers(-9, 9, (5, 4, 3, 3)).astype(np.int8), "integer"),
+        tensor(rng.integers(-9, 9, (6, 5, 1, 1)).astype(np.int8), "linear"),
+        tensor(np.float32(1), "one"),
+        tensor(np.uint8(0), "zero"),
+        tensor(np.int8(0), "none"),
+    ]
+    nodes = [
+        node("Conv", ["images", "float"], ["a"], pads=[1] * 4),
+        node("QuantizeLinear", ["a", "one", "zero"], ["b"]),
+        node("ConvInteger", ["b", "integer", "zero", "none"], ["c"], pads=[1] * 4),
+        node("Cast", ["c"], ["d"], to=onnx.TensorProto.FLOAT),
+        node("QuantizeLinear", ["d", "one", "zero"], ["e"]),
+        node("QLinearConv", ["e", "one", "zero", "linear", "one", "none", "one", "zero"], ["f"]),
+    ]
+    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, (1, 3, 8, 8))
+    found = onnx.helper.make_tensor_value_info("f", onnx.TensorProto.UINT8, None)
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "integers", [images], [found], stored))
+    onnx.save(model, tmp_path / "a.onnx")
+    facts = describe_artifact(tmp_path / "a.onnx")
+    assert facts.macs == 64 * (4 * 27 + 5 * 36 + 6 * 5)
+    assert facts.parameters == 4 * 27 + 5 * 36 + 6 * 5
+    assert [layer.bytes for layer in read_layers(tmp_path / "a.onnx")] == [
+        4 * (3 * 64 + 4 * 27 + 4 * 64),
+        4 * 64 + 5 * 36 + 5 * 64,
+        5 * 64 + 6 * 5 + 6 * 64,
+    ]
 
 
 def test_published_counts_of_a_black_box(yolo11n_onnx: Path) -> None:

@@ -121,7 +121,13 @@ def _spec_counts(metadata: Mapping[str, str]) -> _Counts | None:
         return None  # a family that this version does not know; the graph can still be counted
 
 
-_WEIGHTED = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": (0, 1), "PRelu": (1,)}
+_WEIGHTED = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1, 2)),
+    **dict.fromkeys(("MatMul", "MatMulInteger"), (0, 1)),
+    **dict.fromkeys(("PRelu", "ConvInteger"), (1,)),
+    **dict.fromkeys(("QLinearConv", "QGemm"), (3, 8)),
+    "QLinearMatMul": (0, 3),
+}
 """Operators with learnt inputs, and which inputs those may be."""
 
 

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 Shape = tuple[int, ...]
-COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_OPERANDS = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger"), (0, 1)),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul", "QGemm"), (0, 3)),  # scale and zero point follow each operand
+}
+"""Operators that are counted, and which inputs are multiplied; the second holds the weights where there are any."""
 _FUSED = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "Add")
 """Operators that runtimes compute within the layer before them, which then goes by what they give out."""
 
@@ -60,7 +64,7 @@ def graph_layers(graph: Any) -> tuple[Layer, ...]:
     readers = _readers(graph)
     found = []
     for node in graph.node:
-        if node.op_type in COUNTED:
+        if node.op_type in _OPERANDS:
             names = tuple(name for name in (node.name, node.output[0], *_fused_outputs(node, readers)) if name)
             macs, moved = _macs(node, shapes, stored), _bytes(node, shapes, stored, widths)
             found.append(Layer(names, node.op_type, macs, moved))
@@ -97,19 +101,22 @@ def stored_shapes(graph: Any) -> dict[str, Shape]:
 
 
 def _widths(graph: Any) -> dict[str, int]:
-    """Bytes a value of stored tensors: 1 behind a DequantizeLinear, 2 for float16, else 4."""
+    """Bytes a value of stored tensors: 1 for int8, also behind a DequantizeLinear, 2 for float16, else 4."""
     import onnx
 
-    widths = {t.name: 2 if t.data_type == onnx.TensorProto.FLOAT16 else 4 for t in graph.initializer}
+    types = onnx.TensorProto
+    narrow = {types.FLOAT16: 2, types.INT8: 1, types.UINT8: 1}
+    widths = {tensor.name: narrow.get(tensor.data_type, 4) for tensor in graph.initializer}
     return widths | {node.output[0]: 1 for node in graph.node if node.op_type == "DequantizeLinear"}
 
 
 def _macs(node: Any, shapes: Mapping[str, Shape], stored: Mapping[str, Shape]) -> int | None:
-    weight = stored.get(node.input[1]) or shapes.get(node.input[1])
-    source, out = shapes.get(node.input[0]) or stored.get(node.input[0]), shapes.get(node.output[0])
+    data, weights = (node.input[position] for position in _OPERANDS[node.op_type])
+    weight = stored.get(weights) or shapes.get(weights)
+    source, out = shapes.get(data) or stored.get(data), shapes.get(node.output[0])
     if not weight or not source or not out:
         return None
-    if node.op_type == "Conv":
+    if node.op_type in ("Conv", "ConvInteger", "QLinearConv"):
         return prod(out) * prod(weight[1:])
     if node.op_type == "ConvTranspose":
         return prod(source) * prod(weight[1:])
@@ -120,8 +127,9 @@ def _macs(node: Any, shapes: Mapping[str, Shape], stored: Mapping[str, Shape]) -
 def _bytes(
     node: Any, shapes: Mapping[str, Shape], stored: Mapping[str, Shape], widths: Mapping[str, int]
 ) -> int | None:
-    sizes = [stored.get(name) or shapes.get(name) for name in (*node.input[:2], node.output[0])]
-    width = widths.get(node.input[1], 4)
+    data, weights = (node.input[position] for position in _OPERANDS[node.op_type])
+    sizes = [stored.get(name) or shapes.get(name) for name in (data, weights, node.output[0])]
+    width = widths.get(weights, 4)
     return None if None in sizes else sum(prod(size) * width for size in sizes if size is not None)
 
 
