@@ -309,6 +309,29 @@ def test_weighted_ap50_is_exact_without_ties() -> None:
     assert mean_ap50(match_coco(records, answers, 3), once)[0] == pytest.approx(subset.ap50, abs=1e-12)
 
 
+def test_a_class_that_a_resample_lacks_is_left_out_of_its_mean() -> None:
+    """Class 0 lies on the first image and is found behind a false box, class 1 on the second and is missed."""
+    box, away, no = [[0.0, 0, 10, 10]], [[50.0, 50, 60, 60]], np.zeros(1, bool)
+    records = [
+        ImageRecord(str(i), Path("x"), (80, 80), np.array(box, np.float32), np.array([i]), no, no) for i in range(2)
+    ]
+    answers = [
+        Detections(np.array(away + box), np.array([0.9, 0.8]), np.array([0, 0])),
+        Detections(np.array(away), np.array([0.7]), np.array([1])),
+    ]
+    weights = np.array([[1, 1], [2, 0], [0, 2], [0, 0]])
+    found = mean_ap50(match_coco(records, answers, 2), weights)
+    assert found[:3].tolist() == [0.25, 0.5, 0.0]
+    assert np.isnan(found[3])
+
+
+def test_differences_need_an_answer_an_image() -> None:
+    records, answers = make_split(1, images=3)
+    for pair in ((answers[1:], answers), (answers, answers[1:])):
+        with pytest.raises(ValueError, match="3 images but 2 answers"):
+            map_difference(records, *pair, 3)
+
+
 def test_difference_interval() -> None:
     records, good = make_split(2, images=80)
     bad = [a.take(a.scores < 0.5) for a in good]
