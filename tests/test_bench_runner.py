@@ -12,10 +12,13 @@ from edgekd.bench.complexity import describe_artifact
 from edgekd.bench.device import Contention, device_facts
 from edgekd.bench.entries import BenchArtifact, BenchEnsemble
 from edgekd.bench.examples import agreement, read_examples
+from edgekd.bench.latency import Measurement
 from edgekd.bench.layers import read_layers
+from edgekd.bench.matching import match_coco
 from edgekd.bench.memory import process_peak_bytes
+from edgekd.bench.precision_recall import percentile_interval, resampled_ap50, share_interval
 from edgekd.bench.result import _pairs as pairs_of
-from edgekd.bench.result import read_result
+from edgekd.bench.result import compare, headline_rows, read_result
 from edgekd.bench.runner import bench_artifacts
 from edgekd.bench.saved import read_saved
 from edgekd.errors import ArtifactError, ClassMapError, DataError
@@ -101,6 +104,50 @@ def test_accuracy_and_comparisons(bench: tuple[dict, Path, Dataset]) -> None:
     assert rows["ensemble"]["speedup_vs_ensemble"] == 1.0
     assert rows["ensemble"]["parameters"] == rows["one"]["parameters"] + rows["two"]["parameters"]
     assert result["reference"] == "ensemble"
+
+
+def test_speed_ups_and_differences_are_of_the_right_way_round(tmp_path: Path) -> None:
+    """A reference of 10 ms: the quicker way to run the ensemble. A student of 2 ms is 5 times as fast, not a fifth."""
+    dataset = make_dataset(tmp_path)
+    whole = [Detections(r.boxes_xyxy, np.full(len(r.labels), 0.9, np.float32), r.labels) for r in dataset.records]
+    half = [found.take(found.labels == 0) for found in whole]  # nothing of the second class
+    roles = ("ensemble", "ensemble", "student", "student_distilled", "teacher")
+    times_ms, answers = (20.0, 10.0, 4.0, 2.0, 8.0), (whole, whole, half, whole, whole)
+    measured = [Measurement(np.full((10, 4, 3), time / 3)) for time in times_ms]
+    same = {"parameters": 1, "macs": 1, "precision": "fp32", "counted_from": "graph"}
+    rows = [
+        {**same, "name": f"{role}{time:g}", "role": role, "latency_ms": {"median": time}, "map": {}}
+        for role, time in zip(roles, times_ms, strict=True)
+    ]
+    assert headline_rows(rows) == (1, 3)
+    assert headline_rows([rows[4], rows[2]]) == (0, 1)
+    assert headline_rows([rows[4], rows[4], rows[2]])[0] is None  # neither of two teachers is what is to be replaced
+    found = compare(rows, dataset, answers, measured, *headline_rows(rows), seed=0)
+    assert [row["speedup_vs_ensemble"] for row in rows] == [0.5, 1.0, 2.5, 5.0, 1.25]
+    assert rows[3]["speedup_interval"] == [5.0, 5.0]
+    assert [(c["a"], c["b"], c["difference"], c["headline"], c["difference_shown"]) for c in found] == [
+        ("student_distilled2", "student4", 0.5, False, True),
+        ("student_distilled2", "ensemble10", 0.0, True, False),
+        ("student4", "ensemble10", -0.5, False, True),
+    ]
+    assert [row["map"]["ap50_interval"] for row in rows[2:4]] == [[0.5, 0.5], [1.0, 1.0]]
+
+
+def test_an_ap_s_interval_is_mirrored_in_a_result(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    rng = np.random.default_rng(0)
+    answers = [
+        Detections(
+            r.boxes_xyxy[:1], rng.random(1).astype(np.float32), r.labels[:1] if rng.random() < 0.6 else 1 - r.labels[:1]
+        )
+        for r in dataset.records
+    ]
+    row = {"name": "a", "role": "teacher", "latency_ms": {"median": 1.0}, "map": {}}
+    compare([row], dataset, [answers], [Measurement(np.ones((10, 4, 3)))], None, None, seed=0)
+    drawn = resampled_ap50([match_coco(dataset.records, answers, 2)], seed=0)[0]
+    expected = share_interval(drawn) or pytest.fail("no interval")
+    assert row["map"]["ap50_interval"] == pytest.approx(expected[1:], abs=1e-6)
+    assert expected != percentile_interval(drawn)
 
 
 def test_saved_detections_and_examples(bench: tuple[dict, Path, Dataset]) -> None:
