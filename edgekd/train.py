@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -205,15 +206,18 @@ class _Trainer:
             for entry in self.learner.distiller.terms:
                 entry.term.begin_epoch(epoch, self.cfg.epochs)
         clock_start, images_seen = time.perf_counter(), 0
+        gathered: list[dict[str, float]] = []  # of the batches of one optimiser step; checkpoints lie between steps
         for batch in self.loader.epoch(epoch, self.progress.batch):
             self.progress.batch += 1
             last_of_epoch = self.progress.batch == self.loader.steps_per_epoch
             update = self.progress.batch % self.cfg.accumulate == 0 or last_of_epoch
-            losses = self._step(batch, epoch, update)
+            gathered.append(self._step(batch, epoch, update))
             images_seen += len(batch.image_ids) * ranks.world_size()
             if not update:
                 continue
             elapsed = time.perf_counter() - clock_start
+            losses = {name: fmean(one[name] for one in gathered if name in one) for name in gathered[-1]}
+            gathered = []
             self._log_step(log, epoch, losses, images_seen / max(elapsed, 1e-9))
             self.progress.step += 1
             every = self.cfg.checkpoint_every

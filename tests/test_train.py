@@ -283,6 +283,21 @@ def test_accumulation_takes_fewer_steps(tmp_path: Path) -> None:
     assert len(step_losses(job.out)) == 2  # three batches: one step of two, one of the rest
 
 
+def test_a_step_s_logged_losses_are_the_mean_of_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, seen = LearningStep.forward, list[float]()
+
+    def forwarded(self: LearningStep, step: StepInput) -> dict[str, torch.Tensor]:
+        found = forward(self, step)
+        seen.append(float(found["loss"].detach()))
+        return found
+
+    monkeypatch.setattr(LearningStep, "forward", forwarded)
+    job = make_job(tmp_path, epochs=2, accumulate=2)
+    train_detector(job)
+    wanted = [(seen[0] + seen[1]) / 2, seen[2], (seen[3] + seen[4]) / 2, seen[5]]
+    assert [loss for _, loss in step_losses(job.out)] == pytest.approx(wanted)
+
+
 def test_a_non_finite_loss_stops_with_its_name_step_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(tmp_path)
     kind = type(_detector())
