@@ -62,6 +62,31 @@ def test_rounds_interleave_in_both_orders_over_the_same_images() -> None:
     assert {i for _, i in measured} == {0, 1, 2}
 
 
+def test_a_block_goes_on_with_the_images_and_leaves_its_first_runs_out() -> None:
+    clock, log = FakeClock(), list[tuple[str, int]]()
+
+    class ColdAfterTheOther(FakeSystem):
+        def stages_ns(self, image: ImageArray, clock: Clock) -> tuple[int, int, int]:
+            cold = [name for name, _ in log[-2:]] != [self.name] * 2  # its first two runs of a turn
+            stages = super().stages_ns(image, clock)
+            return stages[0] + self.clock.spend(50 * cold), *stages[1:]
+
+    systems = [ColdAfterTheOther(name, clock, log, 1.0) for name in "ab"]
+    (a, b) = measure(systems, IMAGES, MeasurementPlan(samples=40, warmup_seconds=0.1), clock=clock)
+    assert (a.total_ms.max(), b.total_ms.max()) == (4.0, 4.0)
+    shown = [image for name, image in log[a.warmup_runs + b.warmup_runs :] if name == "a"]
+    assert shown == [(10 * turn + i) % 3 for turn in range(4) for i in (0, 1, *range(10))]
+
+
+def test_every_system_is_timed_for_the_seconds_asked_for() -> None:
+    clock = FakeClock()
+    systems = [FakeSystem(name, clock, [], ms) for name, ms in (("quick", 1.0), ("slow", 10.0))]
+    plan = MeasurementPlan(samples=20, seconds=2.0, warmup_seconds=0.1)
+    quick, slow = measure(systems, IMAGES, plan, clock=clock)
+    assert 2000 <= quick.total_ms.sum() < 2041
+    assert len(slow.total_ms) == len(quick.total_ms) == 50  # rounds of all alike
+
+
 def test_drift_hits_all_alike() -> None:
     (a, b), _ = run(drift=0.5, samples=200)
     assert np.median(b.total_ms) / np.median(a.total_ms) == pytest.approx(2.0, rel=0.02)
