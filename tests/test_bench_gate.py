@@ -13,10 +13,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from edgekd.artifact import sha256_file
-from edgekd.bench.baseline import read_baseline
-from edgekd.bench.gate import EXIT_REGRESSED
-from edgekd.bench.saved import read_saved, save
+from edgekd.bench.accuracy import evaluate
+from edgekd.bench.baseline import Baseline, Pair, read_baseline
+from edgekd.bench.gate import EXIT_REGRESSED, Gate, Limits, judge
+from edgekd.bench.saved import Saved, SavedRow, read_saved, save
 from edgekd.cli import app
+from edgekd.types import Detections
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, POOR_SCORES, make_dataset, write_detector
 
 
@@ -325,3 +327,83 @@ def test_nothing_of_the_baseline_is_overwritten(place: Path, monkeypatch: pytest
     assert bench(place, "student.onnx", out=Path("new.json"), options=again).exit_code == 0
     assert all(path.read_bytes() == data for path, data in before.items())
     assert Path("new.detections.npz").is_file()
+
+
+def judged(
+    folder: Path, new: dict, old: dict, limits: Limits, *, again: bool, stored: bool = True
+) -> tuple[dict, dict]:
+    """What the gate says of two rows {"times": round medians in ms, "answers": detections}: (latency, map)."""
+    dataset = make_dataset(folder)
+    kept, rows = [], []
+    for name, one in (("student", new), ("student (baseline)", old)):
+        samples = np.repeat(np.array(one["times"], float), 6).reshape(-1, 2, 3) / 3
+        kept.append(SavedRow(name, one["answers"], samples, {}))
+        ap50 = evaluate(dataset.records, one["answers"], dataset.class_names).ap50
+        latency = {"median": float(np.median(one["times"])), "median_interval": one.get("interval_ms")}
+        figures = {"ap50": one.get("ap50", ap50), "ap50_interval": one.get("interval")}
+        rows.append({"name": name, "latency_ms": latency, "map": figures})
+    before = {**rows[1], "name": "student"}
+    saved = Saved((), dataset.class_names, (replace(kept[1], name="student"),)) if stored else None
+    baseline = Baseline(Path("old.json"), {"rows": [before], "device": {}}, saved, None)
+    pair = Pair("student", before, rows[1]["name"] if again else None, False)
+    gate = Gate(baseline, limits, (pair,), (), (), (), False, ())
+    found = judge(
+        gate, {"rows": rows, "device": {"versions": {}}}, Saved((), dataset.class_names, tuple(kept)), dataset
+    )
+    (one,) = found["pairs"]
+    assert found["passed"] is not (one["latency"]["regressed"] or one["map"]["regressed"])
+    return one["latency"], one["map"]
+
+
+def whole(folder: Path, without: tuple[int, ...] = ()) -> list[Detections]:
+    """Every object is found, but for the first of these images'."""
+    records = make_dataset(folder).records
+    found = [Detections(r.boxes_xyxy, np.full(len(r.labels), 0.9, np.float32), r.labels) for r in records]
+    return [f.take(f.labels != 0) if i in without else f for i, f in enumerate(found)]
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize(
+    ("times", "regressed"),
+    [
+        ([11.0] * 10, True),
+        ([10.4] * 10, False),
+        ([10.0] * 5 + [12.0] * 5, False),  # 10 % slower in the median, but what varies reaches from 0 to 20
+        ([9.0] * 10, False),
+    ],
+)
+def test_a_slowdown_fails_only_with_its_whole_interval(
+    tmp_path: Path, times: list[float], regressed: bool, again: bool
+) -> None:
+    answers = whole(tmp_path)
+    old = {"times": [10.0] * 10, "answers": answers}
+    latency, accuracy = judged(tmp_path, {"times": times, "answers": answers}, old, Limits(0.05, 0.005), again=again)
+    assert latency["regressed"] is regressed
+    assert latency["change"] == pytest.approx(np.median(times) / 10)
+    assert (accuracy["change"], accuracy["regressed"]) == (0.0, False)
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize(("lost", "regressed"), [((), False), ((3,), False), (tuple(range(9)), True)])
+def test_a_loss_fails_only_with_its_whole_interval(
+    tmp_path: Path, lost: tuple[int, ...], regressed: bool, again: bool
+) -> None:
+    now, before = ({"times": [10.0] * 4, "answers": whole(tmp_path, without)} for without in (lost, ()))
+    for new, old, sign in ((now, before, -1), (before, now, 1)):
+        _, accuracy = judged(tmp_path, new, old, Limits(None, 0.005), again=again)
+        assert accuracy["regressed"] is (regressed and sign < 0)
+        assert sign * accuracy["change"] >= (
+            0.02 if lost else 0.0
+        )  # one image alone is over the limit, not its interval
+
+
+def test_stored_figures_alone_are_compared_end_against_end(tmp_path: Path) -> None:
+    answers = whole(tmp_path)
+    new = {"times": [11.0] * 4, "answers": answers, "interval_ms": [10.8, 11.2], "ap50": 0.6, "interval": [0.5, 0.65]}
+    old = {"times": [10.0] * 4, "answers": answers, "interval_ms": [9.8, 10.2], "ap50": 0.7, "interval": [0.66, 0.78]}
+    for slower, worse, regressed in ((0.05, 0.03, True), (0.06, 0.04, False)):
+        latency, accuracy = judged(tmp_path, new, old, Limits(slower, worse), again=False, stored=False)
+        assert (latency["change"], latency["low"], latency["high"]) == pytest.approx((1.1, 10.8 / 10.2, 11.2 / 9.8))
+        ends = -0.1 - np.hypot(0.1, 0.08), -0.1 + np.hypot(0.05, 0.04)
+        assert (accuracy["change"], accuracy["low"], accuracy["high"]) == pytest.approx((-0.1, *ends), abs=1e-5)
+        assert (latency["regressed"], accuracy["regressed"]) == (regressed, regressed)
