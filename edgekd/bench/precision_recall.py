@@ -81,7 +81,7 @@ def percentile_interval(values: Float64Array) -> tuple[float, float, float] | No
     return float(values[0]), float(low), float(high)
 
 
-def share_interval(values: Float64Array, confidence: float = 0.95) -> tuple[float, float, float] | None:
+def share_interval(values: Float64Array) -> tuple[float, float, float] | None:
     """(AP, low, high) of one model by itself, in [0, 1]: the percentiles of resampled values mirrored about AP in log odds.
 
     AP of few images is too high, since its envelope takes the best of what chance offers, and AP of a resample of them is
@@ -89,7 +89,7 @@ def share_interval(values: Float64Array, confidence: float = 0.95) -> tuple[floa
     interval: Davison & Hinkley, Bootstrap Methods, 1997, 5.2). Between two models this cancels, so that differences keep
     percentiles. None as in `percentile_interval`.
     """
-    found = percentile_interval(values, confidence)
+    found = percentile_interval(values)
     if found is None or not 0.0 < found[0] < 1.0:
         return found
     value, low, high = found
