@@ -34,7 +34,7 @@ LIGHT_NMS_IOU = 0.65
 """For answers that are fused or taught: wider than a deployed detector's, since fusion merges what is left."""
 
 NATURAL: Mapping[str, NaturalRuntime] = {
-    **dict.fromkeys((".onnx", ".ort"), "onnxruntime"),
+    ".onnx": "onnxruntime",
     **dict.fromkeys((".pt", ".pth", ".ckpt"), "torch"),
     **dict.fromkeys(ENGINE_SUFFIXES, "tensorrt"),
 }

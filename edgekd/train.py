@@ -146,6 +146,7 @@ class _Trainer:
         self.notes = [
             *_start_of(job.model, pretrained),
             *self._precision_note(),
+            *self._selection_note(),
             *(distiller.matched if distiller is not None else ()),
         ]
         self.learner = LearningStep(detector, distiller, job.detection_weight)
@@ -403,6 +404,14 @@ class _Trainer:
         if not without_bf16(self.cfg, self.fabric.device.type == "cuda"):
             return []
         return ["this processor has no bf16 and would emulate it, many times slower: the run goes in fp32"]
+
+    def _selection_note(self) -> list[str]:
+        if self.cfg.select != "best" or self.job.val is None:
+            return []
+        return [
+            f"the best of several evaluations on {self.job.val.split} ships (train.select: best): its figures on that split "
+            "are optimistic, another split tells"
+        ]
 
     def _precision(self) -> str:
         return str(self.fabric._precision.precision)

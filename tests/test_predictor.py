@@ -190,6 +190,7 @@ def test_a_native_checkpoint_and_its_run_folder(tmp_path: Path) -> None:
         ("junk.pt", b"junk", {}, ArtifactError, "not a readable checkpoint"),
         ("junk.pt", b"\x80\x02}q", {}, ArtifactError, "not a readable checkpoint"),
         ("image.jpg", b"\xff\xd8", {}, ArtifactError, "not a kind of file that detects"),
+        ("model.ort", b"x", {}, ArtifactError, "not a kind of file that detects"),
         ("model.engine", b"x", {}, ArtifactError, "manifest"),
         ("model.pt", b"x", {"runtime": "onnxruntime"}, UserError, "does not fit"),
         ("model.onnx", b"x", {"runtime": "torch"}, UserError, "does not fit"),

@@ -400,6 +400,7 @@ def test_a_run_tells_the_figures_of_the_detector_that_it_ships(
     result = train_detector(job)
     assert result.metrics["ap50"] == checkpoint_facts(job.out)["metrics"]["ap50"] == told
     assert train_detector(job).metrics["ap50"] == told  # read again from the manifest
+    assert ("optimistic" in (job.out / "metrics.jsonl").read_text()) == (select == "best")
 
 
 def test_cuda_without_a_gpu_is_the_users_mistake(tmp_path: Path) -> None:

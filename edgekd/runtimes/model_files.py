@@ -59,7 +59,7 @@ def may_be_foreign(path: Path) -> bool:
 
     False of folders, checkpoints and engines, which say everything themselves; what cannot be read is for others to refuse.
     """
-    if path.suffix.lower() not in (".onnx", ".ort") or not path.is_file():
+    if not is_onnx(path) or not path.is_file():
         return not path.exists()
     try:
         import onnx
