@@ -20,7 +20,7 @@ from edgekd.export.lint import INT8_KEY, lint_qdq
 from edgekd.export.onnx import trace
 from edgekd.export.parity import onnx_run
 from edgekd.export.placement import int8_nodes, tensors_to_quantise
-from edgekd.export.precision import has_vnni, to_int8
+from edgekd.export.precision import has_vnni, to_int8, weight_limit
 from edgekd.export.qdq import activation_parameters, quantise
 from edgekd.export.sensitivity import rank_layers
 from edgekd.recipe import ExportConfig, ModelConfig
@@ -181,7 +181,9 @@ def test_x86_form(int8: dict[str, onnx.ModelProto]):
     assert [v.dtype for n, v in values.items() if n.endswith("_bias_quantised")] == [np.dtype(np.int32)] * 6
     weights = [v for n, v in values.items() if n.endswith("_weight_quantised")]
     assert [v.dtype for v in weights] == [np.dtype(np.int8)] * 6
-    assert all(np.abs(v).reshape(len(v), -1).max(1).min() == 127 for v in weights)  # each channel uses its whole range
+    assert all(
+        np.abs(v).reshape(len(v), -1).max(1).min() == weight_limit("x86") for v in weights
+    )  # all of its range, a channel
 
 
 def test_x86_form_runs_in_int8(int8: dict[str, onnx.ModelProto], tmp_path):
@@ -418,7 +420,7 @@ def test_ranking_finds_the_layer_that_hurts():
     nodes = set(int8_nodes(model, "x86"))
     seen = collect(model, tensors_to_quantise(model, nodes, "x86"), IMAGES)
     ranges = {name: statistics.range("minmax") for name, statistics in seen.items()}
-    ranking = rank_layers(model, ranges, IMAGES, "x86")
+    ranking = rank_layers(model, ranges, IMAGES, "x86", reduce_range=not has_vnni())
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
     assert {entry.node for entry in ranking} == {node.name for node in convolutions}
     assert ranking[0].damage > 3 * ranking[len(ranking) // 2].damage

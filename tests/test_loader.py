@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,9 +43,7 @@ class Files:
 @pytest.fixture
 def files(monkeypatch: pytest.MonkeyPatch) -> Files:
     files = Files()
-    module = types.ModuleType("edgekd.data.images")
-    module.load_image = files.load_image  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "edgekd.data.images", module)
+    monkeypatch.setattr("edgekd.data.image_cache.load_image", files.load_image)
     return files
 
 
@@ -272,7 +268,7 @@ def test_unreadable_image_is_named(make_loader: Callable[..., TrainLoader], file
 
 
 def test_changed_image_is_named(make_loader: Callable[..., TrainLoader], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["edgekd.data.images"], "load_image", lambda path: np.zeros((9, 9, 3), np.uint8))
+    monkeypatch.setattr("edgekd.data.image_cache.load_image", lambda path: np.zeros((9, 9, 3), np.uint8))
     with pytest.raises(DataError, match=r"\.png.*another size"):
         next(make_loader(make_dataset(8)).epoch(0))
 

@@ -86,7 +86,7 @@ def _assert_same_rounding(
         output = quantised(torch.from_numpy(image))
     outputs = [output.cls_logits, output.bbox_regression, output.objectness]
     for found, truth, fp32 in zip([x.numpy() for x in outputs if x is not None], exported, exact, strict=True):
-        assert np.abs(found - truth).mean() < 0.1 * np.abs(fp32 - truth).mean()
+        assert np.abs(found - truth).mean() < 0.2 * np.abs(fp32 - truth).mean()
 
 
 def _as_calibrated(base: onnx.ModelProto, images: Sequence[np.ndarray], target: Target) -> onnx.ModelProto:
