@@ -17,7 +17,7 @@ from edgekd.data import read_dataset
 from edgekd.data.check import check_dataset, write_contact_sheet
 from edgekd.data.problems import RULES
 from edgekd.errors import DataError
-from tests.broken_data import BROKEN, DOG, MAKERS, voc, yolo
+from tests.broken_data import BROKEN, DOG, MAKERS, boxes, voc, yolo
 from tests.data_layouts import make_voc, make_yolo, picture, voc_xml
 
 
@@ -283,3 +283,13 @@ def test_splits_are_found_by_their_other_names_and_a_set_without_any_is_told_how
     assert "edgekd data split" not in check_dataset(tmp_path / "a", splits=["train"]).text()
     shutil.rmtree(tmp_path / "a" / "ImageSets")
     assert f"edgekd data split {tmp_path / 'a'} --val 0.2" in check_dataset(tmp_path / "a").text()
+
+
+def test_boxes_that_are_drawn_a_little_beyond_one_side_are_read(tmp_path: Path) -> None:
+    """Things at the lower left before a fixed camera: y before x, none would reach beyond."""
+    root = MAKERS["coco"](tmp_path)
+    boxes([3, 15, 14, 27])(root)  # two pixels below an image of 60 x 40
+    report = check_dataset(root)
+    codes = {problem.kind for problem in report.problems}
+    assert "boxes-of-other-numbers" not in codes
+    assert "clipped-box" in codes

@@ -32,6 +32,8 @@ SILENT_OVERHANG_PX = 1.0
 _DIGITS = 9
 _SHARES_NEED_PX = 8
 _FRAME_NEEDS_BOXES = 5
+_FAR_SHARE = 0.1
+"""Of its own side, up to which a box beyond its image may be one that is drawn carelessly."""
 
 _BEYOND = ("clipped-box", "outside-box", "inverted-box", "unnormalised-box")
 
@@ -78,8 +80,8 @@ def _report_numbers(
 ) -> bool:
     """Whether boxes of the split reach beyond their images, and none does once its numbers are read in another usual way.
 
-    Boxes that are drawn carelessly reach beyond any side; those of a corner taken for the centre, or of a far corner
-    taken for a size, beyond one alone.
+    Boxes that are drawn carelessly reach beyond any side, by little; those of a corner taken for the centre, or of a far
+    corner taken for a size, beyond one alone, and by a good part of themselves.
     """
     sizes = {item.record.image_id: item.record.image_hw for item in resolved}
     found = [(raw, obj) for raw in raws if raw.image_id in sizes for obj in raw.objects if _is_finite(obj.box)]
@@ -94,7 +96,8 @@ def _report_numbers(
     if not shares.any():
         others["y before x"] = corners[:, [1, 0, 3, 2]]
     ways = [way for way, other in others.items() if not _is_beyond(other, sides).any()]
-    if beyond < _FRAME_NEEDS_BOXES or not ways:
+    far = int(_is_beyond(corners, sides, _FAR_SHARE).sum())
+    if far < _FRAME_NEEDS_BOXES or not ways:
         return False
     message = f"{beyond} of {len(found)} boxes reach beyond their image, and none does if the numbers are {ways[0]}"
     message += f"; this layout's are {written}"
@@ -118,10 +121,12 @@ def _corners(numbers: NDArray[np.float64], written: str) -> NDArray[np.float64]:
     return np.hstack([start, start + numbers[:, 2:]])
 
 
-def _is_beyond(corners: NDArray[np.float64], sides: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """(N,) bool: the box reaches beyond its image, of (N, 2) width and height, or has no extent."""
+def _is_beyond(corners: NDArray[np.float64], sides: NDArray[np.float64], share: float = 0.0) -> NDArray[np.bool_]:
+    """(N,) bool: the box reaches beyond its image, of (N, 2) width and height, by more than a share of itself, or has no
+    extent."""
     low, high = corners[:, :2], corners[:, 2:]
-    wrong = (low < -SILENT_OVERHANG_PX) | (high > sides + SILENT_OVERHANG_PX) | (high <= low)
+    slack = np.maximum(SILENT_OVERHANG_PX, share * (high - low))
+    wrong = (low < -slack) | (high > sides + slack) | (high <= low)
     return np.asarray(wrong.any(axis=1))
 
 
