@@ -28,7 +28,7 @@ from edgekd.stages import (
     train_student,
     train_teacher,
 )
-from edgekd.teaching import ask_ahead
+from edgekd.teaching import ask_ahead, asks_of_images
 from edgekd.training_setup import fills_one_thread
 from edgekd.workspace import Workspace
 
@@ -51,7 +51,7 @@ def chain_tasks(work: Workspace, out: Path, exports: Exports) -> list[Task]:
     distilled = bool(untrained) or not is_trained(
         distilled_job(work, teachers, out / "distilled", answers=out / "answers")
     )
-    asked = distilled and recipe.distill.answers != "online"
+    asked = distilled and bool(untrained) and asks_of_images(work)
     tasks = [
         Task(ready.name, partial(_teacher, config=config, ready=ready if asked else None, out=out))
         for config, ready in untrained

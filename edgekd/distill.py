@@ -27,6 +27,9 @@ from edgekd.teachers.cache import DENSE, Wanted
 from edgekd.types import SoftDetections
 
 Answers = Mapping[str, SoftDetections]
+NO_ANSWERS = SoftTargets([], [])
+"""Of no images, not even empty ones: a term that reads boxes without saying so fails at its first step."""
+
 Fuse = Callable[[Sequence[SoftDetections]], SoftDetections]
 
 
@@ -38,7 +41,7 @@ class TeacherSet:
         teachers: at least one.
         weights: one a teacher, summing to 1.
         fuse: the ensemble's fusion on answers in one frame.
-        answers: per teacher, its answer to every training image; empty when teachers run online only.
+        answers: per teacher, its answer to every training image; empty where no term reads them, or teachers run online only.
         fused_answers: the fused answer to every training image.
     """
 
@@ -83,12 +86,11 @@ class Distiller(nn.Module):
         # Weights of terms that follow a gradient ratio: part of the state, so that a resumed run goes on with them.
         self.register_buffer("ratio_weights", torch.zeros(len(self.terms)))
         self.online = config.answers == "online" or any(entry.term.needs_online_teachers for entry in self.terms)
-        self.answers_from_images = config.answers != "online"
+        self.needs_answers = any(entry.term.needs_answers for entry in self.terms)
+        self.answers_from_images = self.needs_answers and config.answers != "online"
         # A run with a teacher cache: which views it shows, and what the teachers said about them.
         self.plan: ViewPlan | None = None
         self.stores: tuple[ViewStore, ...] = ()
-        if self.answers_from_images and not teacher_set.answers:
-            raise DistillationSetupError("answers to the training images were not collected")
 
     @property
     def student_taps(self) -> tuple[str, ...]:
@@ -107,8 +109,9 @@ class Distiller(nn.Module):
     @property
     def loader_answers(self) -> tuple[Answers, ...]:
         """What the loader must map through each view: every teacher's answers, then the fused ones."""
-        if not self.answers_from_images or self.set.fused_answers is None:
+        if not self.answers_from_images:
             return ()
+        assert self.set.fused_answers is not None, "the answers to the training images were not collected"
         return (*self.set.answers, self.set.fused_answers)
 
     @property
@@ -122,8 +125,9 @@ class Distiller(nn.Module):
     def wanted(self) -> tuple[Wanted, ...]:
         """For each teacher, what is asked of it about each view."""
         dense = any(entry.term.needs_dense for entry in self.terms)
+        soft = self.needs_answers and not self.answers_from_images
         count = len(self.set.teachers)
-        return tuple(Wanted(not self.answers_from_images, dense, self._taps_of(index)) for index in range(count))
+        return tuple(Wanted(soft, dense, self._taps_of(index)) for index in range(count))
 
     def _taps_of(self, index: int) -> tuple[str, ...]:
         """The taps of one teacher that any term reads."""
@@ -160,7 +164,9 @@ class Distiller(nn.Module):
         views = []
         for index, teacher in enumerate(self.set.teachers):
             answer = outputs[index] if outputs else None
-            if self.answers_from_images:
+            if not self.needs_answers:
+                soft = NO_ANSWERS
+            elif self.answers_from_images:
                 soft = batch.soft[index].to(device)
             else:
                 assert answer is not None
@@ -174,7 +180,9 @@ class Distiller(nn.Module):
                     {} if answer is None else answer.taps,
                 )
             )
-        if self.answers_from_images:
+        if not self.needs_answers:
+            fused = NO_ANSWERS
+        elif self.answers_from_images:
             fused = batch.soft[-1].to(device)
         elif len(self.stores) > len(views) and (kept := batch.stored[-1].soft) is not None:
             fused = kept.to(device)
@@ -213,10 +221,10 @@ class Distiller(nn.Module):
         if not self.online:
             return []
         answers = []
-        for index, teacher in enumerate(self.set.teachers):
+        for teacher, wanted in zip(self.set.teachers, self.wanted, strict=True):
             images = batch.teacher_images_u8[teacher.preprocess.input_hw].to(device, non_blocking=True)
             with torch.no_grad():
-                answers.append(teacher.respond(images, self._taps_of(index)))
+                answers.append(teacher.respond(images, wanted.taps, boxes=wanted.soft))
         return answers
 
     def _recorded(self, batch: Batch, device: torch.device) -> list[TeacherOutput]:
@@ -269,7 +277,7 @@ def _as_said(stored: Stored) -> TeacherOutput:
     raw = {name: arrays[f"dense.{name}"] for name in DENSE if f"dense.{name}" in arrays}
     dense = DetectorOutput(raw["cls_logits"], raw["bbox_regression"], raw.get("objectness")) if raw else None
     taps = {name.removeprefix("tap."): array for name, array in arrays.items() if name.startswith("tap.")}
-    soft = stored.soft if stored.soft is not None else SoftTargets([], [])
+    soft = stored.soft if stored.soft is not None else NO_ANSWERS
     return TeacherOutput(soft, dense, taps)
 
 

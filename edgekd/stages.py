@@ -21,7 +21,7 @@ from edgekd.distill import Distiller
 from edgekd.recipe import CheckpointTeacher, DistillConfig, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
 from edgekd.recipe_file import write_recipe
 from edgekd.selection import Selection
-from edgekd.teaching import gather_teachers, record_views, teacher_identity
+from edgekd.teaching import gather_teachers, hear_teachers, record_views, teacher_identity
 from edgekd.train import RunResult, TrainJob, train_detector
 from edgekd.training_state import read_state
 from edgekd.workspace import Workspace
@@ -87,6 +87,7 @@ def distilled_job(work: Workspace, teachers: Sequence[TeacherConfig], out: Path,
 
     def make_distiller(student: Detector) -> Distiller:
         distiller = Distiller(student, gather_teachers(work, teachers, identities, answers), recipe.distill)
+        hear_teachers(work, distiller, identities, answers)
         if recipe.distill.cache is not None:
             record_views(work, distiller, identities, answers.parent / "views")
         return distiller

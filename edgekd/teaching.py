@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from edgekd.recipe import (
 from edgekd.runtimes.model_files import sha256_model
 from edgekd.teacher_check import check_reading, is_foreign
 from edgekd.teachers import build_teacher
-from edgekd.teachers.answers import collect_answers
+from edgekd.teachers.answers import ask, collect_answers
+from edgekd.teachers.base import Teacher
 from edgekd.teachers.cache import GIB, Recording, estimate, fill_fused, make_room
 from edgekd.teachers.ensemble import Ensemble, learn_weights
 from edgekd.teachers.module import module_content
@@ -44,6 +45,9 @@ from edgekd.workspace import Workspace, resolved_device
 
 WEIGHT_IMAGES = 300
 """Training images that learned ensemble weights are fitted on, about."""
+
+PROBED_IMAGES = 16
+"""Training images on which teachers whose boxes nothing reads are tried, lest one that finds nothing teach its features."""
 
 
 def check_setup(work: Workspace) -> None:
@@ -66,6 +70,18 @@ def check_terms(work: Workspace) -> None:
     Raises:
         EdgeKDError: a model option, a teacher, a class map, the fusion or a distillation term is wrong.
     """
+    classes, teachers = work.train.class_names, _untrained_distiller(work).set.teachers
+    unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in teachers)]
+    if unknown:
+        work.terminal.warn(f"no teacher knows {some_of(unknown)}: learned from ground truth alone")
+
+
+def asks_of_images(work: Workspace) -> bool:
+    """Whether teachers will be asked about whole training images: see `Distiller.answers_from_images`."""
+    return _untrained_distiller(work).answers_from_images
+
+
+def _untrained_distiller(work: Workspace) -> Distiller:
     recipe, classes, records = work.recipe, work.train.class_names, work.train.records
     student = build_detector(fitted_spec(spec_for(recipe.student, classes), records))
     built: list[PredictorTeacher] = []
@@ -76,32 +92,46 @@ def check_terms(work: Workspace) -> None:
         else:
             built.append(build_teacher(config, classes))
     ensemble = Ensemble(built, recipe.ensemble)
-    nothing: tuple[Answers, ...] = tuple({} for _ in built)
-    Distiller(student, TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, nothing, {}), recipe.distill)
-    unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in built)]
-    if unknown:
-        work.terminal.warn(f"no teacher knows {some_of(unknown)}: learned from ground truth alone")
+    distiller = Distiller(student, TeacherSet(tuple(built), ensemble.weights, ensemble.fuse), recipe.distill)
     ensemble.close()
+    return distiller
 
 
 def gather_teachers(
     work: Workspace, teachers: Sequence[TeacherConfig], identities: Sequence[Mapping[str, Any]], answers: Path
 ) -> TeacherSet:
-    """Load the teachers, and ask each about every training image unless they are to run online."""
+    """Load the teachers, weigh them, and look whether foreign ones are read rightly."""
     built = [build_teacher(config, work.train.class_names, device=resolved_device(work.device)) for config in teachers]
     weights = ensemble_weights(work, teachers, answers)
     ensemble = Ensemble(built, work.recipe.ensemble, weights=weights)
     _check_readings(work, list(zip(teachers, built, identities, strict=True)), answers)
-    if work.recipe.distill.answers == "online":
-        return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse)
+    return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse)
+
+
+def hear_teachers(
+    work: Workspace, distiller: Distiller, identities: Sequence[Mapping[str, Any]], answers: Path
+) -> None:
+    """Ask each teacher about every training image, where a term reads boxes and they are not to run online."""
+    built = distiller.set.teachers
+    if not distiller.answers_from_images:
+        _check_heard(work, built, [_probe(work, one) for one in built], "the training images with most boxes")
+        return
     collected = [_collect(work, one, known, answers) for one, known in zip(built, identities, strict=True)]
-    _check_heard(work, built, collected)
+    _check_heard(work, built, collected, f"the {len(work.train)} training images")
     if work.recipe.ensemble.fusion == "mean-outputs":  # works on raw outputs, so answers cannot be fused afterwards
-        identity = {"members": list(identities), "weights": weights}
+        members = [one for one in built if isinstance(one, PredictorTeacher)]  # `gather_teachers` builds no others
+        ensemble = Ensemble(members, work.recipe.ensemble, weights=distiller.set.weights)
+        identity = {"members": list(identities), "weights": distiller.set.weights}
         fused: Answers = _collect(work, _Together(ensemble), identity, answers)
     else:
-        fused = fuse_answers(collected, ensemble.fuse)
-    return TeacherSet(tuple(built), ensemble.weights, ensemble.fuse, tuple(collected), fused)
+        fused = fuse_answers(collected, distiller.set.fuse)
+    distiller.set = replace(distiller.set, answers=tuple(collected), fused_answers=fused)
+
+
+def _probe(work: Workspace, teacher: Teacher) -> Answers:
+    """A teacher's answers to the few images with most boxes."""
+    crowded = sorted(work.train.records, key=lambda record: -len(record.labels))[:PROBED_IMAGES]
+    return {record.image_id: ask(teacher, record) for record in crowded}
 
 
 def ask_ahead(work: Workspace, config: CheckpointTeacher, answers: Path) -> None:
@@ -187,7 +217,7 @@ def _check_readings(
         (work.terminal.warn if found["doubtful"] else work.terminal.note)(found["says"])
 
 
-def _check_heard(work: Workspace, teachers: Sequence[PredictorTeacher], collected: Sequence[Answers]) -> None:
+def _check_heard(work: Workspace, teachers: Sequence[Teacher], collected: Sequence[Answers], where: str) -> None:
     """Warn of teachers that say nothing at all.
 
     Raises:
@@ -200,12 +230,12 @@ def _check_heard(work: Workspace, teachers: Sequence[PredictorTeacher], collecte
     ]
     if len(silent) == len(teachers):
         raise DistillationSetupError(
-            f"no teacher finds anything in any of the {len(work.train)} training images",
+            f"no teacher finds anything in any of {where}",
             got=f"no box from {', '.join(silent)}",
             fix="train longer (`train.epochs`, or the teacher's own `settings`), or on more images",
         )
     for name in silent:
-        work.terminal.warn(f"teacher {name} finds nothing in any of the {len(work.train)} training images")
+        work.terminal.warn(f"teacher {name} finds nothing in any of {where}")
 
 
 def ensemble_weights(work: Workspace, teachers: Sequence[TeacherConfig], answers: Path) -> tuple[float, ...]:

@@ -160,7 +160,8 @@ class _Trainer:
             self.learner.channels_last = True
         extra = list(term_parameters(distiller))
         self.frozen = frozen_layers(detector, self.cfg.freeze_stride, pretrained=pretrained)
-        optimizer = make_optimizer(detector, extra, self.cfg, pretrained=pretrained)
+        on_cpu = self.fabric.device.type == "cpu"
+        optimizer = make_optimizer(detector, extra, self.cfg, pretrained=pretrained, on_cpu=on_cpu)
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.module, self.optimizer = self.fabric.setup(self.learner, optimizer)
         if ema is not None:

@@ -56,9 +56,9 @@ class Counting(ToyTeacher):
         super().__init__(detector, name)
         self.seen = 0
 
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
         self.seen += len(images_u8)
-        return super().respond(images_u8, taps)
+        return super().respond(images_u8, taps, boxes)
 
 
 def wbf(answers: Sequence[SoftDetections]) -> SoftDetections:
@@ -286,9 +286,9 @@ def test_rows_are_those_of_their_images(tmp_path: Path, workers: int) -> None:
 class Slow(Counting):
     """Takes its time, so that it can be interrupted."""
 
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
         time.sleep(0.05)
-        return super().respond(images_u8, taps)
+        return super().respond(images_u8, taps, boxes)
 
 
 def _fill(folder: Path, seen: Any, environment: dict[str, str]) -> None:
@@ -400,8 +400,8 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_values_beyond_half_precision_are_refused(tmp_path: Path) -> None:
     class Loud(ToyTeacher):
-        def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
-            answer = super().respond(images_u8, taps)
+        def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
+            answer = super().respond(images_u8, taps, boxes)
             return replace(answer, taps={name: value + 1e6 for name, value in answer.taps.items()})
 
     with pytest.raises(TeacherError, match="half precision"):

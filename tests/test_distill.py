@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +11,19 @@ import pytest
 import torch
 
 from edgekd.checkpoint import load_detector
+from edgekd.console import Terminal
 from edgekd.detectors.base import Detector
 from edgekd.distill import Distiller, TeacherSet, fuse_answers
 from edgekd.errors import DistillationSetupError, TeacherError
-from edgekd.recipe import DistillConfig, TermConfig
+from edgekd.recipe import DistillConfig, Recipe, TermConfig
 from edgekd.runlog import read_log
 from edgekd.teachers.answers import collect_answers
+from edgekd.teachers.base import TeacherOutput
+from edgekd.teaching import hear_teachers
 from edgekd.train import TrainJob, train_detector
 from edgekd.training_setup import frozen_layers
 from edgekd.types import Dataset, SoftDetections
+from edgekd.workspace import Workspace
 from tests.test_train import make_job, step_losses
 from tests.toy import CLASSES, ToyTeacher, toy_batch, toy_detector
 
@@ -275,3 +279,48 @@ def test_a_teacher_that_fails_is_named_with_the_image(tmp_path: Path) -> None:
         collect_answers(Broken(toy_detector(), "broken"), dataset, tmp_path / "answers", {})
     assert "broken" in str(caught.value)
     assert dataset.records[0].path.name in str(caught.value)
+
+
+@pytest.mark.parametrize(("terms", "boxes"), [(("pkd",), False), (("pkd", "response"), True)])
+def test_teachers_run_online_are_asked_for_boxes_where_a_term_reads_them(
+    terms: tuple[str, ...], boxes: bool, tmp_path: Path
+) -> None:
+    asked: list[bool] = []
+
+    class Noting(ToyTeacher):
+        def respond(self, images_u8: torch.Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
+            asked.append(boxes)
+            return super().respond(images_u8, taps, boxes)
+
+    config = DistillConfig(terms=tuple(TermConfig(loss=name) for name in terms), answers="online")
+    teachers = (Noting(toy_detector(seed=9)),)
+
+    def make(student: Detector) -> Distiller:
+        return Distiller(student, TeacherSet(teachers, (1.0,), lambda found: found[0]), config)
+
+    train_detector(replace(make_job(tmp_path, epochs=1), make_distiller=make))
+    assert set(asked) == {boxes}
+
+
+def test_whole_images_are_put_to_teachers_only_where_a_term_reads_boxes(tmp_path: Path) -> None:
+    class Blind(ToyTeacher):
+        def answer(self, image: np.ndarray) -> SoftDetections:
+            return SoftDetections.empty(len(CLASSES))
+
+    job = make_job(tmp_path)
+    assert job.val is not None
+    for index, (loss, kept) in enumerate((("response", True), ("pkd", False))):
+        config = DistillConfig(terms=(TermConfig(loss=loss),))
+        recipe = Recipe(name="r", data=job.data, student=job.model, train=job.train, distill=config)
+        work = Workspace(recipe, job.dataset, job.val, "cpu", Terminal(quiet=True))
+        answers = tmp_path / f"answers-{index}"
+        for kind, sees in ((ToyTeacher, True), (Blind, False)):
+            teacher = kind(toy_detector(seed=9), kind.__name__)
+            distiller = Distiller(toy_detector(), TeacherSet((teacher,), (1.0,), lambda found: found[0]), config)
+            if sees:
+                hear_teachers(work, distiller, [{}], answers)
+                assert (answers / "ToyTeacher" / "manifest.json").is_file() is kept
+                assert len(distiller.loader_answers) == (2 if kept else 0)
+            else:
+                with pytest.raises(DistillationSetupError, match="no teacher finds anything"):
+                    hear_teachers(work, distiller, [{}], answers)

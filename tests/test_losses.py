@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from edgekd.detectors.base import DetectorOutput
 from edgekd.detectors.box_losses import pairwise_iou
+from edgekd.distill import NO_ANSWERS
 from edgekd.errors import DistillationSetupError
 from edgekd.losses import TERMS, Pair, TeacherView, Term, build_term
 from edgekd.losses.adversarial import AdversarialTerm
@@ -652,3 +653,20 @@ def test_standardised_maps_have_no_scale() -> None:
     torch.manual_seed(0)
     a = torch.randn(2, 3, 5, 5)
     assert torch.allclose(standardise(a), standardise(a * 7 + 3), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(TERMS))
+def test_a_term_that_says_it_reads_no_boxes_does_without(name: str) -> None:
+    pair = make_pair("equal")
+    for params in ({}, {"mode": "priors"}) if name == "response" else ({},):
+        term = build_term(TermConfig(loss=name, params=params), pair)
+        term.train()
+        torch.manual_seed(0)
+        loss, batch = run_term(term, pair)
+        bare = replace(batch, teachers=[replace(v, soft=NO_ANSWERS) for v in batch.teachers], fused=NO_ANSWERS)
+        torch.manual_seed(0)
+        if term.needs_answers:
+            with pytest.raises(Exception, match=r".*"):  # whatever comes of it, it is not taken for silence
+                term(bare)
+        else:
+            assert torch.equal(term(bare), loss)

@@ -16,7 +16,7 @@ from edgekd.data import read_dataset, scenes
 from edgekd.data._paint import Draws, binomial_blur, smooth_field
 from edgekd.data._scene import render_scene
 from edgekd.data._shapes import COS, FULL, SIN, SUB, TURN, UNIT, bounds, coverage, outline, place
-from edgekd.data.scenes import DATABASE, SCENE_CLASSES, make_scenes
+from edgekd.data.scenes import DATABASE, SCENE_CLASSES, _one_blas_thread, make_scenes
 from edgekd.errors import DataError
 
 COUNTS = {"train": 3, "val": 2}
@@ -232,3 +232,15 @@ def test_generation_is_fast_enough() -> None:
     for index in range(20):
         render_scene(9, "train", index, (240, 320))
     assert 20 / (time.process_time() - started) > 20
+
+
+def test_processes_that_draw_have_one_blas_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "OPENBLAS_NUM_THREADS"
+    monkeypatch.delenv(name, raising=False)
+    with _one_blas_thread():
+        assert os.environ[name] == "1"
+    assert name not in os.environ
+    monkeypatch.setenv(name, "3")
+    with _one_blas_thread():
+        assert os.environ[name] == "3"
+    assert os.environ[name] == "3"

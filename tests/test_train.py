@@ -27,9 +27,9 @@ from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import read_log
 from edgekd.selection import Selection
 from edgekd.train import TrainJob, lr_factor, train_detector
-from edgekd.training_setup import StopSignals, fitting_threads, make_fabric, make_optimizer
+from edgekd.training_setup import StopSignals, fitting_threads, make_fabric, make_optimizer, moving_average
 from edgekd.validate import detect_dataset
-from tests.toy import toy_dataset
+from tests.toy import toy_dataset, toy_detector
 
 MODEL = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
 
@@ -440,3 +440,32 @@ def test_a_pretrained_backbone_learns_more_slowly(factor: float | str, pretraine
 def test_lightning_says_nothing_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     make_fabric("cpu", TrainConfig(precision="bf16"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_moving_average_is_that_of_all_weights_and_buffers() -> None:
+    detector = toy_detector()
+    average = moving_average(detector, 0.9)
+    assert average is not None
+    expected = [tensor.detach().clone() for tensor in (*detector.parameters(), *detector.buffers())]
+    for count in range(4):
+        with torch.no_grad():
+            for tensor in (*detector.parameters(), *detector.buffers()):
+                tensor.add_(1)
+        average.update_parameters(detector)
+        keep = 0.0 if count == 0 else min(0.9, (1 + count) / (10 + count))
+        for index, tensor in enumerate((*detector.parameters(), *detector.buffers())):
+            if tensor.is_floating_point():
+                expected[index] = keep * expected[index] + (1 - keep) * tensor.detach()
+            else:
+                expected[index] = tensor.detach().clone()
+    found = [*average.module.parameters(), *average.module.buffers()]
+    assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+    assert int(average.n_averaged) == 4
+    assert moving_average(detector, 0.0) is None
+
+
+def test_the_optimiser_is_one_kernel_on_a_cpu_alone() -> None:
+    config = TrainConfig(optimizer="adamw")
+    for on_cpu in (True, False):
+        optimizer = make_optimizer(toy_detector(), [], config, pretrained=False, on_cpu=on_cpu)
+        assert optimizer.defaults["fused"] is (True if on_cpu else None)

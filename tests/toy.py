@@ -13,6 +13,7 @@ from torch import Tensor
 from edgekd.artifact import atomic_path
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, SoftTargets, Targets
+from edgekd.distill import NO_ANSWERS
 from edgekd.losses import DistillBatch, TeacherView
 from edgekd.preprocess import normalisation, resize
 from edgekd.recipe import ModelConfig
@@ -64,15 +65,17 @@ class ToyTeacher:
         self.unknown_classes: tuple[str, ...] = ()
         self.tap_specs = detector.tap_specs
 
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
         """Raw outputs, taps, and the 20 best rows as boxes."""
         scale, bias = (torch.from_numpy(v) for v in normalisation(self.preprocess))
         with torch.no_grad():
             output = self.detector(images_u8.float() * scale + bias, taps)
-            boxes, scores = self.detector.decode(output)
+            if not boxes:
+                return TeacherOutput(NO_ANSWERS, output, output.taps)
+            rows, scores = self.detector.decode(output)
         best = scores.amax(-1).topk(min(20, scores.shape[1])).indices
         soft = SoftTargets(
-            [b[i] for b, i in zip(boxes, best, strict=True)], [s[i] for s, i in zip(scores, best, strict=True)]
+            [b[i] for b, i in zip(rows, best, strict=True)], [s[i] for s, i in zip(scores, best, strict=True)]
         )
         return TeacherOutput(soft, output, output.taps)
 
@@ -97,7 +100,7 @@ class BlackBox(ToyTeacher):
         self._hidden = detector
         self.tap_specs = {}
 
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
         """Boxes alone."""
         self.detector = self._hidden
         try:

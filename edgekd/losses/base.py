@@ -78,6 +78,7 @@ class Term(nn.Module):
         student_taps: taps of the student that `forward` reads.
         teacher_taps: for each teacher, the taps that `forward` reads.
         needs_dense: whether `TeacherView.dense` must be there (the teachers then run online).
+        needs_answers: whether `forward` reads boxes: `TeacherView.soft` or `DistillBatch.fused`, which are empty otherwise.
         fade: what the term's own schedule leaves of its last loss, in (0, 1]: a gradient ratio fades by the same.
     """
 
@@ -86,6 +87,7 @@ class Term(nn.Module):
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[tuple[str, ...], ...] = ()
     needs_dense: bool = False
+    needs_answers: bool = False
 
     @property
     def needs_online_teachers(self) -> bool:

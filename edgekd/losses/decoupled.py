@@ -69,6 +69,7 @@ class DecoupledTerm(LevelTerm):
     """
 
     name = "decoupled"
+    needs_answers = True
 
     def __init__(
         self,

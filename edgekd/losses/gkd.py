@@ -68,6 +68,7 @@ class GKDTerm(LevelTerm):
     """
 
     name = "gkd"
+    needs_answers = True
 
     def __init__(
         self,

@@ -130,6 +130,7 @@ class InformationMapTerm(Term):
             for i in range(len(pair.teachers))
         )
         self.needs_dense = any(teacher.detector is not None for teacher in pair.teachers)
+        self.needs_answers = any(teacher.detector is None for teacher in pair.teachers)
 
     def matched(self) -> str:
         """See `Term.matched`."""

@@ -62,6 +62,7 @@ class ResponseTerm(Term):
         names = pair.student.spec.class_names
         self.unknown = [i for i, name in enumerate(names) if all(name in t.unknown_classes for t in pair.teachers)]
         self.needs_dense = mode == "priors"
+        self.needs_answers = mode == "boxes"
         if self.needs_dense:
             _require_equal_layouts(pair)
 

@@ -62,7 +62,7 @@ def collect_answers(
     def make(name: str) -> None:
         found = {}
         for record in shards[names.index(name)]:
-            found[record.image_id] = _as_stored(_ask(teacher, record))
+            found[record.image_id] = _as_stored(ask(teacher, record))
             if progress is not None:
                 progress(len(answers) + len(found), len(dataset))
         _write_shard(folder / name, found)
@@ -88,7 +88,12 @@ def _as_stored(answer: SoftDetections) -> SoftDetections:
     return SoftDetections(answer.boxes_xyxy, answer.class_probs.astype(np.float16).astype(np.float32))
 
 
-def _ask(teacher: Teacher, record: ImageRecord) -> SoftDetections:
+def ask(teacher: Teacher, record: ImageRecord) -> SoftDetections:
+    """One training image put to a teacher.
+
+    Raises:
+        TeacherError: it cannot answer. DataError: the image cannot be read.
+    """
     image = load_image(record.path)
     try:
         return teacher.answer(image)

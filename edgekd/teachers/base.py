@@ -20,7 +20,8 @@ class TeacherOutput:
     """One teacher's answer to a batch, in the frame of the teacher's own input tensor.
 
     Attributes:
-        soft: candidates after the teacher's own light NMS, class probabilities already in the student's label set.
+        soft: candidates after the teacher's own light NMS, class probabilities already in the student's label set; of no
+            images where boxes were not asked for.
         dense: raw outputs on the teacher's own priors; None for black boxes.
         taps: the maps that were asked for, each (B, C, H, W).
     """
@@ -51,8 +52,8 @@ class Teacher(Protocol):
     tap_specs: Mapping[str, TapSpec]
     detector: Detector | None
 
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
-        """Answer a batch: images (B, 3, h, w) uint8 RGB, already at `preprocess.input_hw`."""
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
+        """Answer a batch: images (B, 3, h, w) uint8 RGB, already at `preprocess.input_hw`; without boxes `soft` is empty."""
         ...
 
     def answer(self, image: ImageArray) -> SoftDetections:

@@ -155,7 +155,7 @@ class Recording:
                 pictures = pool.map(lambda view: render_view(view, cache.load, hw), views[start : start + CHUNK])
                 images = torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2)
                 with torch.no_grad():
-                    answer = self.teacher.respond(images, self.wanted.taps)
+                    answer = self.teacher.respond(images, self.wanted.taps, boxes=self.wanted.soft)
                 parts.append(self._kept(answer))
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if ENDS in arrays:

@@ -244,8 +244,8 @@ class AdapterTeacher(PredictorTeacher):
         super().__init__(name, predictor, student_class_names, class_map, tap_specs=specs)
         self._runtime = runtime
 
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
-        """Answer a batch: images (B, 3, h, w) uint8 RGB, already at `preprocess.input_hw`.
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
+        """Answer a batch, see `Teacher.respond`.
 
         Raises:
             DistillationSetupError: an unknown tap, or images of another size. RuntimeFailure: the adapter failed.
@@ -256,9 +256,8 @@ class AdapterTeacher(PredictorTeacher):
         pixels = images_u8.flip(1) if self.preprocess.channels == "bgr" else images_u8
         images = pixels.to(device, torch.float32).mul_(scale).add_(bias)
         answers, maps = self._runtime.ask_with_taps(images, taps) if taps else (self._runtime.ask(images), {})
-        soft = [
-            self._answering.soft_candidates({key: value[None] for key, value in answer.items()}) for answer in answers
-        ]
+        asked = answers if boxes else ()
+        soft = [self._answering.soft_candidates({key: value[None] for key, value in one.items()}) for one in asked]
         return TeacherOutput(soft_targets_from(soft, images_u8.device), taps=maps)
 
 

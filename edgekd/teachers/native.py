@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from edgekd.checkpoint import detector_file, load_detector
-from edgekd.detectors.base import Detector
+from edgekd.detectors.base import Detector, DetectorOutput
 from edgekd.predictor import Predictor
 from edgekd.preprocess import normalisation
 from edgekd.recipe import CheckpointTeacher
@@ -18,6 +18,7 @@ from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.torch_runtime import TorchRuntime
 from edgekd.teachers.base import TeacherOutput
 from edgekd.teachers.predicted import PredictorTeacher, soft_targets_from
+from edgekd.types import SoftDetections
 
 
 class NativeTeacher(PredictorTeacher):
@@ -58,8 +59,8 @@ class NativeTeacher(PredictorTeacher):
         self.device = torch.device(device)
 
     @torch.no_grad()  # not inference_mode: the student's losses save the teacher's tensors for their backward pass
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
-        """Answer a batch with boxes, raw outputs and taps: images (B, 3, h, w) uint8 RGB at `preprocess.input_hw`.
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
+        """Answer a batch with boxes, raw outputs and taps, see `Teacher.respond`.
 
         Raises:
             DistillationSetupError: an unknown tap, or images of another size.
@@ -68,10 +69,13 @@ class NativeTeacher(PredictorTeacher):
         scale, bias = (torch.from_numpy(values).to(self.device) for values in normalisation(self.preprocess))
         images = images_u8.to(self.device, torch.float32).mul_(scale).add_(bias)
         output = self.detector(images, taps)
+        answers = self._answers(output) if boxes else []
+        return TeacherOutput(soft_targets_from(answers, images_u8.device), output, output.taps)
+
+    def _answers(self, output: DetectorOutput) -> list[SoftDetections]:
         boxes, scores = self.detector.decode(output)
         raw = {"boxes": boxes.float().cpu().numpy(), "scores": scores.float().cpu().numpy()}
-        answers = [self._answering.soft_candidates(raw, item) for item in range(len(images))]
-        return TeacherOutput(soft_targets_from(answers, images_u8.device), output, output.taps)
+        return [self._answering.soft_candidates(raw, item) for item in range(len(boxes))]
 
 
 def native_teacher(config: CheckpointTeacher, class_names: Sequence[str], device: str) -> NativeTeacher:

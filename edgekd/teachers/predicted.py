@@ -71,8 +71,8 @@ class PredictorTeacher:
         self._tap_tensors = dict(tap_tensors or {})
         self._answering = self.predictor.with_selection(score_threshold=ANSWER_THRESHOLD)
 
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = ()) -> TeacherOutput:
-        """Answer a batch: images (B, 3, h, w) uint8 RGB, already at `preprocess.input_hw`.
+    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
+        """Answer a batch, see `Teacher.respond`.
 
         Raises:
             DistillationSetupError: an unknown tap, or images of another size.
@@ -92,7 +92,8 @@ class PredictorTeacher:
         for start in range(0, len(images), size):
             chunk = images[start : start + size]
             raw = self.predictor.infer(chunk)
-            answers.extend(self._answering.soft_candidates(raw, item) for item in range(len(chunk)))
+            if boxes:
+                answers.extend(self._answering.soft_candidates(raw, item) for item in range(len(chunk)))
             for tap in taps:
                 maps[tap].append(self._tap(raw, tap)[: len(chunk)])
         return TeacherOutput(
