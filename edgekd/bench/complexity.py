@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -107,15 +108,18 @@ def _native_counts(file: Path) -> _Counts:
 
 def _spec_counts(metadata: Mapping[str, str]) -> _Counts | None:
     """Counts of the native detector that an ONNX file of ours was exported from."""
-    if "edgekd.spec" not in metadata:
-        return None
+    return _counts_of(metadata["edgekd.spec"]) if "edgekd.spec" in metadata else None
+
+
+@lru_cache(maxsize=64)  # a student alone, distilled and in several precisions is one detector
+def _counts_of(spec: str) -> _Counts | None:
     from edgekd.types import DetectorSpec
 
     try:
         from edgekd.detectors import build_detector
         from edgekd.detectors.complexity import count_macs, count_parameters
 
-        detector = build_detector(DetectorSpec.from_dict(json.loads(metadata["edgekd.spec"])))
+        detector = build_detector(DetectorSpec.from_dict(json.loads(spec)))
         return count_parameters(detector), count_macs(detector), "detector"
     except (EdgeKDError, ValueError, ImportError):  # no torch, which a benchmark of engines does without
         return None  # a family that this version does not know; the graph can still be counted
