@@ -376,8 +376,8 @@ class DistillConfig(_Section):
     detection_weight: float = Field(1.0, ge=0, description="Weight of the ground-truth loss.")
     answers: Literal["auto", "image", "online"] = Field(
         "auto",
-        description="image: each teacher sees every training image once, and its boxes follow the augmentation; "
-        "online: teachers run on every augmented view; auto: image, unless a term needs features or raw outputs.",
+        description="Where the boxes come from that terms read, if any does. image, which is what auto means: each teacher "
+        "sees every training image once, and its boxes follow the augmentation; online: from the augmented view itself.",
     )
     cache: CacheConfig | None = Field(
         None,

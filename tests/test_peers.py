@@ -131,8 +131,7 @@ def test_one_command(tmp_path: Path) -> None:
         str(tmp_path),
         "--no-install",
         "--quick",
-        "--size",
-        "160",
+        *("--size", "96", "--samples", "5", "--limit", "4"),
     ]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import tracemalloc
 from itertools import permutations
 
@@ -176,20 +175,17 @@ def test_box_voting_equals_the_paper_one_by_one() -> None:
     assert len(select(boxes[:0], scores[:0], **settings, box_voting=0.4)) == 0
 
 
-def test_a_crowded_head_at_a_tiny_threshold_stays_small_and_quick() -> None:
+def test_a_crowded_head_at_a_tiny_threshold_stays_small() -> None:
     rng = np.random.default_rng(0)
     low = rng.uniform(0, 600, (8400, 2))
     boxes = np.concatenate([low, low + rng.uniform(4, 40, (8400, 2))], 1).astype(np.float32)
     scores = rng.random((8400, 80)).astype(np.float32)  # all 672,000 pairs are candidates
     tracemalloc.start()
-    began = time.perf_counter()
     found = select(boxes, scores, score_threshold=0.001, nms_iou=0.5, max_detections=300)
-    seconds = time.perf_counter() - began
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found) == 300
     assert peak < 64 << 20
-    assert seconds < 1.0
 
 
 def soft(rows: list[tuple[list[float], list[float]]], classes: int = 2) -> SoftDetections:
