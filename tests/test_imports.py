@@ -119,20 +119,27 @@ def test_importing_the_package_costs_nothing() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def cpu_seconds(code: str, *arguments: str) -> float:
+    """Of a process of its own: in CPU time, since other tests run beside this one."""
+    before = os.times()
+    done = run_blocked(code, HEAVY, *arguments, "--help")
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    return after.children_user - before.children_user + after.children_system - before.children_system
+
+
+BARE_APP = "import typer; app = typer.Typer(); app.command()(lambda: None); app()"
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "edgekd")
 def test_help_prints_quickly_with_only_typer(command: list[str]) -> None:
-    seconds = []
-    for _ in range(3):  # the quickest of three, in CPU time, since other tests run beside this one
-        before = os.times()
-        done = run_blocked("from edgekd.cli import main; main()", HEAVY, *command, "--help")
-        after = os.times()
-        taken = (after.children_user - before.children_user, after.children_system - before.children_system)
-        seconds.append(sum(taken))
-        assert done.returncode == 0, done.stderr
-        assert "Usage" in done.stdout
-        if seconds[-1] < HELP_LIMIT_S:
+    for _ in range(3):
+        taken = cpu_seconds("from edgekd.cli import main; main()", *command)
+        # On a slow machine: an app that does nothing takes 0.37 s where edgekd takes 1.0 s.
+        if taken < HELP_LIMIT_S or taken < HELP_LIMIT_S / 0.37 * cpu_seconds(BARE_APP):
             return
-    pytest.fail(f"--help took {min(seconds):.2f} s")
+    pytest.fail(f"--help took {taken:.2f} s")
 
 
 def test_every_command_is_in_the_list_above() -> None:
