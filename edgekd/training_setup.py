@@ -175,7 +175,7 @@ def frozen_layers(detector: Detector, stride: int, *, pretrained: bool) -> list[
 
 
 def make_optimizer(
-    detector: Detector, extra: list[nn.Parameter], config: TrainConfig, *, pretrained: bool, on_cpu: bool = False
+    detector: Detector, extra: list[nn.Parameter], config: TrainConfig, *, pretrained: bool, on_cpu: bool
 ) -> torch.optim.Optimizer:
     """Weight decay on weights alone; the backbone at its own learning rate; the terms' parameters with the head's.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +17,7 @@ from edgekd.data import read_dataset, scenes
 from edgekd.data._paint import Draws, binomial_blur, smooth_field
 from edgekd.data._scene import render_scene
 from edgekd.data._shapes import COS, FULL, SIN, SUB, TURN, UNIT, bounds, coverage, outline, place
-from edgekd.data.scenes import DATABASE, SCENE_CLASSES, _one_blas_thread, make_scenes
+from edgekd.data.scenes import DATABASE, SCENE_CLASSES, make_scenes
 from edgekd.errors import DataError
 
 COUNTS = {"train": 3, "val": 2}
@@ -225,13 +227,27 @@ def test_bad_arguments(tmp_path: Path, settings: dict[str, object]) -> None:
     assert not (tmp_path / "set").exists()
 
 
-def test_processes_that_draw_have_one_blas_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "OPENBLAS_NUM_THREADS"
+@pytest.mark.parametrize("given", [None, "3"])
+def test_processes_that_draw_have_one_blas_thread_each(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, seen = "OPENBLAS_NUM_THREADS", []
+
+    class Pool(contextlib.nullcontext[None]):
+        def __init__(self, *_: object) -> None:
+            super().__init__()
+
+        def __enter__(self) -> Pool:  # type: ignore[override]
+            return self
+
+        def map(self, call: Callable[..., None], jobs: list[object], chunksize: int) -> Iterator[None]:
+            seen.append(os.environ.get(name))  # processes start here
+            return map(call, jobs)
+
+    monkeypatch.setattr(scenes, "ProcessPoolExecutor", Pool)
     monkeypatch.delenv(name, raising=False)
-    with _one_blas_thread():
-        assert os.environ[name] == "1"
-    assert name not in os.environ
-    monkeypatch.setenv(name, "3")
-    with _one_blas_thread():
-        assert os.environ[name] == "3"
-    assert os.environ[name] == "3"
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    make_scenes(tmp_path / "set", counts=COUNTS, processes=2)
+    assert seen == [given or "1"]
+    assert os.environ.get(name) == given

@@ -166,7 +166,7 @@ def _write_scenes(
 
 @contextlib.contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """For processes that are started in the body, unless the user has said how many.
+    """For processes that are started in the body, unless OPENBLAS_NUM_THREADS is set.
 
     numpy's BLAS would start as many threads in each as there are cores. They wait for each other by spinning: two processes on
     two cores then draw at less than half of the rate.
