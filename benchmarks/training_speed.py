@@ -3,8 +3,8 @@
     python benchmarks/training_speed.py --size 320 --batch 16 --out benchmarks/results/training-speed.json
 
 One process, one run: in each round every mode takes its turn in a drawn order. A step is forward pass, detection loss,
-backward pass and AdamW on a drawn batch, without loading. "plain" is what torch does by itself, but for the optimiser, which is edgekd's in all. Prints JSON and a Markdown
-table of medians, each with its ratio to "plain" of the same round.
+backward pass and AdamW on a drawn batch, without loading. "plain" is what torch does by itself, but for the optimiser,
+which is edgekd's in every mode. Prints JSON and a Markdown table of medians, each with its ratio to "plain" of the same round.
 """
 
 from __future__ import annotations
