@@ -60,6 +60,12 @@ def _times(work: Workspace, seconds: float) -> tuple[float, float, int]:
     return began, time.time(), torch.get_num_threads()
 
 
+def _until(work: Workspace, told: Path) -> tuple[float, float, int]:
+    began = time.time()
+    _wait_for(told.exists)
+    return began, time.time(), torch.get_num_threads()
+
+
 def _fail(work: Workspace, error: Exception) -> None:
     raise error
 
@@ -72,15 +78,20 @@ def _die(work: Workspace) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_each_begins_after_what_it_needs(work: Workspace) -> None:
+def test_each_begins_after_what_it_needs(work: Workspace, tmp_path: Path) -> None:
     tasks = [
         Task("last", partial(_times, seconds=0.01), needs=("slow", "quick", "made long ago")),
-        Task("slow", partial(_times, seconds=0.5)),
+        Task("slow", partial(_until, told=tmp_path / "beside")),  # however long it takes to start a process here
         Task("quick", partial(_times, seconds=0.01)),
         Task("beside", partial(_times, seconds=0.01), needs=("quick",)),
     ]
     results: dict[str, tuple[float, float, int]] = {}
-    run_side_by_side(work, tasks, 2, results.__setitem__)
+
+    def done(name: str, result: tuple[float, float, int]) -> None:
+        results[name] = result
+        (tmp_path / name).touch()
+
+    run_side_by_side(work, tasks, 2, done)
     assert list(results)[-1] == "last"
     assert results["last"][0] >= results["slow"][1]
     assert results["beside"][0] >= results["quick"][1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,7 +58,7 @@ def test_grids_are_the_published_ones(model: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("size", "batch"), [(96, 2), (64, 2), (130, 1)])
+@pytest.mark.parametrize(("size", "batch"), [(96, 2), (64, 2), (130, 1), (99, 1)])
 def test_output_and_taps_have_the_stated_shapes(model: str, size: int, batch: int) -> None:
     detector = build(model, size).eval()
     with torch.no_grad():
@@ -343,3 +346,18 @@ def test_gradients_of_levels_of_one_cell_are_written_in_bf16() -> None:
         (output.cls_logits.float().square().mean() + output.bbox_regression.float().square().mean()).backward()
         assert weight.grad is not None
         assert weight.grad.flatten(1)[:, around].abs().max() == 0
+
+
+def test_building_one_and_running_it_imports_no_compiler() -> None:
+    """torch's tensors without values bring its compiler and sympy, 800 modules: seconds, each time a checkpoint is opened."""
+    code = """
+import sys, torch
+from edgekd.detectors import build_detector, spec_for
+from edgekd.recipe import ModelConfig
+detector = build_detector(spec_for(ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25), ("a",))).eval()
+with torch.no_grad():
+    detector.decode(detector(torch.zeros(1, 3, 96, 96)))
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert told.stdout == "[]\n", told.stderr[-2000:]

@@ -6,17 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from edgekd.detectors.anchors import PriorLayout, decode_boxes, even_scales
 from edgekd.detectors.assignment import pad_soft_targets, pad_targets, silent_rows
 from edgekd.detectors.backbones.efficientnet_lite import EfficientNetLite
-from edgekd.detectors.backbones.layers import Backbone, BackboneMaps, ConvUnit, initialise, scaled_channels
+from edgekd.detectors.backbones.layers import Backbone, ConvUnit, initialise, scaled_channels
 from edgekd.detectors.backbones.mobilenet_v1 import MobileNetV1
 from edgekd.detectors.backbones.mobilenet_v2 import MobileNetV2
 from edgekd.detectors.backbones.vgg import VGG
@@ -56,6 +54,7 @@ class SsdNeck(nn.Module):
         self.extras = nn.ModuleList()
         self.channels = [fine_channels, coarse_channels]
         grid_hw = coarse_hw
+        self._extra_grids = list[tuple[int, int]]()
         for out, stride in ((512, 2), (256, 2), (256, 1), (256, 1)):
             out_channels = scaled_channels(out, width, 64)
             # Unpadded, the last two take a cell off each side: 5, 3, 1 at 300 pixels. Small inputs have none to give.
@@ -71,6 +70,11 @@ class SsdNeck(nn.Module):
             )
             self.channels.append(out_channels)
             grid_hw = ((grid_hw[0] + 2 * padding - 3) // stride + 1, (grid_hw[1] + 2 * padding - 3) // stride + 1)
+            self._extra_grids.append(grid_hw)
+
+    def grids_hw(self, sources_hw: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Of the levels, from those of the backbone's maps."""
+        return [*sources_hw, *self._extra_grids]
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The backbone's two maps to six levels, fine to coarse."""
@@ -128,6 +132,14 @@ class SsdLiteNeck(nn.Module):
             self.channels.append(out_channels)
         if self.fine is not None:
             self.channels.insert(0, fine_channels)
+
+    def grids_hw(self, sources_hw: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Of the levels, from those of the backbone's maps, fine to coarse; each extra level has half the cells, rounded up."""
+        grids = list(sources_hw[-2:] if self.fine is None else sources_hw[-3:])
+        for _ in self.extras:
+            height, width = grids[-1]
+            grids.append((math.ceil(height / 2), math.ceil(width / 2)))
+        return grids
 
     def stay_on_single_cells(self, grids_hw: Sequence[tuple[int, int]]) -> None:
         """Stride 1 wherever a level of these (fine to coarse) has one cell: the same result, and the same gradient.
@@ -219,14 +231,14 @@ class SSD(Detector):
         options = read_options(spec.model, spec.options, input_hw)
         self.spec, self.match_iou = spec, options.match_iou
         self.backbone = _backbone(spec.model, spec.width)
-        maps = self._meta_maps(input_hw)
+        sources_hw = [source.grid_hw(input_hw) for source in self.backbone.sources]
         fine, coarse = (m.channels for m in self.backbone.sources[-2:])
         self.neck: SsdLiteNeck | SsdNeck
         if lite:
             self.neck = SsdLiteNeck([m.channels for m in self.backbone.sources], spec.width, options.finest_stride)
         else:
-            self.neck = SsdNeck(fine, coarse, _grid(maps.sources[-1]), spec.width)
-        grids = tuple(_grid(level) for level in _on_meta(self.neck, maps.sources))
+            self.neck = SsdNeck(fine, coarse, sources_hw[-1], spec.width)
+        grids = tuple(self.neck.grids_hw(sources_hw))
         if isinstance(self.neck, SsdLiteNeck):
             self.neck.stay_on_single_cells(grids)
         few, all_ratios = options.aspect_ratios[:1], options.aspect_ratios
@@ -238,7 +250,7 @@ class SSD(Detector):
         initialise(self.head)
         self.head.initialise_outputs()
         self.register_buffer("priors", self.prior_layout.priors(input_hw), persistent=False)
-        self.tap_specs = self._list_taps(maps)
+        self.tap_specs = self._list_taps()
         self._has_single_cell_norm = lite and (1, 1) in grids
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> DetectorOutput:
@@ -294,15 +306,10 @@ class SSD(Detector):
         layout = self.prior_layout
         return ("ssd", layout.grids_hw, *(tuple(layout.cell_shapes_wh(level)) for level in range(LEVELS)))
 
-    def _meta_maps(self, input_hw: tuple[int, int]) -> BackboneMaps:
-        # Two images: batch norm in training mode refuses one value a channel.
-        maps: BackboneMaps = _on_meta(self.backbone, torch.empty(2, 3, *input_hw, device="meta"))
-        return maps
-
-    def _list_taps(self, maps: BackboneMaps) -> dict[str, TapSpec]:
+    def _list_taps(self) -> dict[str, TapSpec]:
+        input_hw = self.spec.preprocess.input_hw
         specs = [
-            TapSpec(f"backbone.{m.name}", "backbone", m.channels, _grid(x))
-            for m, x in zip(self.backbone.stages, maps.stages, strict=True)
+            TapSpec(f"backbone.{m.name}", "backbone", m.channels, m.grid_hw(input_hw)) for m in self.backbone.stages
         ]
         levels = zip(self.neck.channels, self.prior_layout.grids_hw, strict=True)
         specs += [TapSpec(f"neck.l{index}", "neck", c, grid) for index, (c, grid) in enumerate(levels)]
@@ -343,14 +350,3 @@ def _backbone(model: str, width: float) -> Backbone:
         case "efficientnet-lite1-ssd-lite":
             return EfficientNetLite(1, width)
     raise RecipeError("not an SSD", got=repr(model), expected="one of " + ", ".join(FAMILIES))
-
-
-def _on_meta(module: nn.Module, inputs: object) -> Any:
-    """What `module` returns, its tensors with a shape but no values: the real grids, at no cost."""
-    tensors = chain(module.named_parameters(), module.named_buffers())
-    state = {name: torch.empty_like(value, device="meta") for name, value in tensors}
-    return functional_call(module, state, (inputs,))
-
-
-def _grid(x: Tensor) -> tuple[int, int]:
-    return int(x.shape[-2]), int(x.shape[-1])

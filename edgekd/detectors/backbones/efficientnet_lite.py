@@ -92,9 +92,9 @@ class EfficientNetLite(Backbone):
         self._bn1 = _norm(last)
         strided = [index for index, block in enumerate(blocks) if block.stride == 2]
         self._last_at_stride_8, self._first_at_stride_32 = strided[2] - 1, strided[3]
-        fine = MapSpec("s8", scaled_channels(40, width))
-        self.sources = (fine, MapSpec("s16", blocks[self._first_at_stride_32].hidden_channels), MapSpec("s32", last))
-        self.stages = (fine, MapSpec("s16", scaled_channels(112, width)), MapSpec("s32", scaled_channels(320, width)))
+        fine = MapSpec(8, scaled_channels(40, width))
+        self.sources = (fine, MapSpec(16, blocks[self._first_at_stride_32].hidden_channels), MapSpec(32, last))
+        self.stages = (fine, MapSpec(16, scaled_channels(112, width)), MapSpec(32, scaled_channels(320, width)))
         initialise(self)
 
     def forward(self, images: Tensor) -> BackboneMaps:

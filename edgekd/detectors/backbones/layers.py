@@ -18,10 +18,19 @@ levels of a detector see a handful of cells a batch, so the statistics that depl
 
 @dataclass(frozen=True)
 class MapSpec:
-    """A feature map that a backbone returns: its name ("s8": stride 8) and its channels."""
+    """A feature map that a backbone returns: its stride and its channels."""
 
-    name: str
+    stride: int
     channels: int
+
+    @property
+    def name(self) -> str:
+        """ "s8" at stride 8."""
+        return f"s{self.stride}"
+
+    def grid_hw(self, input_hw: tuple[int, int]) -> tuple[int, int]:
+        """Of an input of this size. Strides are powers of two, each halving of which rounds up, and so does the whole."""
+        return math.ceil(input_hw[0] / self.stride), math.ceil(input_hw[1] / self.stride)
 
 
 class BackboneMaps(NamedTuple):

@@ -32,7 +32,7 @@ class MobileNetV1(Backbone):
             channels = out_channels
         self.model = nn.Sequential(*blocks)
         stages = ((8, 256), (16, 512), (32, 1024))
-        self.sources = self.stages = tuple(MapSpec(f"s{s}", scaled_channels(c, width)) for s, c in stages)
+        self.sources = self.stages = tuple(MapSpec(s, scaled_channels(c, width)) for s, c in stages)
         initialise(self)
 
     def forward(self, images: Tensor) -> BackboneMaps:

@@ -73,9 +73,9 @@ class MobileNetV2(Backbone):
         self.features = nn.Sequential(*features)
         tapped = features[_FIRST_AT_STRIDE_32]
         assert isinstance(tapped, InvertedResidual)
-        fine = MapSpec("s8", scaled_channels(32, width))
-        self.sources = (fine, MapSpec("s16", tapped.hidden_channels), MapSpec("s32", last))
-        self.stages = (fine, MapSpec("s16", scaled_channels(96, width)), MapSpec("s32", scaled_channels(320, width)))
+        fine = MapSpec(8, scaled_channels(32, width))
+        self.sources = (fine, MapSpec(16, tapped.hidden_channels), MapSpec(32, last))
+        self.stages = (fine, MapSpec(16, scaled_channels(96, width)), MapSpec(32, scaled_channels(320, width)))
         initialise(self)
 
     def forward(self, images: Tensor) -> BackboneMaps:

@@ -43,7 +43,7 @@ class VGG(Backbone):
         hidden = scaled_channels(1024, width)
         self.fc6 = nn.Conv2d(channels, hidden, 3, padding=6, dilation=6)
         self.fc7 = nn.Conv2d(hidden, hidden, 1)
-        self.sources = self.stages = (MapSpec("s8", channels), MapSpec("s16", hidden))
+        self.sources = self.stages = (MapSpec(8, channels), MapSpec(16, hidden))
         initialise(self)
 
     def forward(self, images: Tensor) -> BackboneMaps:
