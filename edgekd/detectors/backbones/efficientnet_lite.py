@@ -41,7 +41,11 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class LiteBlock(nn.Module):
-    """1x1 expansion, depthwise, linear 1x1 projection; plus the input where shapes allow."""
+    """1x1 expansion, depthwise, linear 1x1 projection; plus the input where shapes allow.
+
+    Attributes:
+        norm_pairs: names of each convolution and of the batch norm right behind it, which an export folds into it.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -54,6 +58,8 @@ class LiteBlock(nn.Module):
         self._bn1 = _norm(hidden)
         self._project_conv = convolution(hidden, out_channels, 1)
         self._bn2 = _norm(out_channels)
+        pairs = (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
+        self.norm_pairs = pairs if self.expands else pairs[1:]
         self.hidden_channels, self.stride = hidden, stride
         self.has_shortcut = stride == 1 and in_channels == out_channels
 
@@ -72,7 +78,12 @@ class LiteBlock(nn.Module):
 class EfficientNetLite(Backbone):
     """Sources, chosen as in MobileNetV2: the last block's output at stride 8, the expansion of the first block that leaves
     stride 16, and the last 1x1 convolution at stride 32.
+
+    Attributes:
+        norm_pairs: as in `LiteBlock`.
     """
+
+    norm_pairs = (("_conv_stem", "_bn0"), ("_conv_head", "_bn1"))
 
     def __init__(self, variant: Literal[0, 1] = 0, width: float = 1.0) -> None:
         super().__init__()
