@@ -454,6 +454,7 @@ def test_the_command_line_says_what_it_took_and_takes_what_is_declared(tmp_path:
         ("YOLOv8 for RKNN", False),
         ("one class without an axis", False),
         ("Hugging Face RT-DETR", False),
+        ("YOLOv4", False),
     ],
 )
 def test_an_engine_cuts_only_candidates_that_stand_in_rows(case: str, cut: bool, tmp_path: Path) -> None:

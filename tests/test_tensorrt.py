@@ -36,6 +36,7 @@ from edgekd.types import Dataset
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, make_dataset, write_detector
 from tests.fake_tensorrt import ORIN, VERSIONS, FakeTensorRT
 from tests.host_buffers import HostBuffers
+from tests.onnx_zoo import BOXES, EXPORTS, SOURCE_HW, write
 
 IMAGES = np.random.default_rng(3).normal(size=(4, 3, 64, 64)).astype(np.float32)
 Machine = Callable[..., FakeTensorRT]
@@ -637,6 +638,62 @@ def test_an_engine_that_disagrees_does_not_appear(
     with pytest.raises(ParityError, match=r"TensorRT 10\.3\.0 on Orin"):
         export_engine(source, out)
     assert list(tmp_path.glob("*engine*")) == []
+
+
+def foreign(case: str, path: Path, **changes: Any) -> Path:
+    """An export of `onnx_zoo` that says its class names itself."""
+    export = replace(EXPORTS[case], **changes)
+    model = onnx.load(str(write(export, path)))
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    named = {} if "names" in metadata else {"class_names": str(list(export.names))}
+    helper.set_model_props(model, {**metadata, **named})
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "RF-DETR",  # logits and shares of the input
+        "YOLOv8 for RKNN",  # distributions over distances, in maps
+        "SSD of jetson-inference",
+        "YOLOv4",  # boxes (B, P, 1, 4)
+        "one class without an axis",
+        "Ultralytics v8, 11",
+        "Ultralytics v8, half",
+    ],
+)
+def test_foreign_detectors_become_engines(machine: Machine, tmp_path: Path, case: str) -> None:
+    machine()
+    source, out = foreign(case, tmp_path / "m.onnx"), tmp_path / "m.engine"
+    result = export_engine(source, out, precision="fp16" if "half" in case else "fp32")
+    for report in result.parity:
+        assert report.confident == 2 * 3 * report.images, "boxes and scores are compared as they are meant"
+    assert bool(result.parity) is (result.manifest.output_format.kind == "boxes-scores")
+    with load_predictor(out, score_threshold=0.01) as predictor:
+        found = predictor.detect(np.full((*SOURCE_HW, 3), 114, np.uint8))
+    np.testing.assert_allclose(found.boxes_xyxy, BOXES, atol=2 if "half" in case else 0.05)
+
+
+def test_bytes_reach_an_engine_rounded(machine: Machine, tmp_path: Path) -> None:
+    machine()
+    inputs = {"images": ("UINT8", (1, 3, 64, 96))}
+    out = tmp_path / "m.engine"
+    export_engine(foreign("YOLO-NAS raw", tmp_path / "m.onnx", inputs=inputs), out)
+    with TensorRTRuntime(out) as runtime:
+        runtime.run(np.full((1, 3, 64, 96), 126.99999, np.float32))
+        assert (runtime._input.host == 127).all()
+
+
+@pytest.mark.parametrize("case", ["PP-YOLOE without NMS", "the zoo's YOLOv3", "EfficientDet"])
+def test_inputs_that_an_engine_cannot_be_fed_are_refused_before_it_is_built(
+    machine: Machine, tmp_path: Path, case: str
+) -> None:
+    trt = machine()
+    source = foreign(case, tmp_path / "m.onnx")
+    with pytest.raises(UserError, match="channels first"):
+        export_engine(source, tmp_path / "m.engine")
+    assert not trt._builds
 
 
 def test_rows_are_compared_in_one_order() -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from edgekd.export.job import ExportData
     from edgekd.export.onnx import Precision
+    from edgekd.runtimes.onnx_session import OnnxRuntime
 
 _REFUSED_BY_TENSORRT = ("dynamic-scale", "scale", "int32-bias", "zero-point")
 
@@ -154,6 +155,7 @@ def _read(file: Path, precision: Precision) -> _Model:
 
     with (opened := open_onnx(file)).runtime:
         form, preprocess, class_names = opened.form, opened.preprocess, opened.class_names
+        _check_inputs(file, opened.runtime)
     if form.is_finished:
         raise UserError(
             f"{file}: NMS is inside this ONNX file, which an engine must not have",
@@ -180,15 +182,26 @@ def _read(file: Path, precision: Precision) -> _Model:
     return _Model(model, class_names, preprocess, form)
 
 
+def _check_inputs(file: Path, runtime: OnnxRuntime) -> None:
+    """Refuse what `TensorRTRuntime` could not feed, before minutes of building."""
+    if len(runtime.inputs) == 1 and len(runtime.inputs[0].shape) == 4 and not runtime.channels_last:
+        return
+    raise UserError(
+        f"{file}: an engine takes images channels first, and nothing else",
+        got="inputs " + "; ".join(map(str, runtime.inputs)),
+        expected="one input (B, 3, H, W)",
+        fix="export it so: fold other inputs into the graph as constants",
+    )
+
+
 def can_be_cut(form: OutputFormat, model: ModelProto) -> bool:
-    """Whether TopK may choose among candidates: rows of finished boxes and probabilities, one below the other."""
+    """Whether TopK may choose among candidates: (B, P, 4) boxes and (B, P, K) probabilities, one below the other."""
     plain = form.kind == "boxes-scores" and form.activation == "none" and form.background == "none"
     if not plain or len(form.names) != 2 or form.channels_first or form.box_format.startswith("grid-"):
         return False
     shapes = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
     boxes, scores = (shapes[name] for name in form.names)
-    across = len(boxes) == len(scores) == 3 and boxes[1].dim_value != scores[1].dim_value
-    return len(scores) == 3 and not across
+    return len(boxes) == len(scores) == 3 and 0 < boxes[1].dim_value == scores[1].dim_value
 
 
 def _check_int8(file: Path, model: ModelProto) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgekd.errors import ParityError
 from edgekd.export.gate import MapMeter, images_to_compare
-from edgekd.export.parity import Outputs, ParityReport, Run, compare, onnx_run, with_map
+from edgekd.export.parity import Outputs, ParityReport, Run, compare, with_map
+from edgekd.runtimes.base import Runtime
+from edgekd.runtimes.ort import OrtRuntime
+from edgekd.runtimes.output_format import OutputFormat
+from edgekd.runtimes.outputs import decode
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
 from edgekd.selection import Selection
 from edgekd.types import Dataset, FloatArray
@@ -35,36 +38,35 @@ def compare_engine(
     """
     manifest = runtime.manifest
     images, names, generated = images_to_compare(dataset, manifest.preprocess_spec)
-    form = manifest.output_format
-    reference, candidate = (_named(run, form.names[:2]) for run in (onnx_run(model), runtime.run))
-    precisions: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
-    report = compare(
-        reference,
-        candidate,
-        images,
-        names,
-        precision=precisions[manifest.precision],
-        against=f"ONNX Runtime on the same graph (TensorRT {manifest.tensorrt} on {runtime.provider})",
-        thresholds=thresholds,
-        generated=generated,
-        align=aligned,
-    )
-    if dataset is None or generated:
-        return report, ["no data set at hand: the engine was compared on generated scenes"]
-    if dataset.class_names == manifest.class_names:
-        meter = MapMeter(dataset, manifest.preprocess_spec, thresholds)
-        report = with_map(report, meter.of(reference), meter.of(candidate), meter.images, map_budget)
+    input_hw = manifest.preprocess_spec.input_hw
+    with OrtRuntime(model.SerializeToString()) as same_graph:
+        reference, candidate = (_decoded(one, manifest.output_format, input_hw) for one in (same_graph, runtime))
+        precisions: dict[str, Precision] = {"fp32": "fp32", "fp16": "fp16", "int8": "int8"}
+        report = compare(
+            reference,
+            candidate,
+            images,
+            names,
+            precision=precisions[manifest.precision],
+            against=f"ONNX Runtime on the same graph (TensorRT {manifest.tensorrt} on {runtime.provider})",
+            thresholds=thresholds,
+            generated=generated,
+            align=aligned,
+        )
+        if dataset is None or generated:
+            return report, ["no data set at hand: the engine was compared on generated scenes"]
+        if dataset.class_names == manifest.class_names:
+            meter = MapMeter(dataset, manifest.preprocess_spec, thresholds)
+            report = with_map(report, meter.of(reference), meter.of(candidate), meter.images, map_budget)
     return report, []
 
 
-def _named(run: Any, names: Sequence[str]) -> Run:
-    """A run whose outputs go by "boxes" and "scores", in float32, one image alone."""
+def _decoded(runtime: Runtime, form: OutputFormat, input_hw: tuple[int, int]) -> Run:
+    """A run that gives corners in input pixels and probabilities, however the detector codes them, of one image alone."""
 
     def one(image: FloatArray) -> Outputs:
-        found: Mapping[str, Any] = run(image)
-        return {
-            role: np.array(found[name][:1], np.float32) for role, name in zip(("boxes", "scores"), names, strict=True)
-        }
+        boxes, scores = decode(runtime.run(image), form, input_hw)
+        return {"boxes": np.array(boxes[None]), "scores": np.array(scores[None])}
 
     return one
 

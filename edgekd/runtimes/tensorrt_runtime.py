@@ -155,6 +155,8 @@ class TensorRTRuntime:
                 f"{self._path}: an input of another shape", got=tuple(images.shape), expected=f"up to {wanted}"
             )
         batch = max(given, self._least)
+        if self._input.dtype.kind == "u":  # bytes: assigned as they are, 127.99 becomes 127, and 256 a 0
+            images = np.clip(np.rint(images), 0, 255)
         self._input.host[:given] = images
         self._input.host[given:batch] = images[-1]
         with self._buffers.active():

@@ -555,11 +555,11 @@ class _Engine(Strict):
 
     def get_tensor_dtype(self, name: str) -> Any:
         long = "INT64" if self._trt.major >= 10 else "INT32"  # TensorRT 8 casts down
-        kinds = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: long}
+        kinds = {1: "FLOAT", 2: "UINT8", 10: "HALF", 6: "INT32", 7: long}
         return self._trt.DataType[kinds[self._info(name).type.tensor_type.elem_type]]
 
     def _kind(self, name: str) -> Any:
-        kinds = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
+        kinds = {"FLOAT": "f4", "UINT8": "u1", "HALF": "f2", "INT32": "i4", "INT64": "i8"}
         return kinds[self.get_tensor_dtype(name).name]
 
     def create_execution_context(self) -> _Context:
@@ -656,7 +656,7 @@ class _Context(Strict):
         feed = {}
         for info in engine._model.graph.input:
             shape = self._shapes.get(info.name, engine.get_tensor_shape(info.name))
-            feed[info.name] = _at(self._addresses[info.name], shape, np.float32).copy()
+            feed[info.name] = _at(self._addresses[info.name], shape, engine._kind(info.name)).copy()
         names = [info.name for info in engine._model.graph.output]
         for name, value in zip(names, engine._session.run(names, feed), strict=True):
             if engine._header["half"] and value.dtype == np.float32:  # as TensorRT runs what nobody holds in float32
