@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from edgekd.device.bundle_bench import read_bundle, run_bundle
 from edgekd.device.bundle_program import program_modules
 from edgekd.device.bundle_rows import warnings_of
 from edgekd.device.golden import check, normalise
+from edgekd.device.sessions import open_session
 from edgekd.errors import ArtifactError, EdgeKDError, MissingDependencyError, ParityError, RuntimeFailure, UserError
 from edgekd.export import ExportData
 from edgekd.preprocess import normalise as reference_normalise
+from edgekd.recipe import OnnxTeacher
 from edgekd.types import PreprocessSpec
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, POOR_SCORES, make_dataset, write_detector
+from tests.onnx_zoo import EXPORTS, INPUT_HW, write
 
 QUICK = timing.Plan(samples=20, seconds=0, warmup_s=0)
 STANDARD = {*sys.stdlib_module_names, "numpy", "onnxruntime", "tensorrt", "edgekd"}
@@ -266,6 +270,25 @@ def test_an_onnx_file_is_bundled_as_it_is(made: Bundle, data: ExportData, tmp_pa
     with pytest.raises(UserError, match="bundled as it is"):
         make_bundle(source, tmp_path / "other", data=data, precisions=["int8"])
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "taken", [("FLOAT", (3, *INPUT_HW)), ("FLOAT", (2, 3, *INPUT_HW)), ("DOUBLE", (1, 3, *INPUT_HW))]
+)
+def test_a_model_that_the_program_cannot_feed_is_not_bundled(
+    taken: tuple[str, tuple[int, ...]], data: ExportData, tmp_path: Path
+) -> None:
+    source = write(replace(EXPORTS["YOLO-NAS raw"], inputs={"images": taken}), tmp_path / "m.onnx")
+    options = OnnxTeacher(name="m", onnx=str(source), class_names=("cat", "dog", "cow"))
+    with pytest.raises(ArtifactError, match="one image at a time"):
+        make_bundle([BenchArtifact(source, "m", options=options)], tmp_path / "out", data=data)
+
+
+def test_what_onnx_runtime_fails_at_while_running_is_an_error_of_edgekd(made: Bundle) -> None:
+    entry = read_bundle(made.folder)["models"][0]
+    session = open_session(made.folder / entry["file"], entry, "cpu", 1, made.folder)
+    with pytest.raises(RuntimeFailure, match=f"{entry['file']}: ONNX Runtime failed"):
+        session.run(np.zeros((1, 3, 8, 8), np.float32))
 
 
 def test_every_precision_of_a_checkpoint(tmp_path: Path, data: ExportData, monkeypatch: pytest.MonkeyPatch) -> None:

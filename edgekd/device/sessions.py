@@ -57,14 +57,18 @@ class OrtSession:
             )
         self.provider, self.uses_gpu = name, provider == "cuda"
         self.facts: dict[str, Any] = {"version": onnxruntime.__version__}
-        self._input = model["input"]["name"]
+        self._file, self._input = file.name, model["input"]["name"]
         self._half = model["input"]["dtype"] == "tensor(float16)"
         self._names = [output["name"] for output in model["outputs"]]
 
     def run(self, images: Any) -> dict[str, Any]:
         """(1, 3, h, w) float32 to outputs by name."""
         given = images.astype("float16") if self._half else images
-        return dict(zip(self._names, self._session.run(self._names, {self._input: given})))
+        try:
+            found = self._session.run(self._names, {self._input: given})
+        except Exception as error:  # as above; out of memory, or an operator that this version lacks
+            raise RuntimeFailure(f"{self._file}: ONNX Runtime failed while running", got=_line(error)) from error
+        return dict(zip(self._names, found))
 
     def close(self) -> None:
         """Free it."""
