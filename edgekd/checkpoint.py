@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import atomic_path, unread_torch_file
 from edgekd.detectors import build_detector
-from edgekd.errors import ArtifactError
+from edgekd.errors import ArtifactError, UserError
 from edgekd.types import DetectorSpec
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ DETECTOR_SCHEMA = "edgekd.detector/1"
 STATE_SCHEMA = "edgekd.state/1"
 MODEL_FILE, BEST_FILE, LAST_FILE = "model.pt", "best.pt", "last.pt"
 _EXPORT = "export that detector to ONNX and give it as a teacher's `onnx`, or load it in a `module` of your own"
+
+_OTHER_VERSION = "load it with the version of edgekd that wrote it, or train it again"
 
 
 def save_detector(path: Path, detector: Detector, facts: Mapping[str, Any]) -> None:
@@ -103,9 +105,15 @@ def load_detector(path: Path) -> Detector:
     """
     file = detector_file(path)
     payload = read_payload(file, DETECTOR_SCHEMA)
-    detector = build_detector(DetectorSpec.from_dict(payload["spec"]))
     try:
+        detector = build_detector(DetectorSpec.from_dict(payload["spec"]))
         detector.load_state_dict(payload["weights"])
+    except UserError as error:  # of several files, which one
+        raise ArtifactError(
+            f"{file}: {error.what}", got=error.got, expected=error.expected, fix=error.fix or _OTHER_VERSION
+        ) from error
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{file}: damaged", got=f"{type(error).__name__}: {error}", fix=_OTHER_VERSION) from error
     except RuntimeError as error:
         raise ArtifactError(
             f"{file}: weights do not fit the model", got=str(error).splitlines()[-1].strip()[:200]
@@ -114,5 +122,13 @@ def load_detector(path: Path) -> Detector:
 
 
 def checkpoint_facts(path: Path) -> dict[str, Any]:
-    """The facts stored beside a detector: metrics, epochs, seed, commit."""
-    return dict(read_payload(detector_file(path), DETECTOR_SCHEMA)["facts"])
+    """The facts stored beside a detector: metrics, epochs, seed, commit.
+
+    Raises:
+        ArtifactError: missing or damaged.
+    """
+    file = detector_file(path)
+    try:
+        return dict(read_payload(file, DETECTOR_SCHEMA)["facts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{file}: damaged", got=f"{type(error).__name__}: {error}", fix=_OTHER_VERSION) from error

@@ -7,12 +7,13 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from edgekd.artifact import atomic_path, require_file
-from edgekd.checkpoint import load_detector
+from edgekd.checkpoint import checkpoint_facts, load_detector
 from edgekd.errors import ArtifactError, EdgeKDError, UserError
 
 
@@ -91,6 +92,35 @@ def test_checkpoints_of_others_are_named_for_what_they_are(
     assert found in str(caught.value.got)
     assert "weights_only" not in str(caught.value)
     assert caught.value.fix is None if fix is None else fix in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"spec": None}, "damaged"),
+        ({"weights": None}, "damaged"),
+        ({"weights": [1]}, "damaged"),
+        ({"spec": {"model": "yolo-huge"}}, "unknown model"),
+        ({"spec": {"options": {"foo": 1}}}, "options of model 'yolo-nano' are wrong"),
+        ({"weights": {}}, "do not fit"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_named(tmp_path: Path, changes: dict[str, Any], found: str) -> None:
+    pre = {"input_hw": [64, 64], "resize": "stretch", "mean": [0.5] * 3, "std": [0.5] * 3, "pad_value": 114}
+    spec = {"model": "yolo-nano", "class_names": ["a"], "preprocess": pre, "width": 1.0, "options": {}}
+    payload = {"schema": "edgekd.detector/1", "spec": spec, "weights": {}, "facts": {}, **changes}
+    if isinstance(payload["spec"], dict):
+        payload["spec"] = {**spec, **payload["spec"]}
+    path = tmp_path / "teacher.pt"
+    torch.save({key: value for key, value in payload.items() if value is not None}, path)
+    with pytest.raises(ArtifactError, match=rf"teacher\.pt: .*{found}"):
+        load_detector(path)
+
+
+def test_a_checkpoint_without_facts_is_named(tmp_path: Path) -> None:
+    torch.save({"schema": "edgekd.detector/1"}, tmp_path / "model.pt")
+    with pytest.raises(ArtifactError, match=r"model\.pt: damaged"):
+        checkpoint_facts(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

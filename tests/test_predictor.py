@@ -208,7 +208,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, name, content, kwargs, e
     [
         ({"edgekd.schema": "edgekd.onnx/9"}, "another version"),
         ({"edgekd.spec": "{"}, "metadata is damaged"),
-        ({"edgekd.spec": "{}"}, "damaged"),
+        ({"edgekd.spec": "{}"}, r"m\.onnx: its metadata is damaged"),
         ({"edgekd.output": '{"kind": "masks"}'}, "not what its metadata says"),
         ({"edgekd.output": '{"kind": "detections"}'}, "not what its metadata says"),
     ],

@@ -174,8 +174,9 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
         kind = json.loads(metadata["edgekd.output"])["kind"]
         provenance = json.loads(metadata.get("edgekd.provenance", "{}"))
         thresholds = dict(json.loads(metadata.get("edgekd.thresholds", "{}")))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: its metadata is damaged", got=f"{type(error).__name__}: {error}") from error
+    except (KeyError, TypeError, ValueError, ArtifactError) as error:
+        said = error.got if isinstance(error, ArtifactError) else f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"{path}: its metadata is damaged", got=said) from error
     names = {"boxes-scores": ("boxes", "scores"), "detections": ("boxes", "scores", "labels")}.get(kind)
     if names is None or not set(names) <= set(runtime.output_names):
         raise ArtifactError(
