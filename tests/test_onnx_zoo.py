@@ -26,7 +26,20 @@ from edgekd.runtimes.side_inputs import value_for
 from edgekd.runtimes.tensor_info import TensorInfo
 from edgekd.teachers import build_teacher
 from edgekd.teaching import teacher_identity
-from tests.onnx_zoo import BOXES, EXPORTS, INPUT_HW, LABELS, NAMES, SCORES, SOURCE_HW, Export, apart, head, write
+from tests.onnx_zoo import (
+    BOXES,
+    EXPORTS,
+    INPUT_HW,
+    LABELS,
+    NAMES,
+    SCORES,
+    SOURCE_HW,
+    Export,
+    apart,
+    efficient_nms,
+    head,
+    write,
+)
 
 onnx = pytest.importorskip("onnx")
 PICTURE = np.full((*SOURCE_HW, 3), 114, np.uint8)
@@ -366,6 +379,26 @@ def test_what_cannot_be_read_is_refused_with_its_outputs(case: str, tmp_path: Pa
         opened(export, write(export, tmp_path / "m.onnx"))
     for name, array in arrays.items():
         assert f"{name} {array.shape}" in str(caught.value)
+
+
+def test_labels_as_text_are_refused(tmp_path: Path) -> None:
+    export = replace(
+        EXPORTS["torchvision"],
+        outputs=lambda b: (
+            apart(b, ("boxes", "scores", "labels")) | {"labels": np.array([["cow", "cat", "dog"]], object)}
+        ),
+    )
+    with pytest.raises(UserError, match="as numbers"):
+        opened(export, write(export, tmp_path / "m.onnx"))
+
+
+def test_tensorflow_s_names_alone_are_not_its_shares(tmp_path: Path) -> None:
+    """NVIDIA's EfficientNMS has the same four, with corners in pixels and labels from 0."""
+    names = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
+    export = Export(lambda b: efficient_nms(b, names), "stretch")
+    with opened(export, write(export, tmp_path / "m.onnx")) as predictor:
+        check(export, predictor)
+        assert predictor.preprocess.std == (1, 1, 1)
 
 
 def test_inputs_that_nothing_is_known_of_are_refused(tmp_path: Path) -> None:

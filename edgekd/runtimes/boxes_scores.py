@@ -62,7 +62,8 @@ def boxes_scores(
         if columns == 1:
             raise probe.unclear(
                 f"one score a box, and {len(class_names)} class names",
-                "declare one name; or, if labels stand in an output apart, export it called labels, beside boxes and scores",
+                "declare one name; or, if labels stand in an output apart, export it called labels, as numbers, beside boxes "
+                "and scores",
             )
         raise probe.unclear(
             f"{len(class_names)} class names{' and background' * has_background} do not fit {columns} score columns",

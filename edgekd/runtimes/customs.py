@@ -86,7 +86,7 @@ def custom_of(
         return Custom("MMDetection", "letterbox-corner", IMAGENET)
     if form.box_format.startswith("yxyx") and len(form.names) == 1:
         return Custom("EfficientDet", "letterbox-corner")
-    if "detection_boxes" in outputs:
+    if "detection_boxes" in outputs and form.box_format.startswith("yxyx"):
         return Custom("TensorFlow's detection API", "stretch", (ZERO, BYTES))
     if outputs == {"box_ids", "scores", "bboxes"}:
         return Custom("GluonCV", "stretch", IMAGENET)

@@ -109,8 +109,9 @@ def _origin(probe: Probe, outputs: tuple[str, ...], arrays: Arrays) -> _Origin:
         return "tensorflow" if probe.channels_last else "other"  # EfficientDet
     if len(outputs) < 3:
         return "other"
-    if plain == set(_TENSORFLOW):
-        return "tensorflow"
+    if plain == set(_TENSORFLOW):  # whose names NVIDIA's EfficientNMS has too, with boxes in pixels
+        in_pixels = float(np.abs(arrays[outputs[0]]).max(initial=0.0)) > NORMALISED_BELOW
+        return "other" if in_pixels else "tensorflow"
     if len(plain) == 1:
         return "TensorFlow Lite"
     if plain == {"bboxes", "labels", "scores"}:

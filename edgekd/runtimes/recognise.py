@@ -43,7 +43,9 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
     arrays = {
         name: array
         for name, array in probe.arrays.items()
-        if (array.ndim < 2 or item_of(array, 0, 2).ndim <= 2) and not is_map(array.shape, probe.input_hw)
+        if array.dtype.kind in "fiub"  # labels may be text, as Core ML's are
+        and (array.ndim < 2 or item_of(array, 0, 2).ndim <= 2)
+        and not is_map(array.shape, probe.input_hw)
     }
     arrays = next(({n: arrays[n] for n in own} for own in _DETR if set(own) <= set(arrays)), arrays)
     kind = declared.output
