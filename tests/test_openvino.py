@@ -10,10 +10,11 @@ from edgekd.detectors import build_detector
 from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, UserError
 from edgekd.export.onnx import export_onnx
 from edgekd.predictor import load_predictor
-from edgekd.recipe import ExportConfig
+from edgekd.recipe import ExportConfig, OnnxTeacher
 from edgekd.runtimes.openvino_runtime import OpenVinoRuntime
 from edgekd.runtimes.ort import OrtRuntime
 from edgekd.types import DetectorSpec, PreprocessSpec
+from tests.onnx_zoo import BOXES, EXPORTS, SOURCE_HW, write
 from tests.toy_onnx import write_constant_detector
 
 ARRAYS = {"boxes": np.ones((1, 5, 4), np.float32), "scores": np.full((1, 5, 2), 0.5, np.float32)}
@@ -50,14 +51,27 @@ class TestInstalled:
 
     @pytest.mark.parametrize(
         ("shape", "kind"),
-        [((1, 3, 64, 96), "FLOAT16"), ((3, 64, 96), "FLOAT"), (("batch", 3, "h", "w"), "FLOAT")],
-        ids=["half precision", "no batch axis", "open sizes"],
+        [
+            ((1, 3, 64, 96), "FLOAT16"),
+            ((3, 64, 96), "FLOAT"),
+            (("batch", 3, "h", "w"), "FLOAT"),
+            ((1, 3, 64, 96), "DOUBLE"),
+        ],
+        ids=["half precision", "no batch axis", "open sizes", "double precision"],
     )
     def test_feeds_what_the_graph_declares(self, tmp_path: Path, shape: tuple[int | str, ...], kind: str) -> None:
         path = write_constant_detector(tmp_path / "d.onnx", ARRAYS, shape, input_type=kind)
         with OpenVinoRuntime(path, input_hw=(64, 96)) as runtime, OrtRuntime(path, input_hw=(64, 96)) as reference:
             assert (runtime.input_shape, runtime.dynamic_batch) == (reference.input_shape, reference.dynamic_batch)
             np.testing.assert_array_equal(runtime.run(np.zeros((1, 3, 64, 96), np.float32))["boxes"], ARRAYS["boxes"])
+
+    @pytest.mark.parametrize("case", ["YOLO-NAS batch", "EfficientDet"])
+    def test_bytes_are_fed_as_onnx_runtime_is(self, case: str, tmp_path: Path) -> None:
+        export = EXPORTS[case]
+        options = OnnxTeacher(name="m", onnx=str(write(export, tmp_path / "m.onnx")), **export.declared)
+        with load_predictor(tmp_path / "m.onnx", runtime="openvino", options=options) as predictor:
+            found = predictor.detect(np.full((*SOURCE_HW, 3), 114, np.uint8))
+        np.testing.assert_allclose(found.boxes_xyxy, BOXES, atol=0.05)
 
     def test_an_int8_yolo_computes_what_onnx_runtime_does(self, tmp_path: Path) -> None:
         """OpenVINO moves the scales of the last convolutions behind the objectness, and must still know its axes."""

@@ -14,7 +14,16 @@ from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure,
 from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, first_line, source_name
 from edgekd.runtimes.tensor_info import TensorInfo
 
-_TYPES = {"f32": "tensor(float)", "f16": "tensor(float16)", "i64": "tensor(int64)", "i32": "tensor(int32)"}
+_TYPES = {
+    "f32": "tensor(float)",
+    "f16": "tensor(float16)",
+    "f64": "tensor(double)",
+    "u8": "tensor(uint8)",
+    "i64": "tensor(int64)",
+    "i32": "tensor(int32)",
+    "boolean": "tensor(bool)",
+}
+"""OpenVINO's words for what `onnx_session` and `side_inputs` feed, in ONNX Runtime's."""
 
 
 class OpenVinoRuntime(OnnxRuntime):
