@@ -20,11 +20,13 @@ from edgekd.bench.mlperf import early_stopping, least_queries, run_scenario
 from edgekd.bench.result import unfit_to_publish, warnings_of
 from edgekd.bench.runner import bench_artifacts
 from edgekd.bench.systems import System
-from edgekd.bench.throughput import measure_throughput, throughput_facts
-from edgekd.recipe import BenchConfig
+from edgekd.bench.throughput import measure_throughput, stream_of, throughput_facts
+from edgekd.predictor import load_predictor
+from edgekd.recipe import BenchConfig, OnnxTeacher
 from edgekd.summary import publish_text, summary_text
 from edgekd.types import Detections
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, POOR_SCORES, make_dataset, write_detector
+from tests.onnx_zoo import EXPORTS, write
 from tests.test_bench_latency import IMAGES, FakeClock, FakeSystem
 
 
@@ -108,6 +110,17 @@ def test_streams_run_at_once_and_errors_come_through() -> None:
 
     with pytest.raises(RuntimeError, match="no"):
         measure_throughput([[broken, slow]], [1], IMAGES, rounds=2)
+
+
+@pytest.mark.parametrize("case", ["Ultralytics v8, 11", "Ultralytics v8, dynamic"])
+def test_a_batch_that_is_open_in_name_only_is_not_measured(tmp_path: Path, case: str) -> None:
+    """What the file gives is one image's answer, however many it is given."""
+    export = EXPORTS[case]
+    path = write(export, tmp_path / "m.onnx")
+    with load_predictor(path, threads=1, options=OnnxTeacher(name="m", onnx=str(path), **export.declared)) as predictor:
+        answer, size = stream_of(predictor, 4)
+        assert size == 1
+        answer([np.zeros((64, 96, 3), np.uint8)] * 4)
 
 
 def test_a_least_time_adds_rounds_for_all() -> None:

@@ -15,6 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekd.bench.throughput import stream_of
 from edgekd.errors import ArtifactError, ExportError, MissingDependencyError, RuntimeFailure, UserError
 from edgekd.export.engine import EngineOptions, build_engine, graph_precision
 from edgekd.export.engine_job import EngineResult, export_engine
@@ -366,6 +367,16 @@ def test_a_least_batch_is_filled_up(machine: Machine, tmp_path: Path) -> None:
         alone = {name: array[0].copy() for name, array in runtime.run(IMAGES[:1]).items()}
         both = runtime.run(IMAGES[:2])
         np.testing.assert_allclose(alone["boxes"], both["boxes"][0], rtol=1e-5)
+
+
+def test_an_engine_is_given_no_larger_batches_than_its_profile(machine: Machine, tmp_path: Path) -> None:
+    machine()
+    source, out = ours(moving_detector("batch"), tmp_path / "s.onnx"), tmp_path / "s.engine"
+    export_engine(source, out, options=EngineOptions(batch=(1, 2, 4)))
+    with load_predictor(out) as predictor:
+        answer, size = stream_of(predictor, 8)
+        assert size == 4
+        answer([np.zeros((64, 64, 3), np.uint8)] * 4)
 
 
 def test_gpu_times_are_taken_around_each_step(machine: Machine, detector: Path, tmp_path: Path) -> None:

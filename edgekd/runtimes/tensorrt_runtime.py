@@ -47,6 +47,7 @@ class TensorRTRuntime:
 
     Attributes:
         provider: the GPU's name. manifest: what stands beside the engine.
+        largest_batch: images that one inference takes at most.
         device_times: events around each step are recorded; read them with `gpu_times`. Off at first.
 
     Raises:
@@ -96,6 +97,7 @@ class TensorRTRuntime:
         self.provider = self._buffers.device.name
         self.backend = self._buffers.name
         self._least, self._most = manifest.profile[0], manifest.profile[2]
+        self.largest_batch = self._most
         self.dynamic_batch = self._least != self._most
         self._open_batch = any(given["shape"][0] < 0 for given in manifest.inputs.values())
         for index in range(self._engine.num_io_tensors):
