@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from edgekd.bench.entries import BenchArtifact
@@ -77,6 +79,19 @@ def test_the_layers_of_a_real_session(tmp_path: Path) -> None:
     times = [layer["ms"] for layer in found["layers"]]
     assert times == sorted(times, reverse=True)
     assert not list(tmp_path.glob("*.json")), "the trace is not left behind"
+
+
+def test_an_open_size_of_channels_last_is_filled_in_its_place(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Transpose", ["image"], ["turned"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["turned", "kernel"], ["out"], "conv", pads=[1, 1, 1, 1]),
+    ]
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", "h", "w", 3])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
+    kernel = numpy_helper.from_array(np.zeros((4, 3, 3, 3), np.float32), "kernel")
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [image], [out], [kernel])), str(tmp_path / "m.onnx"))
+    [layer] = read_layers(tmp_path / "m.onnx", (20, 30))
+    assert layer.macs == 20 * 30 * 4 * 27
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])

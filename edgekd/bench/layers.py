@@ -139,7 +139,10 @@ def _fix_input(graph: Any, input_hw: tuple[int, int] | None) -> None:
         dims = info.type.tensor_type.shape.dim
         if len(dims) != 4 or all(d.dim_value for d in dims):
             continue
-        for dim, value in zip(dims, (1, 3, *(input_hw or (0, 0))), strict=True):
+        height, width = input_hw or (0, 0)
+        channels_last = dims[3].dim_value == 3 and dims[1].dim_value != 3  # as TensorFlow's
+        values = (1, height, width, 3) if channels_last else (1, 3, height, width)
+        for dim, value in zip(dims, values, strict=True):
             if not dim.dim_value and value:
                 dim.dim_value = value
         del graph.value_info[:]
