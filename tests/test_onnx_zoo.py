@@ -21,6 +21,7 @@ from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.anchored import ANCHOR_SETS
 from edgekd.runtimes.customs import custom_of
 from edgekd.runtimes.first_nodes import Beginning, beginning_of
+from edgekd.runtimes.model_files import weights_precision
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.side_inputs import value_for
 from edgekd.runtimes.tensor_info import TensorInfo
@@ -175,6 +176,10 @@ def test_the_precision_is_of_the_weights(tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "m.onnx"))
     with opened(export, tmp_path / "m.onnx") as predictor:
         assert predictor.describe()["precision"] == "int8"
+    (weights,) = (tensor for tensor in model.graph.initializer if tensor.name == "weights")
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["weights"], value=weights))
+    model.graph.initializer.remove(weights)
+    assert weights_precision(model) == "int8", "some exporters write weights as nodes"
     with opened(export, write(export, tmp_path / "m.onnx")) as predictor:
         assert predictor.describe()["precision"] == "fp32"
 

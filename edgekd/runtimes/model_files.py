@@ -48,7 +48,10 @@ def weights_precision(model: Any) -> str:
 
     names = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8", onnx.TensorProto.FLOAT16: "fp16"}
     volumes = {"fp32": 0, "fp16": 0, "int8": 0}
-    for tensor in model.graph.initializer:
+    constants = (
+        a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"
+    )
+    for tensor in (*model.graph.initializer, *constants):  # some exporters write weights as nodes
         if tensor.data_type == onnx.TensorProto.FLOAT or tensor.data_type in names:
             volumes[names.get(tensor.data_type, "fp32")] += prod(tensor.dims)
     return max(volumes, key=lambda name: volumes[name])
