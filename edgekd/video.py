@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,8 @@ class Video:
             frame = self._first if index == 0 else self._read(index)
             if frame is None:
                 return
+            if index == 0:  # decoded when the source was opened: what the reader did since then is none of its latency
+                frame = replace(frame, ready_ns=time.perf_counter_ns())
             yield frame
 
     def _read(self, index: int) -> Frame | None:

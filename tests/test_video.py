@@ -78,6 +78,13 @@ def test_colours_are_rgb(tmp_path: Path) -> None:
     assert only.rgb()[9, 9, 2] < 15
 
 
+def test_the_first_frame_s_latency_begins_when_it_is_asked_for(tmp_path: Path) -> None:
+    """A benchmark warms its detector up between opening a video and reading it."""
+    with Video(str(make_video(tmp_path / "v.mp4"))) as video:
+        asked = time.perf_counter_ns()
+        assert next(video.frames()).ready_ns >= asked
+
+
 def test_a_limit_is_kept(tmp_path: Path) -> None:
     with Video(str(make_video(tmp_path / "v.mp4"))) as video:
         assert [one.index for one in video.frames(limit=5)] == [0, 1, 2, 3, 4]
