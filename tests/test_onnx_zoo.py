@@ -308,6 +308,9 @@ def test_weights_in_another_file_belong_to_the_model(name: str, tmp_path: Path) 
     content[-1] ^= 1
     parts.write_bytes(content)
     assert teacher_identity(OnnxTeacher(name="t", onnx=str(path))) != before
+    parts.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ArtifactError, match="cut off"):
+        opened(export, path)
     parts.unlink()
     with pytest.raises(ArtifactError, match="same folder"):
         opened(export, path)

@@ -26,6 +26,7 @@ PROVIDERS: Mapping[str, str] = {
 
 _WEIGHTS_APART = "put the file of weights (often NAME.onnx.data) into the same folder, under the name it was saved with"
 _LOADING: Mapping[str, str] = {
+    "be read in full": "copy or download the file of weights beside it again: it is cut off",
     "IR version": "pip install -U onnxruntime, or save the file with a lower `ir_version`",
     "opset": "pip install -U onnxruntime, or export it with a lower opset",
     "xternal data": _WEIGHTS_APART,
