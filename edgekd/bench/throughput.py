@@ -44,7 +44,7 @@ def batch_of(staged: Staged, batch: int) -> int:
     if batch > 1 and hasattr(runtime, "try_batch"):  # an ONNX file may leave its batch open in name only
         runtime.try_batch(np.zeros((2, 3, *staged.preprocess.input_hw), np.float32))
     if getattr(runtime, "dynamic_batch", False):
-        return min(batch, getattr(runtime, "largest_batch", batch))
+        return min(batch, int(getattr(runtime, "largest_batch", batch)))
     return min(batch, max(1, runtime.input_shape[0]))
 
 
