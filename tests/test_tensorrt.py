@@ -446,6 +446,19 @@ def test_a_stale_engine_is_refused(built: tuple[FakeTensorRT, Path, EngineResult
     load_predictor(out).close()
 
 
+def test_another_file_of_the_source_s_name_beside_the_engine_is_not_its_source(
+    machine: Machine, detector: Path, tmp_path: Path
+) -> None:
+    """The comparison runs the plan from a folder below, from where ../student.onnx is another one."""
+    machine()
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    (folder / detector.name).write_bytes(b"an earlier student")
+    export_engine(detector, folder / "s.engine")
+    assert read_engine_manifest(folder / "s.engine").source["path"] == f"../{detector.name}"
+    TensorRTRuntime(folder / "s.engine").close()
+
+
 def test_an_engine_is_stale_too_when_weights_beside_its_source_have_changed(
     machine: Machine, detector: Path, tmp_path: Path
 ) -> None:
@@ -681,9 +694,22 @@ def test_foreign_detectors_become_engines(machine: Machine, tmp_path: Path, case
     for report in result.parity:
         assert report.confident == 2 * 3 * report.images, "boxes and scores are compared as they are meant"
     assert bool(result.parity) is (result.manifest.output_format.kind == "boxes-scores")
+    assert not any("float16" in note for note in result.notes)
     with load_predictor(out, score_threshold=0.01) as predictor:
         found = predictor.detect(np.full((*SOURCE_HW, 3), 114, np.uint8))
     np.testing.assert_allclose(found.boxes_xyxy, BOXES, atol=2 if "half" in case else 0.05)
+
+
+def test_what_a_file_does_not_say_cannot_be_declared_to_export(machine: Machine, tmp_path: Path) -> None:
+    machine()
+    with pytest.raises(UserError, match=r"declare `anchors`.*takes no declarations"):
+        export_engine(foreign("raw yolov5 in maps", tmp_path / "m.onnx"), tmp_path / "m.engine")
+
+
+def test_a_foreign_detector_that_decodes_in_float16_says_so(machine: Machine, tmp_path: Path) -> None:
+    machine()
+    result = export_engine(foreign("Ultralytics v8, 11", tmp_path / "m.onnx"), tmp_path / "m.engine", precision="fp16")
+    assert any("float16 does that too" in note for note in result.notes)
 
 
 def test_bytes_reach_an_engine_rounded(machine: Machine, tmp_path: Path) -> None:
@@ -805,6 +831,12 @@ def test_the_precision_of_a_graph() -> None:
         "fp16",
         "int8",
     ]
+    named = to_float16(half)
+    weights = next(tensor for tensor in named.graph.initializer if tensor.data_type == TensorProto.FLOAT16)
+    del named.graph.node[:]
+    named.graph.node.append(helper.make_node("Constant", [], [weights.name], value=weights))
+    named.graph.initializer.remove(weights)
+    assert graph_precision(named) == "fp16", "some exporters write weights as nodes"
 
 
 def test_l4t(tmp_path: Path) -> None:

@@ -109,17 +109,14 @@ def has_half(model: ModelProto) -> bool:
     from onnx import TensorProto
 
     half, graph = TensorProto.FLOAT16, model.graph
-    casts = (
-        attribute.i
-        for node in graph.node
-        if node.op_type == "Cast"
-        for attribute in node.attribute
-        if attribute.name == "to"
-    )
+    attributes = [(node.op_type, entry) for node in graph.node for entry in node.attribute]
+    casts = (entry.i for kind, entry in attributes if (kind, entry.name) == ("Cast", "to"))
+    constants = (entry.t.data_type for kind, entry in attributes if (kind, entry.name) == ("Constant", "value"))
     return half in (
         *(tensor.data_type for tensor in graph.initializer),
         *(info.type.tensor_type.elem_type for info in graph.input),
         *casts,
+        *constants,
     )
 
 

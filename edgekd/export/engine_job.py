@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.artifact import is_onnx, require_file, sha256_file, source_commit, versions
-from edgekd.errors import ArtifactError, UserError
+from edgekd.errors import ArtifactError, MissingDependencyError, UserError
 from edgekd.export.engine import BuiltEngine, EngineOptions, build_engine, graph_precision
 from edgekd.export.engine_parity import compare_engine
-from edgekd.export.graph import metadata_of, name_nodes
+from edgekd.export.graph import RAW_KEY, metadata_of, name_nodes
 from edgekd.export.parity import ParityReport
 from edgekd.export.topk import CANDIDATES, with_top_candidates
 from edgekd.recipe import ExportConfig
@@ -36,6 +36,15 @@ if TYPE_CHECKING:
     from edgekd.runtimes.onnx_session import OnnxRuntime
 
 _REFUSED_BY_TENSORRT = ("dynamic-scale", "scale", "int32-bias", "zero-point")
+
+_NOT_DECLARED = (
+    "`edgekd export` takes no declarations, only files that need none: class names in the metadata (Ultralytics' `names`), "
+    "a fixed input size, decoded boxes"
+)
+_DECODED_IN_HALF = (
+    "nothing in the file says where its boxes are decoded, so float16 does that too: they are in steps of a quarter of a "
+    "pixel from 256 on, of half a pixel from 512 on",
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,13 @@ class EngineResult:
 
 @dataclass(frozen=True)
 class _Model:
-    """An ONNX detector, ready to become an engine, and what is known of it."""
+    """An ONNX detector, ready to become an engine, and what is known of it; `notes` are for the user."""
 
     proto: ModelProto
     class_names: tuple[str, ...]
     preprocess: PreprocessSpec
     form: OutputFormat
+    notes: tuple[str, ...] = ()
 
 
 def export_engine(
@@ -153,9 +163,16 @@ def _read(file: Path, precision: Precision) -> _Model:
 
     from edgekd.runtimes.onnx_file import open_onnx
 
-    with (opened := open_onnx(file)).runtime:
-        form, preprocess, class_names = opened.form, opened.preprocess, opened.class_names
-        _check_inputs(file, opened.runtime)
+    try:
+        opened = open_onnx(file)
+    except (ArtifactError, MissingDependencyError):
+        raise
+    except UserError as error:  # its advice is to declare something
+        fix = f"{error.fix}; {_NOT_DECLARED}" if error.fix else _NOT_DECLARED
+        raise UserError(error.what, got=error.got, expected=error.expected, fix=fix) from error
+    opened.runtime.close()
+    form, preprocess, class_names = opened.form, opened.preprocess, opened.class_names
+    _check_inputs(file, opened.runtime)
     if form.is_finished:
         raise UserError(
             f"{file}: NMS is inside this ONNX file, which an engine must not have",
@@ -163,9 +180,12 @@ def _read(file: Path, precision: Precision) -> _Model:
         )
     model = onnx.load(str(file))
     found = graph_precision(model)
+    notes: tuple[str, ...] = ()
     if found == "fp32" and precision == "fp16":
         from edgekd.export.float16 import to_float16
 
+        if RAW_KEY not in metadata_of(model):
+            notes = _DECODED_IN_HALF
         name_nodes(model)
         model = to_float16(model)
     elif found != precision:
@@ -179,7 +199,7 @@ def _read(file: Path, precision: Precision) -> _Model:
         _check_int8(file, model)
     if can_be_cut(form, model):
         model = with_top_candidates(model, (form.names[0], form.names[1]), CANDIDATES)
-    return _Model(model, class_names, preprocess, form)
+    return _Model(model, class_names, preprocess, form, notes)
 
 
 def _check_inputs(file: Path, runtime: OnnxRuntime) -> None:
@@ -315,12 +335,13 @@ def _compare_and_write(
     say: Callable[[str], None],
 ) -> EngineResult:
     """Run the plan from a folder beside its place, compare, and only then move it there; the manifest last."""
-    reports, notes = [*before[0]], [*before[1], *built.notes]
+    reports, notes = [*before[0]], [*before[1], *model.notes, *built.notes]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
         trial = Path(folder) / out.name
         trial.write_bytes(built.plan)
-        write_engine_manifest(trial, manifest)
+        # Paths to the source are from the engine's own folder: from this one they might name another file.
+        write_engine_manifest(trial, replace(manifest, source={**manifest.source, "path": None, "weights": {}}))
         if model.form.kind == "boxes-scores":
             say("comparing the engine with its ONNX")
             with TensorRTRuntime(trial, buffers=buffers) as runtime:
