@@ -45,7 +45,7 @@ def batch_of(staged: Staged, batch: int) -> int:
         runtime.try_batch(np.zeros((2, 3, *staged.preprocess.input_hw), np.float32))
     if getattr(runtime, "dynamic_batch", False):
         return min(batch, int(getattr(runtime, "largest_batch", batch)))
-    return min(batch, max(1, runtime.input_shape[0]))
+    return min(batch, max(1, int(runtime.input_shape[0])))
 
 
 def measure_throughput(
