@@ -35,6 +35,7 @@ from tests.onnx_zoo import (
     NAMES,
     SCORES,
     SOURCE_HW,
+    ULTRALYTICS,
     Export,
     apart,
     efficient_nms,
@@ -336,6 +337,17 @@ def test_a_file_that_is_no_model_is_named_for_what_it_is(content: bytes, found: 
     with pytest.raises(ArtifactError, match=found) as caught:
         load_predictor(tmp_path / "m.onnx")
     assert fix in str(caught.value.fix)
+
+
+def test_class_names_in_another_encoding_are_an_artifact_error(tmp_path: Path) -> None:
+    """What is not Python may write whatever bytes it likes."""
+    export = replace(
+        EXPORTS["Ultralytics v8, 11"], metadata=ULTRALYTICS | {"names": "{0: 'caf\u00e9', 1: 'b', 2: 'c'}"}
+    )
+    path = write(export, tmp_path / "m.onnx")
+    path.write_bytes(path.read_bytes().replace("\u00e9".encode(), b"\xe9\xe9"))
+    with pytest.raises(ArtifactError, match="not UTF-8"):
+        opened(export, path)
 
 
 def test_an_old_file_with_its_weights_among_the_inputs(tmp_path: Path) -> None:

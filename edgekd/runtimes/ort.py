@@ -70,8 +70,17 @@ class OrtRuntime(OnnxRuntime):
         session = _open_session(model, PROVIDERS.get(provider.lower(), provider), threads, source, profile)
         self._session: Any = session
         self._options = _run_options()
-        inputs, outputs = ([_info(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))
-        metadata = session.get_modelmeta().custom_metadata_map
+        try:
+            inputs, outputs = (
+                [_info(node) for node in nodes] for nodes in (session.get_inputs(), session.get_outputs())
+            )
+            metadata = session.get_modelmeta().custom_metadata_map
+        except UnicodeDecodeError as error:
+            raise ArtifactError(
+                f"{source}: names or metadata in this file are not UTF-8, as ONNX wants them",
+                got=repr(error.object[:80]),
+                fix="write its metadata (class names, say) anew in UTF-8; or copy the file again: it may be damaged",
+            ) from error
         super().__init__(source, str(session.get_providers()[0]), inputs, outputs, metadata, input_hw)
 
     def _compute(self, feed: Feed) -> Sequence[NDArray[np.generic]]:
