@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgekd.yaml_document import yaml_text
+
 
 @dataclass
 class RecipeDraft:
@@ -57,7 +59,4 @@ def _yaml(values: Mapping[str, Any], reasons: Mapping[tuple[str | int, ...], str
 
 
 def _flow(value: object) -> str:
-    import yaml
-
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
-    return text.removesuffix("\n").removesuffix("\n...")
+    return yaml_text(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")

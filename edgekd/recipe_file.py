@@ -16,7 +16,7 @@ from edgekd.artifact import write_text
 from edgekd.errors import RecipeError, UserError
 from edgekd.recipe import LOSSES, MODELS, Recipe
 from edgekd.recipe_problems import schema_problems
-from edgekd.yaml_document import MAX_BYTES, Document, DocumentError, KeyPath, Place, Problem, read_document
+from edgekd.yaml_document import MAX_BYTES, Document, DocumentError, KeyPath, Place, Problem, read_document, yaml_text
 
 RECIPE_FILE = "recipe.yaml"
 """What a run calls its recipe."""
@@ -97,14 +97,12 @@ def refuse_own_recipe(folder: Path) -> None:
 
 def dump_recipe(recipe: Recipe, folder: Path) -> str:
     """The whole recipe with all defaults as YAML, its paths relative to `folder`, in which it is to be written."""
-    import yaml
-
     data = recipe.model_dump(mode="json")
     for key_path in _file_keys(data):
         parent, value = _parent(data, key_path), str(_parent(data, key_path)[key_path[-1]])
         if os.path.isabs(value):
             parent[key_path[-1]] = os.path.relpath(value, folder.resolve())
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+    return yaml_text(data, width=120)
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -134,6 +134,10 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own attribute)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what either version would take for another type: to YAML 1.1 alone, 08 and 1e3 are texts."""
+
+
 for _name, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -142,7 +146,8 @@ for _name, _pattern, _first in (
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
     ("merge", r"<<", ["<"]),
 ):
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 class _Builder:
@@ -274,6 +279,16 @@ def read_document(text: str, source: str) -> Document:
         raise DocumentError(Problem(Place(line, 1, source), (), message)) from error
     except RecursionError as error:
         raise DocumentError(Problem(Place(1, 1, source), (), "nested too deeply: not a recipe")) from error
+
+
+def yaml_text(data: object, **layout: Any) -> str:
+    """YAML that `read_document` reads back as it was, and so do others; keys in their order.
+
+    Args:
+        layout: of `yaml.dump`, such as width.
+    """
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **layout)
+    return text
 
 
 def _syntax_message(error: yaml.MarkedYAMLError) -> str:

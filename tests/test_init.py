@@ -282,7 +282,7 @@ def test_a_file_is_not_overwritten_unasked(tmp_path: Path) -> None:
     assert written(out)["name"] == "set"
 
 
-@pytest.mark.parametrize("name", ["imagenet", "~here", "a: b # c"])
+@pytest.mark.parametrize("name", ["imagenet", "~here", "a: b # c", "08", "1e3"])
 def test_folders_of_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     root = voc(tmp_path / name)
     monkeypatch.chdir(tmp_path)

@@ -421,6 +421,14 @@ def test_a_written_recipe_reads_back_the_same_elsewhere(tmp_path: Path) -> None:
     assert load_recipe(write(out, text)) == recipe
 
 
+@pytest.mark.parametrize(
+    "name", ["08", "1e3", ".5", "010", "on", "null", "2024-01-01", "a: b", "0x1f", "-", "12:30", "<<"]
+)
+def test_a_written_name_stays_a_name(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD), (f'data.classes=["{name}", b]',))
+    assert load_recipe(write(tmp_path, dump_recipe(recipe, tmp_path))).data.classes == (name, "b")
+
+
 # -- what is published --------------------------------------------------------------------------------------------
 
 
