@@ -217,7 +217,8 @@ def _resolve_paths(document: Document, folder: Path, needs: Collection[str]) -> 
     for path in _file_keys(document.data):
         parent, value = _parent(document.data, path), Path(os.path.expanduser(_get(document.data, path)))
         place = document.place(path)
-        bases = [folder, Path()] if place.line else [Path(), folder]
+        # "..": of a folder that is a link also where it leads, from which `dump_recipe` counts
+        bases = [folder, folder.resolve(), Path()] if place.line else [Path(), folder]
         choices = list(dict.fromkeys(Path(os.path.abspath(base / value)) for base in bases))
         there = [choice for choice in choices if choice.exists()]
         parent[path[-1]] = str((there or choices)[0])

@@ -421,6 +421,17 @@ def test_a_written_recipe_reads_back_the_same_elsewhere(tmp_path: Path) -> None:
     assert load_recipe(write(out, text)) == recipe
 
 
+def test_a_written_recipe_reads_back_through_a_linked_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    recipe = load_recipe(write(tmp_path, GOOD))
+    out = tmp_path / "scratch" / "of" / "mine"
+    out.mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(out)
+    write(out, dump_recipe(recipe, tmp_path / "runs"))
+    for folder in (tmp_path / "runs", out):
+        assert load_recipe(folder / "recipe.yaml", needs=("data",)).data.root == str(tmp_path / "data")
+
+
 @pytest.mark.parametrize(
     "name", ["08", "1e3", ".5", "010", "on", "null", "2024-01-01", "a: b", "0x1f", "-", "12:30", "<<"]
 )
