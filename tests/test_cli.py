@@ -62,7 +62,18 @@ def test_version() -> None:
 
 @pytest.mark.parametrize("arguments", [["no-such-command"], ["train"], ["data", "make", "--train", "x"], ["--nope"]])
 def test_usage_errors_exit_2(arguments: list[str]) -> None:
-    assert edgekd(*arguments).exit_code == 2
+    result = edgekd(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    for words in (["--json", *arguments], [*arguments, "--json"]):
+        told = json.loads(edgekd(*words).stdout)["error"]
+        assert (told["kind"], told["exit_code"]) == ("UsageError", 2)
+        assert told["message"]
+
+
+@pytest.mark.parametrize("words", ["run {} --out {}", "compare {} --out {} --jobs 2 --only 0/2"])
+def test_what_is_refused_first_is_json_too(recipe: Path, words: str) -> None:
+    result = edgekd(*words.format(recipe, recipe.parent).split(), "--json")
+    assert json.loads(result.stdout)["error"]["exit_code"] == result.exit_code == 2
 
 
 def test_make_and_check(scenes: Path, tmp_path: Path) -> None:
@@ -167,6 +178,8 @@ def test_recipe_check_of_several_says_of_each(recipe: Path, tmp_path: Path) -> N
     assert told["recipes"][str(wrong)] is None
     assert told["recipes"][str(recipe)]["name"]
     assert len(told["problems"]) == 1
+    gone = edgekd("recipe", "check", recipe, tmp_path / "gone.yaml", "--no-files", "--json")
+    assert "there is no recipe" in json.loads(gone.stdout)["problems"][0]
     assert edgekd("recipe", "check", recipe, recipe, "--no-files").exit_code == 0
 
 

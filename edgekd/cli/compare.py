@@ -41,12 +41,12 @@ def compare(
 
     Every run writes its own result; the same command goes on where an earlier one was cut off.
     """
+    session = session_of(context)
     if jobs is not None and (only is not None or launcher == "ray"):
         raise UserError(
             "--jobs goes with neither --only nor --launcher ray",
             fix="start one process a share; Ray is told by --cpus how many runs fit a machine",
         )
-    session = session_of(context)
     session.resume_hint = f"what is done is in {out}; the same command goes on from there"
     from edgekd.compare import CompareJob, one_by_one
     from edgekd.compare import compare as compare_job

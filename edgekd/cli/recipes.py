@@ -39,7 +39,7 @@ def check(
                 typer.echo(f"{path}: ok")
         except RecipeError as error:
             typer.echo(f"error: {error}", err=True)
-            rows[str(path)], problems = None, [*problems, *error.problems]
+            rows[str(path)], problems = None, [*problems, *(error.problems or (error,))]
     session.finish({"recipes": rows, "problems": [str(problem) for problem in problems]}, lambda: None)
     if None in rows.values():
         raise typer.Exit(2)

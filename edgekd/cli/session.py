@@ -138,6 +138,13 @@ class Session:
                 self._write({"error": body | ({"problems": problems} if problems else {})})
         return code
 
+    def misused(self, error: Any, wants_json: bool) -> None:
+        """A usage error of Typer's, as JSON where that is asked for."""
+        if wants_json and self.rank == 0:
+            body = {"kind": "UsageError", "message": error.format_message(), "exit_code": error.exit_code}
+            with contextlib.suppress(OSError):
+                self._write({"error": body})
+
     def _write(self, result: Mapping[str, Any]) -> None:
         stream = self._stdout or sys.stdout
         stream.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -204,10 +211,21 @@ def refuse_idle(context: typer.Context, unmet: Mapping[str, Collection[str]]) ->
 
 # Typer's base of usage errors, which it does not export (older ones take click's, newer ones their own).
 _UsageProblem: type[BaseException] = typer.BadParameter.__mro__[2]
+_WANTS_JSON = "edgekd.wants_json"
 
 
 class CommandGroup(TyperGroup):
     """The root group: turns exceptions into messages and exit codes, for scripts and tests alike."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options before the command; what follows it is read when the command runs."""
+        ctx.obj = session = Session()
+        ctx.meta[_WANTS_JSON] = "--json" in args  # before or after the command, which may never be read
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageProblem as error:
+            session.misused(error, ctx.meta[_WANTS_JSON])
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command line.
@@ -215,12 +233,14 @@ class CommandGroup(TyperGroup):
         Raises:
             typer.Exit: with the error's exit code.
         """
-        session = Session()
-        ctx.obj = session
+        session: Session = ctx.obj
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, _UsageProblem):
-            raise  # Typer's own: help, usage errors
+        except (typer.Exit, typer.Abort):
+            raise
+        except _UsageProblem as error:
+            session.misused(error, ctx.meta[_WANTS_JSON])
+            raise  # Typer itself tells it on stderr
         except BrokenPipeError:
             raise typer.Exit(1) from None
         except (Exception, KeyboardInterrupt) as error:

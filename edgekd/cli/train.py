@@ -109,8 +109,8 @@ def run(
 def _begin(context: typer.Context, out: Path) -> Session:
     from edgekd.recipe_file import refuse_own_recipe
 
-    refuse_own_recipe(out)
     session = session_of(context)
+    refuse_own_recipe(out)
     session.resume_hint = f"what is done is in {out}; the same command goes on from there"
     return session
 
