@@ -225,6 +225,10 @@ def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
     for what, values in (("recipe names", [r.name for r in recipes]), ("seeds", list(seeds))):
         if len(set(values)) != len(values):
             raise UserError(f"{what} repeat", got=", ".join(map(str, values)), expected="each once")
+    if not all(0 <= seed < 1 << 63 for seed in seeds):
+        raise UserError(
+            "a seed is no seed", got=", ".join(map(str, seeds)), expected="whole numbers from 0 on, below 2^63"
+        )
     if {ALONE, "teachers", "answers", "views"} & {r.name for r in recipes}:
         raise UserError(
             "a recipe may not be named alone, teachers, answers or views",

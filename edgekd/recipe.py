@@ -46,6 +46,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A name that is safe in a file name."""
 
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""What NumPy and torch both take."""
 Positive = Annotated[int, Field(ge=1)]
 Factor = Annotated[float, Field(ge=0)]
 Triple = tuple[float, float, float]
@@ -185,7 +187,7 @@ class TrainedTeacher(_Section):
         None, description="Its own training settings; the recipe's `train` if left out."
     )
     weight: float = Field(1.0, gt=0)
-    seed: int | None = None
+    seed: Seed | None = None
 
 
 class CheckpointTeacher(_Section):
@@ -364,7 +366,7 @@ class CacheConfig(_Section):
     folder: str | None = Field(
         None, description="To share a cache between runs; DIR/views if left out. Relative to the working directory."
     )
-    seed: Count | None = Field(
+    seed: Seed | None = Field(
         None, description="Of the views; the recipe's if left out. Given, runs of several seeds share one cache."
     )
 
@@ -445,7 +447,7 @@ class Recipe(_Section):
     """A whole recipe: `edgekd run` does all of it, the other commands the part they are named for."""
 
     name: Name
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     data: DataConfig
     student: ModelConfig
     augment: AugmentConfig = AugmentConfig()

@@ -138,8 +138,10 @@ def test_recipes_that_differ_in_more_than_the_method_are_refused(tmp_path: Path)
         CompareJob((a, b), (0,), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("names", "seeds"), [(("a", "a"), (0,)), (("a",), (0, 0)), (("alone",), (0,)), ((), (0,))])
-def test_repeats_are_refused(tmp_path: Path, names: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("names", "seeds"), [(("a", "a"), (0,)), (("a",), (0, 0)), (("alone",), (0,)), ((), (0,)), (("a",), (0, -1))]
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, names: tuple[str, ...], seeds: tuple[int, ...]) -> None:
     with pytest.raises(UserError):
         CompareJob(tuple(recipe(tmp_path, name) for name in names), seeds, tmp_path / "out")
 

@@ -364,6 +364,8 @@ OVERRIDES = {
     "teachers.2.onxn=a.onnx": "teachers.2: says not what the teacher is",
     "name.x=1": "name.x: name is not a mapping or a list, it has no 'x'",
     "train=3": "train: got 3, expected a mapping",
+    "teachers.1.seed=-1": "teachers.1.seed: got -1, expected a number not below 0",
+    "seed=99999999999999999999": "seed: got 99999999999999999999, expected a number less than",
     "train.lr=[": "train.lr: not YAML",
 }
 
