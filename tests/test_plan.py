@@ -274,6 +274,15 @@ def test_a_plan_goes_on_with_what_it_has(tmp_path: Path, meter: Made) -> None:
     assert len(set(meter.asked)) < len(meter.asked), "other circumstances start anew"
 
 
+def test_recipes_of_the_users_own_stay(tmp_path: Path, meter: Made) -> None:
+    mine = tmp_path / "01-mine.yaml"
+    mine.write_text("name: mine\n", encoding="utf-8")
+    planned(tmp_path)
+    planned(tmp_path, top=2)
+    assert mine.read_text(encoding="utf-8") == "name: mine\n"
+    assert len(list(tmp_path.glob("*.yaml"))) == 3
+
+
 def test_a_narrower_plan_speaks_of_its_own_candidates(tmp_path: Path, meter: Made) -> None:
     wide = planned(tmp_path)
     few = [candidate for candidate in made_up({SSD: 0.7}) if candidate.shape.width == 1.4]
@@ -356,6 +365,7 @@ def test_mistakes_exit_2(tmp_path: Path) -> None:
         ("--input-sizes", "100.5"): "--input-sizes: not whole numbers",
         ("--input-sizes", "2048"): "--input-sizes: Input should be",
         ("--input-sizes", "100", "--models", NANO): "cannot take this input size",
+        ("--input-sizes", "100", "--models", f"{SSD}, {NANO}"): "cannot take this input size",
         ("--models", "nope"): "nope",
         ("--precision", "fp8"): "fp8",
         ("--teachers", str(tmp_path / "no")): "no recipe",

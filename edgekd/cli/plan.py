@@ -125,7 +125,7 @@ def plan(
     session.resume_hint = f"the same command goes on with what is in {out / 'plan.json'}"
     with locked(out), terminal.counting("counting MACs") as progress:
         candidates = grid(
-            models.split(",") if models else MODELS,
+            [name.strip() for name in models.split(",")] if models else MODELS,
             _numbers("--widths", widths, float) or WIDTHS,
             _numbers("--input-sizes", input_sizes, int) or INPUT_SIZES,
             precisions_of(precision) or ["fp32"],

@@ -19,7 +19,7 @@ from edgekd.device.target import Target
 from edgekd.errors import UserError
 from edgekd.plan.candidates import Candidate
 from edgekd.plan.measure import Exporter, Here, Layout, Row, There
-from edgekd.plan.recipes import HEURISTIC, fits, ranked, write_recipes
+from edgekd.plan.recipes import HEURISTIC, fits, is_of_a_plan, ranked, write_recipes
 from edgekd.plan.search import Search
 from edgekd.recipe import DataConfig, Recipe
 from edgekd.types import Dataset
@@ -132,8 +132,9 @@ def make_plan(
     left = search.left(record.times(candidates))
     rows = record.of(candidates)
     best = ranked(rows, asked.budget_ms)
-    for file in out.glob("[0-9][0-9]-*.yaml"):  # of an earlier plan in this folder
-        file.unlink()
+    for file in out.glob("[0-9][0-9]-*.yaml"):
+        if is_of_a_plan(file):  # an earlier one in this folder
+            file.unlink()
     files, notes = write_recipes(best[: asked.top], base, data, out, asked.threads, asked.budget_ms)
     return record.save(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -36,6 +36,7 @@ HEURISTIC = (
 Row = Mapping[str, Any]
 
 _ANY_DATA = "data/my-data"
+_FROM = "# From `edgekd plan`"
 
 
 def fits(row: Row, budget_ms: float) -> bool:
@@ -81,6 +82,11 @@ def write_recipes(
         write_text(file, _head(row, budget_ms) + dump_recipe(recipe, out))
         files.append(file)
     return files, list(dict.fromkeys(notes))
+
+
+def is_of_a_plan(file: Path) -> bool:
+    """Whether a recipe is one that `write_recipes` wrote, and not the user's own."""
+    return file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(_FROM)
 
 
 def combined(recipes: Sequence[Recipe]) -> Recipe | None:
@@ -171,7 +177,7 @@ def _head(row: Row, budget_ms: float) -> str:
     latency, stages = row["latency_ms"], row["stages_ms"]
     apart = "" if stages["pre"] is None else f" ({stages['pre']:.2f} + {stages['infer']:.2f} + {stages['post']:.2f})"
     return (
-        f"# From `edgekd plan`: {row['macs'] / 1e9:.3f} GMACs, {latency['median']:.2f} ms{apart} of {budget_ms:g} ms "
+        f"{_FROM}: {row['macs'] / 1e9:.3f} GMACs, {latency['median']:.2f} ms{apart} of {budget_ms:g} ms "
         f"in {row['precision']}, measured untrained.\n"
         f"# Next: edgekd run THIS_FILE --out runs/{row['name']}\n"
     )
