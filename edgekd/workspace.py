@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -148,7 +149,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder against other edgekd processes; the system frees it when this one ends, however it ends.
 
     Raises:
-        UserError: another process holds it, or it cannot be written to.
+        UserError: another process holds it, or it cannot be written to or held.
     """
     import fcntl
 
@@ -165,7 +166,14 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             return
         try:
             fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(
+                    f"{folder} cannot be held against other processes",
+                    got=error.strerror,
+                    expected="a file system with file locks (Lustre has them when mounted with `flock`)",
+                    fix="choose an --out elsewhere",
+                ) from error
             stream.seek(0)
             holder = stream.read().strip() or "unknown"
             message = f"another edgekd process works in {folder}"

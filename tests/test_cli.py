@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from edgekd import __version__
 from edgekd.cli import app
-from edgekd.errors import ExportError
+from edgekd.errors import ExportError, UserError
 from edgekd.recipe_file import dump_recipe, load_recipe, write_recipe
 from edgekd.train import RunResult
 
@@ -328,6 +329,17 @@ def test_a_folder_is_held_by_one_process(recipe: Path, tmp_path: Path) -> None:
     assert f"another edgekd process works in {tmp_path / 'o'}" in done.stderr
     assert str(os.getpid()) in done.stderr
     with locked(tmp_path / "o"):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekd.workspace import locked
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(UserError, match="cannot be held against other processes"), locked(tmp_path / "o"):
         pass
 
 
