@@ -25,7 +25,9 @@ SCHEMA_URL = "https://json-schema.org/draft/2020-12/schema"
 WEIGHT_NAMES = ("imagenet",)
 """What `weights` may say besides a path."""
 
-RESERVED_NAMES = ("student", "distilled", "ensemble")
+_STUDENTS = ("student", "student-fp16", "student-int8", "distilled", "distilled-fp16", "distilled-int8")
+RESERVED_NAMES = (*_STUDENTS, "ensemble", "ensemble-parallel")
+"""Rows of the benchmark, which teachers cannot be called like."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, needs: Collection[str] = ()) -> Recipe:

@@ -177,6 +177,12 @@ CASES = {
         "9:11: teachers.1.name",
         "teacher 0 is called 'box' too",
     ),
+    "name of another row": (
+        "name: own",
+        "name: distilled-int8",
+        "9:11: teachers.1.name",
+        "'distilled-int8' is taken: it names a row of the benchmark",
+    ),
     "reserved name": (
         "name: own",
         "name: student",
