@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +24,7 @@ RECIPE_FILE = "recipe.yaml"
 """What a run calls its recipe."""
 _WRITTEN = "# Written by edgekd: the whole recipe of what lies here, with every default.\n"
 SCHEMA_URL = "https://json-schema.org/draft/2020-12/schema"
+_HASH = re.compile(r"""\s*(#|[^\s"'\[{].*\s#)""", re.DOTALL)
 WEIGHT_NAMES = ("imagenet",)
 """What `weights` may say besides a path."""
 
@@ -160,6 +163,8 @@ def _apply_overrides(document: Document, overrides: Sequence[str]) -> list[Probl
         if not equals or not all(path):
             problems.append(Problem(place, (), "expected KEY=VALUE, such as train.epochs=3 or teachers.0.weight=2"))
             continue
+        if _HASH.match(value_text):  # a comment in a file; here it belongs to what was meant, such as a folder "set #2"
+            value_text = json.dumps(value_text.strip(), ensure_ascii=False)
         try:
             value = read_document(value_text, str(place))
             problems += [Problem(place, path, problem.message) for problem in value.problems]

@@ -344,6 +344,14 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
     assert recipe.student.weights is None
 
 
+@pytest.mark.parametrize(
+    ("text", "root"),
+    [("my set #2", "my set #2"), ("#2", "#2"), ("a#b", "a#b"), ("'a #b'", "a #b"), ('"a"  # why', "a"), ("a", "a")],
+)
+def test_a_hash_belongs_to_an_override(tmp_path: Path, text: str, root: str) -> None:
+    assert load_recipe(write(tmp_path, GOOD), (f"data.root={text}",)).data.root == str(Path.cwd() / root)
+
+
 def test_an_override_can_add_to_a_list(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD), ("teachers.2={name: more, onnx: m.onnx}",))
     assert [teacher.name for teacher in recipe.teachers] == ["box", "own", "more"]
