@@ -170,7 +170,7 @@ def _apply_overrides(document: Document, overrides: Sequence[str]) -> list[Probl
             problems += [Problem(place, path, problem.message) for problem in value.problems]
             if document.data is None:
                 document.data = {}
-            document.set(path, value.data, place)
+            document.set(path, value, place)
         except DocumentError as error:
             problems.append(Problem(place, path, error.problem.message))
         except LookupError as error:

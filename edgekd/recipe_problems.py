@@ -99,12 +99,14 @@ def _problem(document: Document, path: KeyPath, details: list[ErrorDetails]) -> 
     wanted = [_expected(detail) for detail in details if detail["type"] != "literal_error"]
     if names:
         wanted.append(("one of " if len(names) > 1 else "") + ", ".join(names))
-    message = f"got {_shown(value)}, expected {' or '.join(dict.fromkeys(wanted))}"
+    no_text = kinds == {"string_type"} and isinstance(value, bool | int | float)
+    got = document.texts.get(path, _shown(value)) if no_text else _shown(value)
+    message = f"got {got}, expected {' or '.join(dict.fromkeys(wanted))}"
     near = difflib.get_close_matches(value.lower(), names, 1, 0.4) if isinstance(value, str) else []
     if near:
         message += f"; did you mean {near[0]}?"
-    elif kinds == {"string_type"} and isinstance(value, bool | int | float):
-        message += f'; write "{_shown(value)}" in quotes'
+    elif no_text:
+        message += f'; write "{got}" in quotes'
     return Problem(document.place(path), path, message)
 
 

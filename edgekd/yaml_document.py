@@ -64,12 +64,14 @@ class Document:
         data: plain Python: dict, list, str, int, float, bool, None.
         keys: for each mapping entry the place of its key, by path.
         values: for each value its place, by path; the root is ().
+        texts: numbers, true and false as they were written, by path: 08, which may have been meant for a text.
         problems: what was wrong but did not stop the reading, such as a key given twice.
     """
 
     data: Any
     keys: dict[KeyPath, Place] = field(default_factory=dict)
     values: dict[KeyPath, Place] = field(default_factory=dict)
+    texts: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def place(self, path: KeyPath, *, key: bool = False) -> Place:
@@ -81,7 +83,7 @@ class Document:
                     return table[path[:length]]
         raise KeyError(path)
 
-    def set(self, path: KeyPath, value: Any, place: Place) -> None:
+    def set(self, path: KeyPath, value: Document, place: Place) -> None:
         """Put `value` at `path`, making mappings and lists on the way; their place, and its own, is `place` from now on.
 
         Raises:
@@ -101,13 +103,15 @@ class Document:
                 self.keys[tuple(exact)] = self.values[tuple(exact)] = place
         exact.append(_entry(parent, path[-1], exact))
         if isinstance(parent, list) and exact[-1] == len(parent):
-            parent.append(value)
+            parent.append(value.data)
         else:
-            parent[exact[-1]] = value
+            parent[exact[-1]] = value.data
         target = tuple(exact)
-        for table in (self.keys, self.values):
+        tables: tuple[dict[KeyPath, Any], ...] = (self.keys, self.values, self.texts)
+        for table in tables:
             for known in [known for known in table if known[: len(target)] == target]:
                 del table[known]
+        self.texts |= {(*target, *below): text for below, text in value.texts.items()}
         self.keys[target] = self.values[target] = place
 
 
@@ -232,6 +236,7 @@ class _Builder:
             return text
         if kind == "null":
             return None
+        self.document.texts[path] = text
         if kind == "bool" and text.lower() in ("true", "false"):
             return text.lower() == "true"
         try:

@@ -129,6 +129,12 @@ CASES = {
         "2:7: seed",
         'got "1", expected a whole number',
     ),
+    "number for text, as it was written": (
+        "name: good",
+        "name: 08",
+        "1:7: name",
+        'got 08, expected a text; write "08" in quotes',
+    ),
     "number for text": (
         "name: good",
         "name: 7",
@@ -378,6 +384,7 @@ OVERRIDES = {
     "teachers.2.onxn=a.onnx": "teachers.2: says not what the teacher is",
     "name.x=1": "name.x: name is not a mapping or a list, it has no 'x'",
     "train=3": "train: got 3, expected a mapping",
+    "data.classes=[a, 1e3]": 'data.classes.1: got 1e3, expected a text; write "1e3" in quotes',
     "teachers.1.seed=-1": "teachers.1.seed: got -1, expected a number not below 0",
     "seed=99999999999999999999": "seed: got 99999999999999999999, expected a number less than",
     "train.lr=[": "train.lr: not YAML",
