@@ -402,6 +402,8 @@ def test_bench_refuses_what_it_cannot_read(scenes: Path) -> None:
         ("export a.onnx --out a.engine --format engine --opset 18", "--opset", "a run or checkpoint"),
         ("bundle run --out b --precision fp16 --target x86", "--target", "--precision int8"),
         ("plan --max-latency-ms 3 --out p --host-ms 1", "--host-ms", "--target"),
+        ("plan --max-latency-ms 3 --out p --set seed=1", "--set", "--teachers"),
+        ("--set seed=1 doctor", "--set", "a command that reads a recipe"),
         ("plan --max-latency-ms 3 --out p --split val", "--split", "--data or --teachers"),
     ],
 )

@@ -9,7 +9,7 @@ import typer
 
 from edgekd.cli.artifacts import FormatOption, Target, ThreadsOption
 from edgekd.cli.bundle import SshConfigOption, TargetOption, TargetPythonOption, precisions_of
-from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, refuse_idle, session_of
+from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SetOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
     from edgekd.device.target import Target as Device
@@ -75,6 +75,7 @@ def plan(
             rich_help_panel="On a device, by ssh",
         ),
     ] = 0.0,
+    sets: SetOption = None,
     json: JsonOption = False,
     device: DeviceOption = None,
     quiet: QuietOption = False,
@@ -90,6 +91,7 @@ def plan(
         {
             "--target": {"target_python", "ssh_config", "host_ms"} if target is None else (),
             "--data": {"format"} if data is None else (),
+            "--teachers": {"sets"} if not teachers else (),
             "--data or --teachers": {"split"} if data is None and not teachers else (),
         },
     )

@@ -185,6 +185,8 @@ def session_of(context: typer.Context) -> Session:
     if not isinstance(session, Session):
         raise TypeError("no session: the root group has not run")
     session.merge(**{name: value for name, value in context.params.items() if name in _COMMON})
+    if session.sets and "sets" not in context.params:  # given before a command that does not take it
+        raise UserError("--set does nothing here", expected="a command that reads a recipe")
     return session
 
 
