@@ -294,6 +294,13 @@ def test_json_is_all_that_stdout_gets(tmp_path: Path) -> None:
     assert "scenes: 2/2" in done.stderr
 
 
+def test_a_terminal_that_lacks_a_sign_gets_another(tmp_path: Path) -> None:
+    words = ("data", "make", "--out", tmp_path / "a → b", "--train", 1, "--val", 1)
+    done = process(*words, PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert r"a \u2192 b: synthetic scenes" in done.stdout
+
+
 def test_an_error_with_no_place_to_write_to_is_told_all_the_same(
     monkeypatch: pytest.MonkeyPatch, recipe: Path, tmp_path: Path
 ) -> None:

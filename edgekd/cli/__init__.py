@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -90,4 +92,7 @@ def main() -> None:
     # several that torchrun has started: it ends the others when one fails, and these may wait where no signal is seen.
     if "RANK" not in os.environ:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # An encoding that lacks a sign of a table, or of a file's name, is no reason to fail when all is done.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="edgekd")
