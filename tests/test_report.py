@@ -509,6 +509,22 @@ def test_several_folders_make_one_page(tmp_path: Path) -> None:
     assert not (tmp_path / "b.html").exists()
 
 
+def test_names_that_are_no_utf_8_break_no_page(tmp_path: Path) -> None:
+    result = make_result(schema="edgekd.result/1")
+    result["data"]["name"] = "d\udce9"
+    tables = [tmp_path / "table.md", tmp_path / "table.csv"]
+    page = write_report(written(tmp_path, {"result.json": result}), tables=tables)
+    assert "d\\xe9" in page.read_text(encoding="utf-8")
+    assert "d\\xe9" in tables[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", ["day: 2024-99-99", "[", "name: 7"])
+def test_a_recipe_that_gives_no_title(tmp_path: Path, text: str) -> None:
+    folder = written(tmp_path / "mine", {"device-result.json": samples()["device-result.json"]})
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    assert "<title>mine" in write_report(folder).read_text(encoding="utf-8")
+
+
 def test_another_version_is_said_and_a_stranger_is_refused(tmp_path: Path) -> None:
     newer = samples()["result.json"] | {"schema": "edgekd.result/7"}
     html = write_report(written(tmp_path / "a", {"result.json": newer})).read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.artifact import require_file, versions, write_text
+from edgekd.data.problems import printable
 from edgekd.errors import ArtifactError
 from edgekd.report import bars, dots, marks, words
 from edgekd.report.commands import commands_of
@@ -78,7 +79,7 @@ def render(sources: Sources) -> str:
     figures = {name: tuple(map(Markup, pair)) for name, pair in draw_all(sources).items()}
     script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
@@ -99,6 +100,7 @@ def render(sources: Sources) -> str:
         commands=commands_of(sources),
         **_of_result(sources, Markup),
     )
+    return printable(page)  # names of files need not be UTF-8
 
 
 def _of_result(sources: Sources, markup: Any) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def _title(sources: Sources) -> str:
     if sources.recipe is not None:
         try:
             recipe = yaml.safe_load(sources.recipe)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: a day that no month has
             recipe = None
         if isinstance(recipe, dict) and isinstance(recipe.get("name"), str):
             return str(recipe["name"])

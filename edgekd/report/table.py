@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edgekd.data.problems import printable
 from edgekd.errors import UserError
 from edgekd.report.shape import RESULT, measured
 from edgekd.report.words import NOTHING, ROLE_NAMES, answer, gain, images, milliseconds, number, points, times
@@ -27,7 +28,7 @@ def write_table(result: Mapping[str, Any], suffix: str) -> str:
         UserError: another suffix.
     """
     require_format(suffix)
-    return FORMATS[suffix](measured(result, RESULT))
+    return printable(FORMATS[suffix](measured(result, RESULT)))
 
 
 def require_format(suffix: str) -> None:
