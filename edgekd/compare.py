@@ -247,6 +247,19 @@ def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
                 got=f"different {', '.join(differing)}",
                 expected="equal data, student, train, augment and thresholds, so that only the method can explain a difference",
             )
+    trained: dict[str, Any] = {}
+    for recipe in recipes:
+        for teacher in recipe.teachers:
+            if isinstance(teacher, TrainedTeacher):
+                seed = recipe.seed if teacher.seed is None else teacher.seed
+                decided_by = teacher.train, teacher.settings or recipe.train, seed
+                if trained.setdefault(teacher.name, decided_by) != decided_by:
+                    raise RecipeError(
+                        "two recipes train different teachers of the same name, which is trained once",
+                        got=teacher.name,
+                        expected="equal `train`, `settings` and seed (its own, or the recipe's)",
+                        fix="give one of them another name",
+                    )
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------

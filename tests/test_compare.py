@@ -139,6 +139,17 @@ def test_recipes_that_differ_in_more_than_the_method_are_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"teachers": [{"name": "t", "train": {"model": "mobilenetv2-ssd-lite", "input_size": 96}}]}],
+)
+def test_different_teachers_of_one_name_are_told_before_one_is_trained(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="different teachers of the same name"):
+        CompareJob((recipe(tmp_path, "a"), recipe(tmp_path, "b", **changes)), (0,), tmp_path)
+    named = [{**teacher, "seed": 0} for teacher in recipe(tmp_path, "a").model_dump(mode="json")["teachers"]]
+    CompareJob((recipe(tmp_path, "a"), recipe(tmp_path, "b", teachers=named, seed=1)), (0,), tmp_path)
+
+
+@pytest.mark.parametrize(
     ("names", "seeds"), [(("a", "a"), (0,)), (("a",), (0, 0)), (("alone",), (0,)), ((), (0,)), (("a",), (0, -1))]
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, names: tuple[str, ...], seeds: tuple[int, ...]) -> None:
