@@ -34,7 +34,7 @@ class Terminal:
         from rich.console import Console
 
         self.quiet, self.bars, self.about = quiet, bars, f"{about}: " if about else ""
-        self.console: Console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console: Console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
     def __reduce__(self) -> tuple[type[Terminal], tuple[bool, bool, str]]:
         """In another process: the same, in lines, since two processes' bars would overwrite each other."""
@@ -96,8 +96,9 @@ class Terminal:
     def _live(self) -> Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("      {task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
-        return Progress(*columns, TextColumn("{task.fields[text]}"), console=self.console, transient=True)
+        label, text = (TextColumn(form, markup=False) for form in ("      {task.description}", "{task.fields[text]}"))
+        columns = (label, BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), text)
+        return Progress(*columns, console=self.console, transient=True)
 
 
 class _Lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
@@ -335,6 +336,20 @@ def test_what_is_said_begins_with_what_it_is_about(capsys: pytest.CaptureFixture
             listen({"event": "note", "message": "begins"})
         said = [line.strip() for line in capsys.readouterr().err.splitlines()]
         assert said == ["amd, seed 3: a note", "warning: amd, seed 3: look", "amd, seed 3: net: begins"]
+
+
+def test_names_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    terminal = Terminal()
+    terminal.note("a :cat: [b]c[/b]")
+    with terminal.counting("clip [final] [/x]") as progress:
+        progress(1, 2)
+    assert "a :cat: [b]c[/b]" in shown.getvalue()
+    assert "clip [final] [/x]" in shown.getvalue()
 
 
 def test_quiet_shows_warnings_alone(capsys: pytest.CaptureFixture[str]) -> None:
