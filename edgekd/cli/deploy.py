@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -62,7 +63,7 @@ def quantize(
     losses = ", ".join(f"{loss:.4g}" for loss in result.metrics.get("loss", ()))
     said = f"{'nothing to do: ' if result.skipped else ''}{result.model} (loss of each epoch: {losses})"
     laid_out = "" if checked.export.target == "x86" else f" --target {checked.export.target}"
-    hint = f"next: edgekd export {out} --precision int8{laid_out} --out FILE"
+    hint = f"next: edgekd export {shlex.quote(str(out))} --precision int8{laid_out} --out FILE"
     session.finish(found, lambda: typer.echo(f"{said}\n{hint}"))
 
 
