@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from edgekd.types import Detections, ImageArray
 
 JSON_NAME = "predictions.json"
 SCHEMA = "edgekd.predictions/1"
+_COMMENT = b"annotated by edgekd predict"
+"""In each picture, by which a later command knows that it may be replaced."""
 
 
 @dataclass
@@ -125,10 +128,17 @@ def predict_images(
             "there is no such file", got=", ".join(map(str, images)), expected="images, and folders of them"
         )
     targets = [out / f"{name}.jpg" for name in output_names(images)]
-    own = {_real(path) for path in images}
+    own, written = {_real(path) for path in images}, _pictures_before(out)
     for target in targets:
         if _real(target) in own:
             raise UserError("--out would overwrite an image", got=target, fix="choose another folder for --out")
+        # Not among those to look at, and a photograph all the same.
+        if target.exists() and target.name not in written and not _is_annotated(target):
+            raise UserError(
+                "--out holds a file that `edgekd predict` would overwrite and did not write",
+                got=target,
+                fix="choose another folder for --out, or move that file away",
+            )
     found = Predictions(out / JSON_NAME, predictor.describe())
     found.failures.update((str(path), unread_message(path)) for path in unread)
     for done, (image, target) in enumerate(zip(images, targets, strict=True), 1):
@@ -154,9 +164,27 @@ def _write_picture(path: Path, picture: ImageArray) -> None:
     from PIL import Image
 
     encoded = io.BytesIO()  # Pillow itself does not notice where a file ends short, on a full disk
-    Image.fromarray(picture).save(encoded, "JPEG", quality=92)
+    Image.fromarray(picture).save(encoded, "JPEG", quality=92, comment=_COMMENT)
     with atomic_path(path) as temporary:
         temporary.write_bytes(encoded.getbuffer())
+
+
+def _is_annotated(path: Path) -> bool:
+    """Whether a picture says that `predict_images` has written it."""
+    try:
+        with open(path, "rb") as stream:
+            return _COMMENT in stream.read(4096)
+    except OSError:
+        return False
+
+
+def _pictures_before(out: Path) -> set[str]:
+    """The pictures of the last command that ended here, which may be older than the comment in each."""
+    try:
+        found = json.loads((out / JSON_NAME).read_text(encoding="utf-8"))
+        return {str(image["picture"]) for image in found["images"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _entry(

@@ -37,12 +37,18 @@ def predict_video(
         What happened, as plain JSON types: source, rates, frames, dropped, objects, files, notes, interrupted.
 
     Raises:
-        UserError: the source cannot be opened, or a result would overwrite it. OSError: the disk is full.
+        UserError: the source cannot be opened, or a result would overwrite it or another one. OSError: the disk is full.
     """
     with Video(source) as video:
         picture, lines = (out / f"{stem}{ending}" for ending in (suffix, ".jsonl"))
         if not video.live and picture.resolve() == Path(source).resolve():
             raise UserError("--out would overwrite the video", got=picture, fix="choose another folder for --out")
+        if picture.exists() and not lines.exists():  # each that is written here has its lines beside it
+            raise UserError(
+                "--out holds a file that `edgekd predict` would overwrite and did not write",
+                got=picture,
+                fix="choose another folder for --out, or move that file away",
+            )
         predictor.warm()
         objects, interrupted, start = 0, False, time.perf_counter()
         fps = video.fps or USUAL_FPS

@@ -197,6 +197,24 @@ def test_photographs_are_never_overwritten(checkpoint: Path, tmp_path: Path) -> 
     assert photo.read_bytes() == before
 
 
+def test_a_photograph_that_is_not_looked_at_is_not_overwritten_either(checkpoint: Path, tmp_path: Path) -> None:
+    given, beside = picture(tmp_path / "x.png"), picture(tmp_path / "x.jpg", seed=1)
+    before = beside.read_bytes()
+    code, body, _ = predict(checkpoint, given, "--out", tmp_path)
+    assert code == 2
+    assert "did not write" in body["error"]["message"]  # type: ignore[index]
+    assert beside.read_bytes() == before
+    out = tmp_path / "out"
+    assert predict(checkpoint, given, "--out", out)[0] == 0
+    (out / "predictions.json").unlink()  # as when it was cut off
+    assert predict(checkpoint, given, "--out", out)[0] == 0
+    picture(out / "x.jpg")  # as they were written without a comment
+    assert predict(checkpoint, given, "--out", out)[0] == 0
+    picture(out / "x.jpg")
+    (out / "predictions.json").unlink()
+    assert predict(checkpoint, given, "--out", out)[0] == 2
+
+
 def test_a_folder_without_images_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     code, body, _ = predict(checkpoint, tmp_path / "empty", "--out", tmp_path / "out")

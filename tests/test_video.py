@@ -328,6 +328,13 @@ def test_the_source_is_never_overwritten(checkpoint: Path, tmp_path: Path) -> No
     assert code == 2
     assert "would overwrite" in stderr
     assert video.read_bytes() == before
+    same = make_video(tmp_path / "v.avi")  # of another kind, so that what is made of it would be v.mp4 too
+    code, _, stderr = edgekd("predict", checkpoint, same, "--out", tmp_path)
+    assert code == 2
+    assert "did not write" in stderr
+    assert video.read_bytes() == before
+    for _ in range(2):
+        assert edgekd("predict", checkpoint, same, "--out", tmp_path / "out")[0] == 0
 
 
 def test_images_and_videos_do_not_mix(checkpoint: Path, tmp_path: Path) -> None:
