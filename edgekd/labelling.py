@@ -76,7 +76,7 @@ def label_images(
     notes before the first image is looked at.
 
     Raises:
-        DataError: the folder has annotations, or no images, or `data.classes` is missing.
+        DataError: the folder has annotations, or no images, or `data.classes` is missing or repeats a name.
         DistillationSetupError: a teacher has still to be trained, or nothing at all is found.
     """
     root, classes = Path(recipe.data.root), recipe.data.classes
@@ -87,6 +87,8 @@ def label_images(
             expected="a list of class names that the teachers know",
             fix="`--classes cat,dog`, or in a recipe's data section classes: [cat, dog]",
         )
+    if len(set(classes)) != len(classes) or not all(name.strip() for name in classes):  # as no data set may have them
+        raise DataError("class names repeat, or are blank", got=", ".join(map(repr, classes)), expected="each once")
     files = list(files_under(root))
     paths = [path for path in files if is_image(path)]
     built = [build_teacher(config, classes, device=resolved_device(device)) for config in recipe.teachers]

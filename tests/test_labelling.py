@@ -161,6 +161,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photo
         (("--classes", "dog"), "[dog, cat]", "--classes does nothing here"),
         (("--score", 1), "[dog, cat]", "no teacher finds anything"),
         ((), "[eel]", "eel"),
+        ((), "[dog, dog]", "class names repeat"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_nothing_written(
