@@ -110,8 +110,9 @@ def map_classes(
 ) -> ClassMap:
     """Map a teacher's classes onto the student's: by `class_map` where it names a class, by name otherwise.
 
-    Names match whatever their case, spaces, underscores and hyphens, then through COCO's and VOC's different words for
-    the same thing (airplane, aeroplane). Several teacher classes may map to one; "" in `class_map` drops a class.
+    Names match as they stand, then whatever their case, spaces, underscores and hyphens, then through COCO's and VOC's
+    different words for the same thing (airplane, aeroplane). Several teacher classes may map to one; "" in `class_map` drops
+    a class.
 
     Raises:
         ClassMapError: nothing maps, or `class_map` names a class that is not there.
@@ -126,11 +127,13 @@ def map_classes(
                 expected="one line a class",
             )
         explicit[label] = _find(target, target_names, "student") if target else None
+    by_name = {name: index for index, name in enumerate(target_names)}  # "Car" and "car" may both be there
     by_key = {_key(name): index for index, name in reversed(list(enumerate(target_names)))}
     by_synonym = {_canonical(name): index for index, name in reversed(list(enumerate(target_names)))}
     sources: list[list[int]] = [[] for _ in target_names]
     for label, name in enumerate(source_names):
-        own = explicit[label] if label in explicit else by_key.get(_key(name), by_synonym.get(_canonical(name)))
+        alike = by_name.get(name, by_key.get(_key(name), by_synonym.get(_canonical(name))))
+        own = explicit.get(label, alike)
         if own is not None:
             sources[own].append(label)
     if not any(sources):

@@ -43,6 +43,7 @@ def test_names_match_whatever_their_spelling(name: str) -> None:
         (["car", "cat"], ["car", "cat"], {"car": ""}, ((), (1,))),  # dropped
         (["tv", "tvmonitor"], ["tvmonitor"], None, ((0, 1),)),
         (["a"], ["b", "A"], None, ((), (0,))),
+        (["car", "Car", "-"], ["Car", "car", "_", "-"], None, ((1,), (0,), (), (2,))),  # as they stand
     ],
 )
 def test_class_maps(source, target, class_map, sources) -> None:  # type: ignore[no-untyped-def]
