@@ -336,6 +336,7 @@ def with_yaml(root: Path, **changes: object) -> Path:
         {"train": "/home/me/sets/this/images/train", "val": "C:\\sets\\images\\val", "path": None},
         {"train": "images\\train", "val": ".\\images\\val\\", "nc": "2"},
         {"test": None, "download": "https://example.org/x.zip", "roboflow": {"version": 1}},
+        {"test": ""},
     ],
     ids=str,
 )

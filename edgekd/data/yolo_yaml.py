@@ -66,7 +66,7 @@ def splits_of(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, list
         base = base / stated
     splits: dict[str, list[Path]] = {}
     for key, value in data.items():
-        if not isinstance(key, str) or key in NOT_SPLITS or value is None:
+        if not isinstance(key, str) or key in NOT_SPLITS or value in (None, ""):  # "" would be the whole data set
             continue
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts) or not texts:
