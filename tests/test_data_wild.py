@@ -392,6 +392,12 @@ def test_classes_asked_for_that_leave_annotated_ones_out(tmp_path: Path) -> None
         read_dataset(tmp_path, "train", class_names=["dog"])
 
 
+def test_a_class_id_that_the_yaml_does_not_name_is_none_of_those_asked_for(tmp_path: Path) -> None:
+    yolo(tmp_path, line="1 0.3 0.3 0.4 0.4\n")
+    with pytest.raises(DataError, match=r"a\.txt:1: class 'id 1 \(the data set names 0 to 0\)' is none of: dog, cat"):
+        read_dataset(tmp_path, "train", class_names=["dog", "cat"])
+
+
 def test_a_label_without_its_image_counts_as_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     yolo(tmp_path)
     put(tmp_path / "labels/train/b.txt", LINE)

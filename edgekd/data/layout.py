@@ -45,7 +45,7 @@ class RawObject:
 
     Attributes:
         box: (x1, y1, x2, y2), pixels, or shares of the image where `RawImage.normalised`.
-        label: the class name; an index where a YOLO data set names no classes or the index is out of range.
+        label: the class name; an index where a YOLO data set names no classes.
         line: 1-based line of the object in the annotation file.
         label_line: line of its class, if that is another.
         item: its entry, for formats without lines.

@@ -218,9 +218,15 @@ class YoloSource:
             except ValueError as error:
                 problems.append(Problem("bad-annotation", label, str(error), line, split=split))
                 continue
-            known = self._names is not None and 0 <= index < len(self._names)
-            objects.append(RawObject(box, self._names[index] if known and self._names else index, line=line))
+            objects.append(RawObject(box, self._label(index), line=line))
         return objects
+
+    def _label(self, index: int) -> str | int:
+        """The class of this id. One beyond the data set's own names is no place among the names that were asked for."""
+        if self._names is None:
+            return index
+        beyond = f"id {index} (the data set names 0 to {len(self._names) - 1})"
+        return self._names[index] if 0 <= index < len(self._names) else beyond
 
     def _report_shared(self, split: str, listed: list[_Listed], problems: list[Problem]) -> None:
         """Name images that differ in their suffix only, and so have one label file."""
