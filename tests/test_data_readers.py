@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from edgekd.data import detect_format, list_splits, read_dataset
-from edgekd.data.layout import each_file, find_split, usual_split
+from edgekd.data.layout import each_file, files_under, find_split, usual_split
 from edgekd.errors import DataError
 from tests.data_layouts import make_coco, make_voc, make_yolo, picture, voc_xml
 
@@ -517,3 +518,33 @@ def test_each_file_comes_once_however_folders_are_linked(tmp_path: Path) -> None
     (tmp_path / "deep" / "back").symlink_to(tmp_path)
     (tmp_path / "deep" / "x.xml").touch()
     assert sorted(each_file(tmp_path)) == sorted(path for path in tmp_path.rglob("*.*") if path.is_file())
+
+
+@pytest.mark.parametrize("place", ["", "images/train"])
+def test_a_disks_lost_and_found_is_passed_over(tmp_path: Path, place: str) -> None:
+    root = make_yolo(tmp_path, {"train": {"a": ["0 0.5 0.5 0.2 0.4"]}}, ["cat"])
+    folder = root / place / "lost+found"  # only root may look into it
+    picture(folder / "b.png")
+    (folder / "b.xml").write_text(voc_xml([("cat", (1, 1, 9, 9))]))
+    assert len(read_dataset(root, "train")) == 1
+    (root / "data.yaml").rename(root / "classes.yaml")
+    assert detect_format(root) == "yolo"
+    assert folder / "b.png" not in list(files_under(root))
+
+
+def test_a_folder_that_may_not_be_looked_into_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_yolo(tmp_path, {"train": {"a": []}, "train/more": {"b": []}}, ["cat"])
+    closed, scandir = root / "images/train/more", os.scandir
+
+    def refusing(path: str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    assert len(read_dataset(root, "train")) == 2
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="more"):
+        read_dataset(root, "train")
+    assert list(files_under(root / "nowhere")) == []

@@ -222,19 +222,33 @@ def unread_message(path: Path) -> str:
     return f"{printable(path.name)} is of a kind that is not read: convert it to JPEG or PNG"
 
 
+def is_hidden(name: str) -> bool:
+    """Whether files or folders of this name are passed over: hidden ones, and the one that disks have for what fsck finds."""
+    return name.startswith(".") or name == "lost+found"
+
+
 def files_under(folder: Path) -> Iterator[Path]:
-    """Every file below the folder, sorted, hidden ones left out; links are followed, each folder once."""
+    """Every file below the folder, sorted, hidden ones left out; links are followed, each folder once.
+
+    Raises:
+        PermissionError: a folder below may not be looked into: what is in it would go missing silently.
+    """
     seen: set[tuple[int, int]] = set()
-    for base, folders, names in os.walk(folder, followlinks=True):
+    for base, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         stat = os.stat(base)
         if (stat.st_dev, stat.st_ino) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in sorted(names):
-            if not name.startswith("."):
+            if not is_hidden(name):
                 yield Path(base, name)
+
+
+def _refuse(error: OSError) -> None:
+    if isinstance(error, PermissionError):  # others: the folder is not there
+        raise error
 
 
 def each_file(folder: Path) -> Iterator[Path]:
@@ -249,7 +263,7 @@ def each_file(folder: Path) -> Iterator[Path]:
         seen.add((stat.st_dev, stat.st_ino))
         with contextlib.suppress(OSError), os.scandir(base) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if is_hidden(entry.name):
                     continue
                 if entry.is_dir():
                     folders.append(Path(entry.path))

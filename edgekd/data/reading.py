@@ -12,7 +12,7 @@ from typing import get_args
 
 from edgekd.data.coco import CocoSource, coco_files
 from edgekd.data.foreign import find_foreign
-from edgekd.data.layout import Format, Source, files_under, find_split, is_image
+from edgekd.data.layout import Format, Source, files_under, find_split, is_hidden, is_image
 from edgekd.data.problems import Problem, printable, raise_if_stopped
 from edgekd.data.records import resolve
 from edgekd.data.voc import VocSource, voc_bases
@@ -85,7 +85,8 @@ def _nested(root: Path, formats: Sequence[str]) -> list[Path]:
     level = [root] if root.is_dir() else []
     for _ in range(_MOST_LEVELS):
         children = (child for folder in level for child in sorted(folder.iterdir()))
-        level = [child for child in children if child.is_dir() and not child.name.startswith((".", "__"))]
+        level = [child for child in children if child.is_dir() and not is_hidden(child.name)]
+        level = [child for child in level if not child.name.startswith("__")]  # __MACOSX
         level = level[:_MOST_FOLDERS]
         found = [child for child in level if set(formats) & set(formats_at(child))]
         if found:

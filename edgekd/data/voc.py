@@ -24,6 +24,7 @@ from edgekd.data.layout import (
     files_under,
     forms,
     index_by_stem,
+    is_hidden,
     is_part,
     numbered_lines,
     require_split,
@@ -262,7 +263,7 @@ def _object_names(path: Path) -> set[str]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not is_hidden(child.name))
 
 
 def _has_image_sets(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgekd.data.foreign import kind_of
-from edgekd.data.layout import each_file, forms, is_image, is_part, is_regular, numbered_lines, tails
+from edgekd.data.layout import each_file, forms, is_hidden, is_image, is_part, is_regular, numbered_lines, tails
 from edgekd.data.problems import printable
 from edgekd.data.yolo_yaml import USUAL_SPLITS, distinct_names, find_yaml
 from edgekd.errors import DataError
@@ -78,7 +78,7 @@ def plain_splits(root: Path) -> dict[str, list[Path]]:
         if children and not any(is_image(path) for path in (root / "images").iterdir()):
             return {child.name: [child] for child in children}
         return {"all": [root / "images"]}
-    folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    folders = [child for child in sorted(root.iterdir()) if child.is_dir() and not is_hidden(child.name)]
     apart = [child for child in folders if _has_labels_apart(child) and not _is_whole(child)]
     if apart:
         return {child.name: [child / "images"] for child in apart}
