@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import sha256_json, write_json
+from edgekd.artifact import require_file, sha256_json, write_json
 from edgekd.data import detect_format
 from edgekd.data.images import load_image
 from edgekd.data.layout import files_under, is_image, unread_images, unread_message
@@ -78,6 +78,7 @@ def label_images(
     Raises:
         DataError: the folder has annotations, or no images, or `data.classes` is missing or repeats a name.
         DistillationSetupError: a teacher has still to be trained, or nothing at all is found.
+        UserError: the folder cannot be written to.
     """
     root, classes = Path(recipe.data.root), recipe.data.classes
     _require_unlabelled(root)
@@ -89,6 +90,7 @@ def label_images(
         )
     if len(set(classes)) != len(classes) or not all(name.strip() for name in classes):  # as no data set may have them
         raise DataError("class names repeat, or are blank", got=", ".join(map(repr, classes)), expected="each once")
+    require_file(root / FILE_NAME)  # before teachers look at thousands of images
     files = list(files_under(root))
     paths = [path for path in files if is_image(path)]
     built = [build_teacher(config, classes, device=resolved_device(device)) for config in recipe.teachers]

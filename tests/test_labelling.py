@@ -180,6 +180,19 @@ def test_a_folder_without_images(tmp_path: Path, checkpoint: Path) -> None:
     assert "expected: a folder with images in it" in result.stderr
 
 
+def test_a_folder_that_is_read_only_is_told_before_any_image_is_looked_at(
+    tmp_path: Path, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked(*_: object) -> None:
+        raise AssertionError("a teacher has been asked")
+
+    monkeypatch.setattr("edgekd.teachers.ensemble.Ensemble.detect", looked)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != photos)
+    result = label(tmp_path, photos, checkpoint)
+    assert result.exit_code == 2
+    assert f"{photos / 'instances_all.json'} cannot be written" in result.stderr
+
+
 def test_a_teacher_that_breaks_is_told_with_the_image(
     tmp_path: Path, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
