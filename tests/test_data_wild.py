@@ -392,6 +392,21 @@ def test_classes_asked_for_that_leave_annotated_ones_out(tmp_path: Path) -> None
         read_dataset(tmp_path, "train", class_names=["dog"])
 
 
+def test_images_beside_their_json_are_not_taken_from_a_folder_of_other_ones(tmp_path: Path) -> None:
+    """As `data label` writes it, for photographs in a folder and in one below, which is called images."""
+    places = [tmp_path / name for name in ("1.png", "2.png", "images/1.png")]
+    images = []
+    for number, path in enumerate(places, 1):
+        picture(path, hw=(40 + number, 60))
+        name = path.relative_to(tmp_path).as_posix()
+        images.append({"id": number, "file_name": name, "width": 60, "height": 40 + number})
+    note = {"image_id": 1, "category_id": 1, "bbox": BOX}
+    data = {"images": images, "annotations": [note], "categories": [{"id": 1, "name": "cat"}]}
+    put(tmp_path / "instances_all.json", json.dumps(data))
+    assert [record.path for record in read_dataset(tmp_path, "all").records] == places
+    assert check_dataset(tmp_path).ok
+
+
 def test_a_class_id_that_the_yaml_does_not_name_is_none_of_those_asked_for(tmp_path: Path) -> None:
     yolo(tmp_path, line="1 0.3 0.3 0.4 0.4\n")
     with pytest.raises(DataError, match=r"a\.txt:1: class 'id 1 \(the data set names 0 to 0\)' is none of: dog, cat"):

@@ -168,6 +168,7 @@ class _Reader:
             twin = next(other for other in self.names if self.names[other] == name)
             if twin != identity:
                 self._report("repeated-category", f"ids {twin} and {identity} are both {name!r}", "categories")
+        self._put_first_the_folder_of_all(data["images"])
         images, known = self._images(data["images"], limit)
         objects = self._objects(data["annotations"], known)
         return [
@@ -183,6 +184,15 @@ class _Reader:
             )
             for key, (image_id, name, path, hw, item) in images.items()
         ]
+
+    def _put_first_the_folder_of_all(self, entries: list[Any]) -> None:
+        """One that holds every image as it is named is theirs, whatever another folder holds of the same names."""
+        names = [entry.get("file_name") for entry in entries if isinstance(entry, dict)]
+        texts = [name.replace("\\", "/") for name in names if is_name(name)]
+        complete = (folder for folder in self.folders if all(os.path.isfile(folder / text) for text in texts))
+        first = next(complete, None)
+        if first is not None:
+            self.folders = list(dict.fromkeys((first, *self.folders)))
 
     def _images(
         self, entries: list[Any], limit: int | None
