@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from edgekd.cli import app
 from edgekd.data import detect_format, list_splits, read_dataset
 from edgekd.data.check import check_dataset
+from edgekd.data.convert import convert_dataset
 from edgekd.data.layout import split_folder
 from edgekd.data.split import split_dataset, stratify
 from edgekd.errors import DataError, UserError
@@ -161,6 +162,29 @@ def test_every_layout_is_divided_and_reads_back(tmp_path: Path, name: str) -> No
     for split, share in (("train", 0.7), ("val", 0.2), ("test", 0.1)):
         assert abs(report.images[split] - share * COUNT) <= 2
     assert all(report.objects[split]["eel"] >= 1 for split in ("train", "val"))
+
+
+@pytest.mark.parametrize("form", ["voc", "yolo"])
+def test_ids_and_flags_of_a_converted_set_stay(tmp_path: Path, form: str) -> None:
+    """What edgekd.json holds for layouts that have no place for it."""
+    names = ["a.png", *(f"deep/{number}.png" for number in range(7))]
+    data = json.loads(coco_json(names))
+    for position, entry in enumerate(data["annotations"]):
+        entry["iscrowd"], entry["difficult"] = position % 2, int(position % 3 == 0)
+    for index, name in enumerate(names):
+        picture(tmp_path / "set/images" / name, seed=index)
+    (tmp_path / "set/all.json").write_text(json.dumps(data))
+    out = convert_dataset(tmp_path / "set", tmp_path / "out", form).out
+    whole = {record.path: record for record in read_dataset(out, "all").records}
+    assert len({record.image_id for record in whole.values()}) == len(names)
+    split_dataset(out, val=0.3)
+    for split in ("train", "val"):
+        for record in read_dataset(out, split).records:
+            before = whole.pop(record.path)
+            assert record.image_id == before.image_id
+            assert record.crowd.tolist() == before.crowd.tolist()
+            assert record.difficult.tolist() == before.difficult.tolist()
+    assert not whole
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -45,12 +45,18 @@ class Sidecar:
     Attributes:
         images: split -> image's file name without suffix -> note.
         order: split -> its images' file names without suffix; only needed where a layout lists no images.
+        splits: all that were written with it; none in files of before.
     """
 
     class_names: tuple[str, ...] | None = None
     category_ids: Mapping[str, int] | None = None
     images: Mapping[str, Mapping[str, ImageNote]] = field(default_factory=dict)
     order: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    splits: tuple[str, ...] = ()
+
+    def origin(self, split: str) -> str:
+        """The split that notes speak of: the lone one that was written, where this one has been drawn from it since."""
+        return split if split in self.splits or len(self.splits) != 1 else self.splits[0]
 
     def note(self, split: str, key: str) -> ImageNote | None:
         """The note on an image, if there is one."""
@@ -66,6 +72,7 @@ def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
         "schema": SCHEMA,
         "class_names": list(sidecar.class_names or ()),
         "category_ids": dict(sidecar.category_ids) if sidecar.category_ids else None,
+        "splits": list(sidecar.splits),
         "order": {split: list(stems) for split, stems in sidecar.order.items()},
         "images": images,
     }
@@ -95,6 +102,7 @@ def read_sidecar(folder: Path) -> Sidecar:
                 for split, notes in data["images"].items()
             },
             {str(split): tuple(map(str, stems)) for split, stems in data.get("order", {}).items()},
+            tuple(map(str, data.get("splits", ()))),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(

@@ -167,7 +167,7 @@ class VocSource:
             kind, message = self._missing(self._image_folder(split), key)
             problems.append(Problem(kind, blame[0], message, blame[1], split=split))
             return None
-        note = self._sidecar.note(split, printable(key))
+        note = self._sidecar.note(self._sidecar.origin(split), printable(key))
         image_id = note.image_id if note and note.image_id is not None else printable(key)
         name = printable(key + image.suffix)
         return RawImage(image_id, name, image, path, declared, objects)

@@ -201,4 +201,4 @@ def _sidecar(content: Content, in_folders: bool) -> Sidecar:
             difficult = tuple(np.flatnonzero(record.difficult).tolist()) if in_folders else ()
             crowd = tuple(np.flatnonzero(record.crowd).tolist()) if in_folders else ()
             images.setdefault(split, {})[stem] = ImageNote(image_id, len(record.labels), difficult, crowd)
-    return Sidecar(content.class_names, content.category_ids, images, order)
+    return Sidecar(content.class_names, content.category_ids, images, order, tuple(content.splits))

@@ -32,7 +32,7 @@ from edgekd.data.layout import (
     unread_message,
 )
 from edgekd.data.problems import Problem, printable
-from edgekd.data.sidecar import read_sidecar
+from edgekd.data.sidecar import ImageNote, read_sidecar
 from edgekd.data.yolo_folders import is_label, label_path, listed_image, names_beside, plain_splits
 from edgekd.data.yolo_yaml import find_yaml, load_yaml, names_of, splits_of
 from edgekd.errors import DataError
@@ -182,7 +182,7 @@ class YoloSource:
         objects: tuple[RawObject, ...] = ()
         if label.exists():
             objects = tuple(self._objects(label, split, problems))
-        note = self._sidecar.note(split, stem_of(image.name))
+        note = self._note(split, image)
         image_id = default_id
         if note:
             image_id = default_id if note.image_id is None else note.image_id
@@ -204,6 +204,14 @@ class YoloSource:
             normalised=True,
             numbers="centre, width, height",
         )
+
+    def _note(self, split: str, image: _Listed) -> ImageNote | None:
+        """What edgekd.json says of an image. A list, such as `data split` writes, may name it from another folder on."""
+        origin, name = self._sidecar.origin(split), image.name
+        folder = self._base / "images" / origin
+        if origin != split and image.path.is_relative_to(folder):
+            name = image.path.relative_to(folder).as_posix()
+        return self._sidecar.note(origin, stem_of(name))
 
     def _objects(self, label: Path, split: str, problems: list[Problem]) -> list[RawObject]:
         try:
