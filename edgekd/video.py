@@ -251,8 +251,9 @@ def _open(source: str, name: str) -> Any:
             raise UserError(f"{name} cannot be read", got=error.strerror) from error
         if empty:
             raise UserError(f"{name}: the video file is empty (0 bytes)")
+    place = source if is_url else os.path.abspath(source)  # FFmpeg takes 12:30:00.mp4 for a stream of protocol 12
     with silent():
-        capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, timeouts if is_url else [])
+        capture = cv2.VideoCapture(place, cv2.CAP_FFMPEG, timeouts if is_url else [])
     if not capture.isOpened():
         if is_url:
             raise UserError(f"{name} cannot be reached", fix=f"it must answer within {_OPEN_TIMEOUT_MS // 1000} s")

@@ -85,6 +85,14 @@ def test_the_first_frame_s_latency_begins_when_it_is_asked_for(tmp_path: Path) -
         assert next(video.frames()).ready_ns >= asked
 
 
+def test_a_name_with_colons_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As recorders name what they record by the hour."""
+    monkeypatch.chdir(tmp_path)
+    make_video(Path("12:30:00.avi"), count=2)
+    with Video("12:30:00.avi") as video:
+        assert len(list(video.frames())) == 2
+
+
 def test_a_limit_is_kept(tmp_path: Path) -> None:
     with Video(str(make_video(tmp_path / "v.mp4"))) as video:
         assert [one.index for one in video.frames(limit=5)] == [0, 1, 2, 3, 4]
