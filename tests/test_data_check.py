@@ -260,6 +260,14 @@ def test_contact_sheet_of_any_number_with_broken_images(tmp_path: Path, count: i
     assert Image.open(path).size == (width * 70 + 6, -(-shown // width) * 86 + 6)
 
 
+@pytest.mark.parametrize(("suffix", "kind"), [("png", "PNG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_a_contact_sheet_is_of_the_kind_that_its_name_says(tmp_path: Path, suffix: str, kind: str) -> None:
+    root = make_voc(tmp_path / "set", {"train": {"a": DOG}})
+    path = write_contact_sheet(read_dataset(root, "train"), tmp_path / f"sheet.{suffix}", tile_px=60)
+    with Image.open(path) as sheet:
+        assert sheet.format == kind
+
+
 def test_contact_sheet_of_a_name_with_a_newline(tmp_path: Path) -> None:
     root = make_yolo(tmp_path / "set", {"train": {"a\nb": ["0 0.5 0.5 0.5 0.5"]}}, ["dog"])
     assert write_contact_sheet(read_dataset(root, "train"), tmp_path / "sheet.png").is_file()

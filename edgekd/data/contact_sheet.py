@@ -51,7 +51,7 @@ def write_contact_sheet(
         font = label_font(caption, _FONT_PX)
         draw.text((x, y + tile_px + 2), _fit(draw, caption, font, tile_px), _INK, font)
     encoded = io.BytesIO()  # Pillow itself does not notice where a file ends short, on a full disk
-    sheet.save(encoded, format="PNG" if path.suffix.lower() not in (".jpg", ".jpeg") else "JPEG")
+    sheet.save(encoded, format={".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"))
     with atomic_path(path) as temporary:
         temporary.write_bytes(encoded.getbuffer())
     return path
