@@ -16,6 +16,7 @@ from PIL import Image
 from edgekd.data import detect_format, list_splits, read_dataset
 from edgekd.data.check import check_dataset
 from edgekd.data.convert import convert_dataset
+from edgekd.data.split import split_dataset
 from edgekd.errors import DataError
 from tests.data_layouts import make_coco, make_voc, make_yolo, picture, voc_xml
 
@@ -333,6 +334,24 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(EdgeKDError, match="No space left"):
         convert_dataset(source, tmp_path / "1", "coco")
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize("there", FORMATS)
+def test_that_teachers_have_annotated_a_split_is_not_forgotten(tmp_path: Path, there: str) -> None:
+    """Figures on it measure agreement with them, in whatever layout, also after it has been divided."""
+    root = make_coco(tmp_path / "a", {"all": {str(i): [("cat", (1, 2, 9, 9))] for i in range(4)}}, {"cat": 1})
+    make_coco(root, {"by-hand": {"x": [("cat", (1, 2, 9, 9))]}}, {"cat": 1})
+    path = root / "annotations/instances_all.json"
+    path.write_text(json.dumps({"info": {"teachers": {"yolo": "9f"}}, **json.loads(path.read_text())}))
+    convert_dataset(root, tmp_path / "b", there)
+    convert_dataset(tmp_path / "b", tmp_path / "c", "coco")
+    for copy in (root, tmp_path / "b", tmp_path / "c"):
+        assert read_dataset(copy, "all").by_teachers
+        assert not read_dataset(copy, "by-hand").by_teachers
+    convert_dataset(root, tmp_path / "d", there, splits=["all"])
+    out = None if there != "coco" else tmp_path / "e"
+    split_dataset(tmp_path / "d", val=0.5, out=out)
+    assert all(read_dataset(out or tmp_path / "d", split).by_teachers for split in ("train", "val"))
 
 
 def test_refused_boxes_are_reported(tmp_path: Path) -> None:

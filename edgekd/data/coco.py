@@ -30,7 +30,7 @@ from edgekd.data.coco_json import (
     whole,
 )
 from edgekd.data.layout import Format, RawImage, RawObject, is_part, is_regular, require_split, tails, usual_split
-from edgekd.data.problems import Problem, printable
+from edgekd.data.problems import Problem, labels_of_teachers, printable
 from edgekd.errors import DataError
 
 EDGEKD_ID = "edgekd_id"
@@ -130,10 +130,10 @@ class CocoSource:
             return []
         info = data.get("info")
         teachers = info.get("teachers") if isinstance(info, dict) else None
-        if isinstance(teachers, dict):  # as edgekd.labelling writes it
-            message = f"annotated by {printable(', '.join(teachers))}, as `teachers` in `info` says"
-            problems.append(Problem("labels-of-teachers", path, message, split=split))
-        reader = _Reader(path, split, self._image_folders(split), problems)
+        by = tuple(teachers) if isinstance(teachers, dict) else ()  # as edgekd.labelling writes it
+        if by:
+            problems.append(labels_of_teachers(path, by, "in `info`", split))
+        reader = _Reader(path, split, self._image_folders(split), problems, by)
         return reader.read(data, limit)
 
     def _image_folders(self, split: str) -> list[Path]:
@@ -176,6 +176,7 @@ class _Reader:
                 image_id,
                 name,
                 path,
+    teachers: tuple[str, ...] = ()
                 self.path,
                 hw,
                 tuple(objects.get(key, ())),
@@ -197,6 +198,7 @@ class _Reader:
     def _images(
         self, entries: list[Any], limit: int | None
     ) -> tuple[dict[str, tuple[str, str, Path, tuple[int, int], str]], set[str]]:
+                teachers=self.teachers,
         """Images to read by COCO's id, and every id that the file knows (found or not)."""
         images: dict[str, tuple[str, str, Path, tuple[int, int], str]] = {}
         known: set[str] = set()

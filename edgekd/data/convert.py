@@ -1,9 +1,10 @@
 """Between VOC, COCO and YOLO layouts, and back, without loss of what edgekd reads.
 
 Kept: boxes (to 1e-9 px), classes and their order, difficult and crowd flags, image ids, file names, splits, COCO's
-category ids, and every image byte for byte. What VOC and YOLO have no place for goes into `edgekd.json`; what COCO has
-no place for into keys of its own that other readers pass over. Not kept: what edgekd does not read (masks, keypoints,
-poses, marks such as truncated and occluded), and boxes that reading refuses, which the report names.
+category ids, that teachers have annotated a split (`data label`), and every image byte for byte. What VOC and YOLO have no
+place for goes into `edgekd.json`; what COCO has no place for into keys of its own that other readers pass over. Not kept:
+what edgekd does not read (masks, keypoints, poses, marks such as truncated and occluded), and boxes that reading refuses,
+which the report names.
 """
 
 from __future__ import annotations
@@ -118,7 +119,10 @@ def write_dataset(
         found[split] = resolve(raws, names, split, judged)
     raise_if_stopped(judged, printable(source.root))
     placed = _place(found, to)
-    content = Content(names, source.category_ids(), placed)
+    by = {split: dict.fromkeys(name for raw in raws for name in raw.teachers) for split, raws in splits.items()}
+    content = Content(
+        names, source.category_ids(), placed, {split: tuple(teachers) for split, teachers in by.items() if teachers}
+    )
     try:
         with atomic_folder(out) as folder:
             _put_images(folder, to, content, link)

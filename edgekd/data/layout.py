@@ -73,6 +73,7 @@ class RawImage:
             format has no such field.
         normalised: boxes are shares of the image's width and height.
         numbers: what a box's numbers are in the file, by its format.
+        teachers: names of those who annotated it, where `edgekd data label` did.
     """
 
     image_id: str
@@ -84,6 +85,7 @@ class RawImage:
     normalised: bool = False
     item: str = ""
     numbers: Numbers = "left, top, right, bottom"
+    teachers: tuple[str, ...] = ()
 
 
 def around(box: tuple[float, float, float, float], degrees: float) -> tuple[float, float, float, float]:

@@ -160,6 +160,12 @@ class Problem:
         }
 
 
+def labels_of_teachers(path: Path, teachers: Sequence[str], where: str, split: str) -> Problem:
+    """What is to be said of a split that `edgekd data label` has annotated; it says so itself in `path`."""
+    message = f"annotated by {printable(', '.join(teachers))}, as `teachers` {where} says"
+    return Problem("labels-of-teachers", path, message, split=split)
+
+
 def printable(text: object) -> str:
     r"""Text that any UTF-8 stream takes: bytes of a file name that are not UTF-8 become \xNN, lone surrogates \uNNNN."""
     return _SURROGATE.sub(lambda match: _escape(ord(match.group())), str(text))

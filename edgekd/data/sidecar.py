@@ -46,6 +46,7 @@ class Sidecar:
         images: split -> image's file name without suffix -> note.
         order: split -> its images' file names without suffix; only needed where a layout lists no images.
         splits: all that were written with it; none in files of before.
+        teachers: split -> those who annotated it, where `edgekd data label` did.
     """
 
     class_names: tuple[str, ...] | None = None
@@ -53,6 +54,7 @@ class Sidecar:
     images: Mapping[str, Mapping[str, ImageNote]] = field(default_factory=dict)
     order: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     splits: tuple[str, ...] = ()
+    teachers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def origin(self, split: str) -> str:
         """The split that notes speak of: the lone one that was written, where this one has been drawn from it since."""
@@ -76,6 +78,8 @@ def write_sidecar(folder: Path, sidecar: Sidecar) -> None:
         "order": {split: list(stems) for split, stems in sidecar.order.items()},
         "images": images,
     }
+    if sidecar.teachers:
+        data["teachers"] = {split: list(names) for split, names in sidecar.teachers.items()}
     write_json(folder / NAME, data)
 
 
@@ -103,6 +107,7 @@ def read_sidecar(folder: Path) -> Sidecar:
             },
             {str(split): tuple(map(str, stems)) for split, stems in data.get("order", {}).items()},
             tuple(map(str, data.get("splits", ()))),
+            {str(split): tuple(map(str, names)) for split, names in data.get("teachers", {}).items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(

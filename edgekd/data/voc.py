@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from edgekd.data.foreign import kind_of
@@ -32,8 +33,8 @@ from edgekd.data.layout import (
     tails,
     unread_message,
 )
-from edgekd.data.problems import Problem, printable
-from edgekd.data.sidecar import read_sidecar
+from edgekd.data.problems import Problem, labels_of_teachers, printable
+from edgekd.data.sidecar import NAME, read_sidecar
 from edgekd.data.voc_annotation import AnnotationError, XmlError, read_annotation
 from edgekd.errors import DataError
 
@@ -115,6 +116,9 @@ class VocSource:
         """See `layout.Source.scan`."""
         require_split(split, self.splits(), self.root)
         listing = self._lists.get(split)
+        teachers = self._sidecar.teachers.get(self._sidecar.origin(split), ())
+        if teachers:
+            problems.append(labels_of_teachers(self.base / NAME, teachers, f"of {split!r}", split))
         found: dict[str, RawImage] = {}
         seen: dict[str, int | None] = {}
         owners: dict[Path, Path] = {}
@@ -136,7 +140,7 @@ class VocSource:
                 problems.append(Problem("shared-image", raw.annotation, message, split=split))
                 continue
             owners[raw.path] = raw.annotation
-            found[raw.image_id] = raw
+            found[raw.image_id] = replace(raw, teachers=teachers)
         if listing is None and limit is None:
             self._report_unannotated(split, {raw.path for raw in found.values()}, problems)
         return list(found.values())

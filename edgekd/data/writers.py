@@ -41,11 +41,12 @@ class Placed:
 
 @dataclass(frozen=True)
 class Content:
-    """All that a writer writes; `splits` in order, empty ones included."""
+    """All that a writer writes; `splits` in order, empty ones included; `teachers` of those that these have annotated."""
 
     class_names: tuple[str, ...]
     category_ids: Mapping[str, int] | None
     splits: Mapping[str, list[Placed]]
+    teachers: Mapping[str, tuple[str, ...]]
 
 
 def image_folder(to: str, split: str) -> str:
@@ -95,7 +96,9 @@ def write_coco(folder: Path, content: Content) -> None:
             if not own:
                 images[-1][EDGEKD_ID] = row.record.image_id
             annotations += _coco_objects(row, number, len(annotations), ids)
-        data = {"images": images, "annotations": annotations, "categories": categories}
+        data: dict[str, object] = {"images": images, "annotations": annotations, "categories": categories}
+        if split in content.teachers:
+            data = {"info": {"teachers": dict.fromkeys(content.teachers[split])}, **data}
         write_json(folder / "annotations" / f"instances_{split}.json", data)
 
 
@@ -201,4 +204,4 @@ def _sidecar(content: Content, in_folders: bool) -> Sidecar:
             difficult = tuple(np.flatnonzero(record.difficult).tolist()) if in_folders else ()
             crowd = tuple(np.flatnonzero(record.crowd).tolist()) if in_folders else ()
             images.setdefault(split, {})[stem] = ImageNote(image_id, len(record.labels), difficult, crowd)
-    return Sidecar(content.class_names, content.category_ids, images, order, tuple(content.splits))
+    return Sidecar(content.class_names, content.category_ids, images, order, tuple(content.splits), content.teachers)

@@ -31,8 +31,8 @@ from edgekd.data.layout import (
     unread_images,
     unread_message,
 )
-from edgekd.data.problems import Problem, printable
-from edgekd.data.sidecar import ImageNote, read_sidecar
+from edgekd.data.problems import Problem, labels_of_teachers, printable
+from edgekd.data.sidecar import NAME, ImageNote, read_sidecar
 from edgekd.data.yolo_folders import is_label, label_path, listed_image, names_beside, plain_splits
 from edgekd.data.yolo_yaml import find_yaml, load_yaml, names_of, splits_of
 from edgekd.errors import DataError
@@ -101,6 +101,10 @@ class YoloSource:
         """See `layout.Source.scan`."""
         require_split(split, self.splits(), self.root)
         listed = self._listed(split, problems)
+        teachers = self._sidecar.teachers.get(self._sidecar.origin(split), ())
+        if teachers:
+            folder = self.root if self.root.is_dir() else self.root.parent
+            problems.append(labels_of_teachers(folder / NAME, teachers, f"of {split!r}", split))
         stems = Counter(stem_of(image.name) for image in listed)
         self._report_shared(split, listed, problems)
         raws: list[RawImage] = []
@@ -113,7 +117,7 @@ class YoloSource:
                 problems.append(Problem("duplicate-id", image.path, f"id {raw.image_id!r} again", split=split))
                 continue
             ids.add(raw.image_id)
-            raws.append(raw)
+            raws.append(replace(raw, teachers=teachers))
         self._report_other_names(split, raws, problems)
         lacking = self._report_misnamed(split, listed[:limit], problems)
         if limit is None:
