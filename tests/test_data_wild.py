@@ -407,6 +407,22 @@ def test_images_beside_their_json_are_not_taken_from_a_folder_of_other_ones(tmp_
     assert check_dataset(tmp_path).ok
 
 
+def test_annotations_in_a_folder_for_each_split_are_these_splits(tmp_path: Path) -> None:
+    for split, names in (("train", ("a", "b")), ("Test", ("a",))):
+        for name in names:
+            picture(tmp_path / "images" / split / f"{name}.png")
+            put(tmp_path / "annotations" / split / f"{name}.xml", XML)
+    picture(tmp_path / "images/train/c.png")
+    assert list_splits(tmp_path) == ("Test", "train")
+    assert [record.path.name for record in read_dataset(tmp_path, "train").records] == ["a.png", "b.png"]
+    assert len(read_dataset(tmp_path, "test")) == 1
+    (problem,) = check_dataset(tmp_path).problems
+    assert (problem.kind, problem.split, problem.path.name) == ("unannotated-image", "train", "c.png")
+    put(tmp_path / "annotations/more/d.xml", XML)
+    picture(tmp_path / "images/more/d.png")
+    assert list_splits(tmp_path) == ("all",)
+
+
 def test_a_class_id_that_the_yaml_does_not_name_is_none_of_those_asked_for(tmp_path: Path) -> None:
     yolo(tmp_path, line="1 0.3 0.3 0.4 0.4\n")
     with pytest.raises(DataError, match=r"a\.txt:1: class 'id 1 \(the data set names 0 to 0\)' is none of: dog, cat"):

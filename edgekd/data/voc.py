@@ -62,8 +62,8 @@ class VocSource:
     """A folder in VOC layout.
 
     Splits are the files of ImageSets/Main, or train.txt, val.txt, ... in the folder itself, as PaddleDetection has them.
-    Without them, each subfolder with XML files is a split, and a folder with nothing but annotations and images is one
-    split, "all".
+    Without them, each subfolder with XML files is a split, or each of Annotations/ where all are called like splits, and a
+    folder with nothing but annotations and images is one split, "all".
     """
 
     format: Format = "voc"
@@ -85,6 +85,7 @@ class VocSource:
         self._sidecar = read_sidecar(self.base)
         self._lists = _split_lists(self.base)
         self._folders = {} if self._lists else {folder.name: folder for folder in _split_folders(self.base)}
+        self._parts = () if self._lists or self._folders else _parts(self.base)
         self._annotations: dict[Path, dict[str, list[Path]]] = {}
         self._images: dict[Path, dict[str, list[Path]]] = {}
         self._unread: dict[Path, dict[str, list[Path]]] = {}
@@ -92,7 +93,7 @@ class VocSource:
 
     def splits(self) -> tuple[str, ...]:
         """Names of the lists, or of folders, or ("all",)."""
-        return tuple(self._lists) or tuple(self._folders) or ("all",)
+        return tuple(self._lists) or tuple(self._folders) or self._parts or ("all",)
 
     def class_names(self) -> tuple[str, ...]:
         """The order that `data convert` kept, or the names found over all splits, sorted (VOC's own order as well)."""
@@ -115,10 +116,10 @@ class VocSource:
     def scan(self, split: str, problems: list[Problem], limit: int | None = None) -> list[RawImage]:
         """See `layout.Source.scan`."""
         require_split(split, self.splits(), self.root)
-        listing = self._lists.get(split)
         teachers = self._sidecar.teachers.get(self._sidecar.origin(split), ())
         if teachers:
             problems.append(labels_of_teachers(self.base / NAME, teachers, f"of {split!r}", split))
+        listing = self._lists.get(split)
         found: dict[str, RawImage] = {}
         seen: dict[str, int | None] = {}
         owners: dict[Path, Path] = {}
@@ -147,7 +148,8 @@ class VocSource:
 
     def _report_unannotated(self, split: str, used: set[Path], problems: list[Problem]) -> None:
         """Name images without an XML file, where no list says which images are meant."""
-        for path in (path for paths in self._images.get(self._image_folder(split), {}).values() for path in paths):
+        images = self._images.get(self._image_folder(split), {})
+        for path in (path for stem, paths in images.items() if self._is_of(split, stem) for path in paths):
             if path not in used and not self._annotation_path(split, stem_of(path.name)):
                 problems.append(Problem("unannotated-image", path, "no annotation has its name", split=split))
 
@@ -189,7 +191,11 @@ class VocSource:
         """(image key, line in the split's file) in order."""
         if split in self._lists:
             return [(self._key(split, text), line) for line, text in numbered_lines(self._lists[split])]
-        return [(key, None) for key in self._annotation_index(split)]
+        return [(key, None) for key in self._annotation_index(split) if self._is_of(split, key)]
+
+    def _is_of(self, split: str, key: str) -> bool:
+        """Whether an image belongs to the split by the folder that it lies in."""
+        return split not in self._parts or key.startswith(f"{split}/")
 
     def _key(self, split: str, text: str) -> str:
         """An image key out of a line, which may carry folders, a file suffix or a flag (as class_split.txt do)."""
@@ -307,6 +313,14 @@ def _annotation_folder(folder: Path) -> Path | None:
         if any(map(_may_be_voc, files)):
             return folder / name
     return folder if any(map(_may_be_voc, folder.iterdir())) else None
+
+
+def _parts(base: Path) -> tuple[str, ...]:
+    """The folders of the annotation folder that hold all of it and are called like splits: Annotations/train, /val."""
+    folder = _annotation_folder(base)
+    keys = index_by_stem(folder, {".xml"}) if folder else ()
+    tops = sorted({key.rpartition("/")[0].partition("/")[0] for key in keys})
+    return tuple(tops) if len(tops) > 1 and all(map(is_part, tops)) else ()
 
 
 def _may_be_voc(path: Path) -> bool:
