@@ -423,6 +423,17 @@ def test_annotations_in_a_folder_for_each_split_are_these_splits(tmp_path: Path)
     assert list_splits(tmp_path) == ("all",)
 
 
+def test_two_json_files_of_one_split_are_not_chosen_from(tmp_path: Path) -> None:
+    coco(tmp_path)
+    coco(tmp_path, "train.json")
+    assert list_splits(tmp_path) == ("train",)
+    coco(tmp_path, "train.json", bbox=[1, 2, 3, 4])
+    with pytest.raises(
+        DataError, match=r"describe split 'train', and differ\n  got: +\S+instances_train\.json, \S+/train\.json"
+    ):
+        read_dataset(tmp_path, "train")
+
+
 def test_a_class_id_that_the_yaml_does_not_name_is_none_of_those_asked_for(tmp_path: Path) -> None:
     yolo(tmp_path, line="1 0.3 0.3 0.4 0.4\n")
     with pytest.raises(DataError, match=r"a\.txt:1: class 'id 1 \(the data set names 0 to 0\)' is none of: dog, cat"):

@@ -8,6 +8,7 @@ box around polygons is read, and only where there is no other; of a turned box (
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 from collections.abc import Mapping
@@ -40,10 +41,15 @@ _OTHER_TASKS = re.compile(r"^(captions|person_keypoints|stuff|panoptic|image_inf
 
 
 def coco_files(root: Path) -> dict[str, Path]:
-    """Split -> its JSON file; empty where `root` (a folder, or one such file) is not in COCO layout."""
+    """Split -> its JSON file; empty where `root` (a folder, or one such file) is not in COCO layout.
+
+    Raises:
+        DataError: two files that differ claim one split: none of them is to be preferred.
+    """
     if root.is_file():
         return {_split_name(root): root} if root.suffix.lower() == ".json" and looks_like_coco(root) else {}
     found: dict[str, Path] = {}
+    others: dict[str, list[Path]] = {}
     for path in sorted(root.glob("*/_annotations.coco.json")):
         found[path.parent.name] = path
     for folder in (root / "annotations", root / "Annotations", root):
@@ -53,7 +59,17 @@ def coco_files(root: Path) -> dict[str, Path]:
             if _OTHER_TASKS.match(path.name) or not path.is_file():
                 continue
             if path.name.startswith("instances_") or looks_like_coco(path):
-                found.setdefault(_split_name(path), path)
+                others.setdefault(_split_name(path), []).append(path)
+    for split, paths in others.items():
+        found.setdefault(split, paths[0])
+        for path in paths:
+            if not filecmp.cmp(found[split], path, shallow=False):
+                raise DataError(
+                    f"two files of {printable(root)} describe split {split!r}, and differ",
+                    got=f"{printable(found[split])}, {printable(path)}",
+                    expected="one",
+                    fix="move the other one out of the data set",
+                )
     if not found:
         for path in sorted((root / "annotations").glob("person_keypoints_*.json")):  # with boxes, like the others
             found[_split_name(path)] = path
@@ -160,6 +176,7 @@ class _Reader:
     split: str
     folders: list[Path]
     problems: list[Problem]
+    teachers: tuple[str, ...] = ()
     names: dict[int, str] = field(default_factory=dict)
 
     def read(self, data: Mapping[str, Any], limit: int | None) -> list[RawImage]:
@@ -176,12 +193,12 @@ class _Reader:
                 image_id,
                 name,
                 path,
-    teachers: tuple[str, ...] = ()
                 self.path,
                 hw,
                 tuple(objects.get(key, ())),
                 item=item,
                 numbers="left, top, width, height",
+                teachers=self.teachers,
             )
             for key, (image_id, name, path, hw, item) in images.items()
         ]
@@ -198,7 +215,6 @@ class _Reader:
     def _images(
         self, entries: list[Any], limit: int | None
     ) -> tuple[dict[str, tuple[str, str, Path, tuple[int, int], str]], set[str]]:
-                teachers=self.teachers,
         """Images to read by COCO's id, and every id that the file knows (found or not)."""
         images: dict[str, tuple[str, str, Path, tuple[int, int], str]] = {}
         known: set[str] = set()
