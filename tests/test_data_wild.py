@@ -434,6 +434,19 @@ def test_two_json_files_of_one_split_are_not_chosen_from(tmp_path: Path) -> None
         read_dataset(tmp_path, "train")
 
 
+def test_yaml_files_that_contradict_each_other_are_not_chosen_from(tmp_path: Path) -> None:
+    yolo(tmp_path, yaml=None)
+    put(tmp_path / "a.yaml", YAML + "[cat]")
+    put(tmp_path / "b.yml", YAML + "[cat]\n# the same")
+    assert list_splits(tmp_path) == ("train", "val")
+    put(tmp_path / "b.yml", YAML + "[dog]")
+    with pytest.raises(DataError, match=r"several YAML files\n  got: +a\.yaml, b\.yml"):
+        read_dataset(tmp_path, "train")
+    assert read_dataset(tmp_path / "b.yml", "train").class_names == ("dog",)
+    put(tmp_path / "data.yaml", YAML + "[eel]")
+    assert read_dataset(tmp_path, "train").class_names == ("eel",)
+
+
 def test_a_class_id_that_the_yaml_does_not_name_is_none_of_those_asked_for(tmp_path: Path) -> None:
     yolo(tmp_path, line="1 0.3 0.3 0.4 0.4\n")
     with pytest.raises(DataError, match=r"a\.txt:1: class 'id 1 \(the data set names 0 to 0\)' is none of: dog, cat"):

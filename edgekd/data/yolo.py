@@ -34,7 +34,7 @@ from edgekd.data.layout import (
 from edgekd.data.problems import Problem, labels_of_teachers, printable
 from edgekd.data.sidecar import NAME, ImageNote, read_sidecar
 from edgekd.data.yolo_folders import is_label, label_path, listed_image, names_beside, plain_splits
-from edgekd.data.yolo_yaml import find_yaml, load_yaml, names_of, splits_of
+from edgekd.data.yolo_yaml import find_yaml, load_yaml, names_of, require_one_description, splits_of
 from edgekd.errors import DataError
 
 
@@ -69,6 +69,7 @@ class YoloSource:
         self._keypoints = False
         folder = root if root.is_dir() else root.parent
         self._sidecar = read_sidecar(folder)
+        require_one_description(root)
         if self._yaml:
             data = load_yaml(self._yaml)
             self._base, self._splits = splits_of(self._yaml, data)
@@ -100,11 +101,11 @@ class YoloSource:
     def scan(self, split: str, problems: list[Problem], limit: int | None = None) -> list[RawImage]:
         """See `layout.Source.scan`."""
         require_split(split, self.splits(), self.root)
-        listed = self._listed(split, problems)
         teachers = self._sidecar.teachers.get(self._sidecar.origin(split), ())
         if teachers:
             folder = self.root if self.root.is_dir() else self.root.parent
             problems.append(labels_of_teachers(folder / NAME, teachers, f"of {split!r}", split))
+        listed = self._listed(split, problems)
         stems = Counter(stem_of(image.name) for image in listed)
         self._report_shared(split, listed, problems)
         raws: list[RawImage] = []

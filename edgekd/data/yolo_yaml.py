@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,38 @@ def find_yaml(root: Path) -> Path | None:
     for name in _YAMLS:
         if (root / name).is_file():
             return root / name
+    return next((path for path, _ in _described(root)), None)
+
+
+def require_one_description(root: Path) -> None:
+    """Refuse a folder in which YAML files of no usual name describe different data sets: none of them is to be preferred.
+
+    Raises:
+        DataError: they name other classes, or other splits.
+    """
+    if not root.is_dir() or any((root / name).is_file() for name in _YAMLS):
+        return
+    found = {
+        path: {k: v for k, v in data.items() if k == "names" or is_part(str(k))} for path, data in _described(root)
+    }
+    if any(said != next(iter(found.values())) for said in found.values()):
+        raise DataError(
+            f"{printable(root)} is described by several YAML files",
+            got=", ".join(printable(path.name) for path in found),
+            expected="one, or several that say the same of classes and splits",
+            fix=f"name the file in place of the folder, or call the one that counts {_YAMLS[0]}",
+        )
+
+
+def _described(root: Path) -> Iterator[tuple[Path, dict[Any, Any]]]:
+    """Each YAML file in the folder that has names and splits, with its content."""
     for path in sorted(path for path in root.glob("[!.]*.y*ml") if path.is_file()):
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, yaml.YAMLError, RecursionError):
             continue
         if isinstance(data, dict) and "names" in data and any(map(is_part, map(str, data))):
-            return path
-    return None
+            yield path, data
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
