@@ -447,6 +447,16 @@ def test_yaml_files_that_contradict_each_other_are_not_chosen_from(tmp_path: Pat
     assert read_dataset(tmp_path, "train").class_names == ("eel",)
 
 
+def test_paths_in_the_yaml_that_lead_to_no_images_are_no_splits(tmp_path: Path) -> None:
+    yolo(
+        tmp_path, YAML + "[cat]\nlabel_dir: labels\nweights: best.pt\nlist: names.txt\nmini: mini.txt\nmore: images/val"
+    )
+    put(tmp_path / "best.pt", b"\x80")
+    put(tmp_path / "names.txt", "cat\n")
+    put(tmp_path / "mini.txt", "images/val/a.png\n")
+    assert list_splits(tmp_path) == ("train", "val", "mini", "more")
+
+
 def test_a_class_id_that_the_yaml_does_not_name_is_none_of_those_asked_for(tmp_path: Path) -> None:
     yolo(tmp_path, line="1 0.3 0.3 0.4 0.4\n")
     with pytest.raises(DataError, match=r"a\.txt:1: class 'id 1 \(the data set names 0 to 0\)' is none of: dog, cat"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from edgekd.data.layout import is_part, tails
+from edgekd.data.layout import each_file, is_image, is_part, is_regular, numbered_lines, tails
 from edgekd.data.problems import printable
 from edgekd.errors import DataError
 
@@ -98,9 +98,18 @@ def splits_of(path: Path, data: Mapping[str, Any]) -> tuple[Path, dict[str, list
                 raise DataError(f"{printable(path)}: {key} must be a path or a list of paths", got=repr(value))
             continue
         entries = [_resolve(text, base, path.parent) for text in texts]
-        if is_part(key) or all(map(os.path.exists, entries)):
+        if is_part(key) or all(map(_leads_to_images, entries)):
             splits[key] = entries
     return base, splits
+
+
+def _leads_to_images(entry: Path) -> bool:
+    """Whether it is a folder with images in it, or a list of such; other tools keep paths to labels or weights there."""
+    if entry.is_dir():
+        return any(map(is_image, each_file(entry)))
+    if entry.suffix.lower() != ".txt" or not is_regular(entry):
+        return False
+    return any(is_image(Path(text)) for _, text in numbered_lines(entry))
 
 
 def _resolve(text: str, base: Path, beside: Path) -> Path:
