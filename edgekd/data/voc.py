@@ -85,7 +85,7 @@ class VocSource:
         self._sidecar = read_sidecar(self.base)
         self._lists = _split_lists(self.base)
         self._folders = {} if self._lists else {folder.name: folder for folder in _split_folders(self.base)}
-        self._parts = () if self._lists or self._folders else _parts(self.base)
+        self._parts: tuple[str, ...] = () if self._lists or self._folders else _parts(self.base)
         self._annotations: dict[Path, dict[str, list[Path]]] = {}
         self._images: dict[Path, dict[str, list[Path]]] = {}
         self._unread: dict[Path, dict[str, list[Path]]] = {}
@@ -318,7 +318,7 @@ def _annotation_folder(folder: Path) -> Path | None:
 def _parts(base: Path) -> tuple[str, ...]:
     """The folders of the annotation folder that hold all of it and are called like splits: Annotations/train, /val."""
     folder = _annotation_folder(base)
-    keys = index_by_stem(folder, {".xml"}) if folder else ()
+    keys = index_by_stem(folder, {".xml"}) if folder else {}
     tops = sorted({key.rpartition("/")[0].partition("/")[0] for key in keys})
     return tuple(tops) if len(tops) > 1 and all(map(is_part, tops)) else ()
 
