@@ -61,12 +61,12 @@ def coco_files(root: Path) -> dict[str, Path]:
             if path.name.startswith("instances_") or looks_like_coco(path):
                 others.setdefault(_split_name(path), []).append(path)
     for split, paths in others.items():
-        found.setdefault(split, paths[0])
+        first = found.setdefault(split, paths[0])
         for path in paths:
-            if not filecmp.cmp(found[split], path, shallow=False):
+            if path != first and not filecmp.cmp(first, path, shallow=False):
                 raise DataError(
                     f"two files of {printable(root)} describe split {split!r}, and differ",
-                    got=f"{printable(found[split])}, {printable(path)}",
+                    got=f"{printable(first)}, {printable(path)}",
                     expected="one",
                     fix="move the other one out of the data set",
                 )
