@@ -44,6 +44,8 @@ def test_names_match_whatever_their_spelling(name: str) -> None:
         (["tv", "tvmonitor"], ["tvmonitor"], None, ((0, 1),)),
         (["a"], ["b", "A"], None, ((), (0,))),
         (["car", "Car", "-"], ["Car", "car", "_", "-"], None, ((1,), (0,), (), (2,))),  # as they stand
+        (["A", "a", "1-1", "11"], ["A", "a", "1-1", "11"], None, ((0,), (1,), (2,), (3,))),  # letters of two cases
+        (["b", "a", "A"], ["A", "a", "B"], None, ((2,), (1,), (0,))),
     ],
 )
 def test_class_maps(source, target, class_map, sources) -> None:  # type: ignore[no-untyped-def]
