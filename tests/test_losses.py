@@ -200,6 +200,19 @@ def test_objectness_is_not_softened_on_priors() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_objectness_is_compared_by_a_loss_that_autocast_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:  # as a GPU's autocast does, which training in bf16 is
+        raise RuntimeError("binary_cross_entropy and BCELoss are unsafe to autocast")
+
+    monkeypatch.setattr(functional, "binary_cross_entropy", refuse)
+    t = DetectorOutput(torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), torch.tensor([[1.5]]))
+    s = replace(t, objectness=torch.tensor([[-0.5]]))
+    p, q = 1 / (1 + math.exp(-1.5)), 1 / (1 + math.exp(0.5))
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    weight = 0.5 * p + 0.02  # confidence and the background's share; the loss is divided by 1 at least
+    assert float(dense_response_losses(s, t, "sigmoid", 1.0, 0.02)[0]) == pytest.approx(weight * kl, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("loss", "params"),
     [

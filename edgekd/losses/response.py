@@ -124,10 +124,14 @@ def dense_response_losses(
         confidence = torch.sigmoid(t_logits).amax(-1)
     kl = kl * temperature**2
     if teacher.objectness is not None and student.objectness is not None:
-        t_obj = torch.sigmoid(teacher.objectness.float().detach())
-        obj = functional.binary_cross_entropy_with_logits(student.objectness.float(), t_obj, reduction="none")
+        s_sure, t_sure = student.objectness.float(), teacher.objectness.float().detach()
+        t_obj = torch.sigmoid(t_sure)
+        # From logits on both sides: a GPU's autocast refuses the cross-entropy of probabilities.
+        obj, entropy = (
+            functional.binary_cross_entropy_with_logits(sure, t_obj, reduction="none") for sure in (s_sure, t_sure)
+        )
         # Class probabilities of a row without an object mean nothing: objectness carries the background there.
-        kl = kl * t_obj + obj - functional.binary_cross_entropy(t_obj, t_obj, reduction="none")
+        kl = kl * t_obj + obj - entropy
         confidence = confidence * t_obj
     weight = confidence + background
     cls_loss = (weight * kl).sum() / normaliser(weight.sum(), least=1.0)
