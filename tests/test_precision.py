@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgekd.artifact import read_manifest
+from edgekd.detectors import shared_norm
 from edgekd.errors import NonFiniteLossError
 from edgekd.learning import LearningStep, StepInput
 from edgekd.runlog import read_log
@@ -92,3 +93,22 @@ def test_single_precision_that_fails_stops(tmp_path: Path, monkeypatch: pytest.M
     for precision in ("fp32", "bf16"):
         with pytest.raises(NonFiniteLossError, match="gradient"):
             train_detector(make_job(tmp_path, precision, epochs=2, precision=precision))
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_batch_norm_over_several_processes_keeps_its_statistics_in_single_precision(
+    bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_norm, "world_size", lambda: 2)
+    monkeypatch.setattr(shared_norm, "mean_over_ranks", lambda value: value)  # the other process has the same images
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    own, plain = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.1)) for _ in range(2))
+    own.load_state_dict(plain.state_dict())
+    shared_norm.share_batch_norm(own, on_gpu=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found, wanted = own(images), plain(torch.cat([images, images]))[:4]
+    assert found.dtype == wanted.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    torch.testing.assert_close(found, wanted)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(own.state_dict()[name], value)

@@ -18,15 +18,16 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.momentum is not None
         assert self.num_batches_tracked is not None
-        mean = mean_over_ranks(input.mean((0, 2, 3)))
-        centred = input - mean[:, None, None]
+        wide = input.float()  # as torch's own does: of bf16 activations too, statistics are kept in single precision
+        mean = mean_over_ranks(wide.mean((0, 2, 3)))
+        centred = wide - mean[:, None, None]
         variance = mean_over_ranks(centred.square().mean((0, 2, 3)))
         count = input.numel() // len(mean) * world_size()
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(variance.detach() * (count / max(1, count - 1)), self.momentum)
         self.num_batches_tracked += 1
         scaled = centred * (self.weight * (variance + self.eps).rsqrt())[:, None, None]
-        return scaled + self.bias[:, None, None]
+        return (scaled + self.bias[:, None, None]).to(input.dtype)
 
 
 def share_batch_norm(module: nn.Module, on_gpu: bool) -> None:
