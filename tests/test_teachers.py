@@ -19,8 +19,17 @@ from edgekd.errors import (
     UserError,
 )
 from edgekd.preprocess import normalise
-from edgekd.recipe import CheckpointTeacher, ModelConfig, ModuleTeacher, OnnxTeacher, TorchvisionTeacher, TrainedTeacher
+from edgekd.recipe import (
+    CheckpointTeacher,
+    EnsembleConfig,
+    ModelConfig,
+    ModuleTeacher,
+    OnnxTeacher,
+    TorchvisionTeacher,
+    TrainedTeacher,
+)
 from edgekd.teachers import build_teacher
+from edgekd.teachers.ensemble import Ensemble
 from edgekd.teaching import teacher_identity
 from edgekd.types import PreprocessSpec
 from tests.toy import CLASSES, toy_detector
@@ -215,6 +224,12 @@ def nameless():
 class InBytes(Adapter):
     preprocess = PreprocessSpec((64, 96), "stretch", (123.7, 116.3, 103.5), (58.4, 57.1, 57.4))
 
+class Prepared(Adapter):
+    def __init__(self, **changed):
+        super().__init__()
+        usual = {"input_hw": (64, 96), "resize": "stretch", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        self.preprocess = PreprocessSpec(**{**usual, **changed})
+
 class Reversed(Tapped):
     preprocess = PreprocessSpec((64, 96), "stretch", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), channels="bgr")
 
@@ -274,13 +289,24 @@ def test_online_too_a_bgr_teacher_gets_blue_first(adapters: str, tmp_path: Path)
         ("my_adapters:nothing", {}, "did not return an adapter"),
         ("my_adapters:nameless", {}, "no list of texts"),
         ("my_adapters:InBytes", {}, "by 255"),
+        ("my_adapters:Prepared", {"channels": "RGB"}, "channels.*'RGB'.*rgb, bgr"),
+        ("my_adapters:Prepared", {"resize": "pad"}, "resize.*'pad'.*stretch, letterbox"),
+        ("my_adapters:Prepared", {"input_hw": 64}, r"input_hw.*64.*\(height, width\)"),
+        ("my_adapters:Prepared", {"mean": (0.5,)}, "mean.*three numbers"),
+        ("my_adapters:Prepared", {"pad_value": 300}, "pad_value.*300"),
         ("my_adapters.py:Adapter", {}, "leave `.py` out: my_adapters:Adapter"),
         ("my_adapters:Adapter", {"scores": 1}, "factory failed"),
     ],
 )
 def test_a_factory_that_does_not_work(adapters: str, module: str, args: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"(?s){words}"):
         build_teacher(ModuleTeacher(name="t", module=module, args=args), NAMES)
+
+
+def test_an_adapter_whose_preprocessing_is_written_in_lists(adapters: str) -> None:
+    args = {"input_hw": [64, 96], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:Prepared", args=args), NAMES)
+    assert len(Ensemble([teacher, teacher], EnsembleConfig()).detect(IMAGE)) > 0
 
 
 @pytest.mark.parametrize(

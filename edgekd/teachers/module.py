@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from edgekd.recipe import ModuleTeacher, mean_of_shares, std_of_shares
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.teachers.base import TeacherOutput
 from edgekd.teachers.predicted import PredictorTeacher, soft_targets_from
-from edgekd.types import FloatArray, PreprocessSpec
+from edgekd.types import Channels, FloatArray, PreprocessSpec, ResizeMode
 
 _ROUNDING = 1e-3
 AdapterAnswer = Sequence[tuple[Any, Any]]
@@ -239,7 +239,9 @@ class AdapterTeacher(PredictorTeacher):
     ) -> None:
         runtime = AdapterRuntime(adapter, f"teacher {name!r}", device)
         form = OutputFormat("boxes-scores", ("boxes", "scores"), len(adapter.class_names))
-        predictor = Predictor(name, tuple(adapter.class_names), adapter.preprocess, runtime, form, facts=facts)
+        # With tuples where lists were given: teachers that prepare images alike are found by this.
+        preprocess = PreprocessSpec.from_dict(adapter.preprocess.to_dict())
+        predictor = Predictor(name, tuple(adapter.class_names), preprocess, runtime, form, facts=facts)
         specs = adapter.tap_specs if isinstance(adapter, TappedAdapter) else {}
         super().__init__(name, predictor, student_class_names, class_map, tap_specs=specs)
         self._runtime = runtime
@@ -284,15 +286,7 @@ def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: st
             expected="preprocess: PreprocessSpec, class_names, and __call__(images) -> [(boxes, class_probs), ...]",
             fix="see edgekd.teachers.module.ModuleAdapter",
         )
-    for key, check in (("mean", mean_of_shares), ("std", std_of_shares)):
-        try:
-            check(getattr(adapter.preprocess, key))
-        except ValueError as error:
-            raise UserError(
-                f"teacher {config.name!r}: the {key} of its `preprocess` is wrong",
-                got=getattr(adapter.preprocess, key),
-                expected=f"that {error}",
-            ) from error
+    _check_preprocess(config.name, adapter.preprocess)
     names = adapter.class_names
     if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(
@@ -304,6 +298,32 @@ def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: st
         adapter.to(device).eval().requires_grad_(False)
     facts = {"module": config.module, "args": dict(config.args)}
     return AdapterTeacher(config.name, adapter, class_names, config.class_map, device=device, facts=facts)
+
+
+_PREPROCESS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "input_hw": (lambda value: len(value) == 2 and min(value) > 0, "(height, width) in pixels"),
+    "resize": (lambda value: value in get_args(ResizeMode), "one of " + ", ".join(get_args(ResizeMode))),
+    "mean": (lambda value: len(value) == 3 and bool(mean_of_shares(value)), "three numbers"),
+    "std": (lambda value: len(value) == 3 and bool(std_of_shares(value)), "three numbers"),
+    "pad_value": (lambda value: 0 <= value <= 255, "a grey level from 0 to 255"),
+    "channels": (lambda value: value in get_args(Channels), "one of " + ", ".join(get_args(Channels))),
+}
+"""Of a `PreprocessSpec` that a user wrote: what each value must be. Python lets a dataclass hold anything."""
+
+
+def _check_preprocess(name: str, given: PreprocessSpec) -> None:
+    for key, (fits, expected) in _PREPROCESS.items():
+        value = getattr(given, key)
+        try:
+            right, wanted = fits(value), expected
+        except TypeError:  # of another type altogether
+            right, wanted = False, expected
+        except ValueError as error:
+            right, wanted = False, f"that {error}"
+        if not right:
+            raise UserError(
+                f"teacher {name!r}: the {key} of its `preprocess` is wrong", got=repr(value), expected=wanted
+            )
 
 
 def module_content(config: ModuleTeacher) -> dict[str, str]:
