@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edgekd.artifact import write_manifest
 from edgekd.console import Terminal
 from edgekd.data.loader import TrainLoader
 from edgekd.data.view_plan import ViewPlan, view_digest
@@ -388,6 +389,23 @@ def test_room_is_made_by_leaving_out_what_nobody_uses(tmp_path: Path) -> None:
         make_room(old.root, [new.folder], Estimate(size, size, 1.0), int(1.5 * size))
     assert held.is_filled()
     assert store.folder == held.folder
+
+
+def test_a_cache_folder_that_holds_other_things_too(tmp_path: Path) -> None:
+    old = recording(tmp_path, count=8, seed=1)
+    old.fill()
+    size = old.bytes_there()
+    (old.folder / ".in-use").unlink()  # copied without hidden files
+    for name, manifest in (("run", None), ("extension", "{}"), ("damaged", "{")):
+        folder = old.root / name
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(bytes(size))
+        if manifest is None:
+            write_manifest(folder, "run", {}, [], {})
+        else:
+            (folder / "manifest.json").write_text(manifest)
+    make_room(old.root, [], Estimate(size, size, 1.0), int(1.5 * size))
+    assert sorted(folder.name for folder in old.root.iterdir()) == ["damaged", "extension", "run"]
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:

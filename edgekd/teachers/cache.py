@@ -37,7 +37,7 @@ from edgekd.data.view_store import (
     write_shard,
 )
 from edgekd.data.views import render_view
-from edgekd.errors import DistillationSetupError, TeacherError
+from edgekd.errors import ArtifactError, DistillationSetupError, TeacherError
 from edgekd.teachers.base import Teacher, TeacherOutput
 from edgekd.teachers.claims import fill_together
 from edgekd.types import SoftDetections
@@ -285,11 +285,12 @@ def make_room(root: Path, ours: Sequence[Path], needed: Estimate, budget: int) -
     Raises:
         DistillationSetupError: the recordings alone are beyond the budget, or the disk has no room for them.
     """
-    others = {path.parent: _size(path.parent) for path in root.glob("*/manifest.json") if path.parent not in ours}
-    for folder in sorted(others, key=lambda folder: (folder / ".in-use").stat().st_mtime):
+    there = {path.parent for path in root.glob("*/manifest.json")} - set(ours)
+    others = {folder: _size(folder) for folder in there if _is_store(folder)}
+    for folder in sorted(others, key=_last_used):
         if needed.total + sum(others.values()) <= budget or needed.total > budget:
             break
-        if _is_store(folder) and (held := hold(folder, alone=True)) is not None:
+        if (held := hold(folder, alone=True)) is not None:
             with held:
                 shutil.rmtree(folder)
             del others[folder]
@@ -313,8 +314,19 @@ def make_room(root: Path, ours: Sequence[Path], needed: Estimate, budget: int) -
 
 
 def _is_store(folder: Path) -> bool:
-    manifest = read_manifest(folder)
+    """Whether a folder is ours to delete: the cache may share its own with runs, or with another tool's files."""
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError:
+        return False
     return manifest is not None and manifest.kind == KIND
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return (folder / ".in-use").stat().st_mtime
+    except OSError:  # a copy, or being deleted by another process
+        return 0.0
 
 
 def _size(folder: Path) -> int:
