@@ -279,7 +279,9 @@ class _Trainer:
         assert self.learner.distiller is not None
         self.adversary.zero_grad(set_to_none=True)
         parameters = self.learner.distiller.adversary_parameters()
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        # The discriminators of a term of weight 0 are in no loss.
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = ranks.mean_over_ranks(gradient)
         self.adversary.step()
         self.adversary.zero_grad(set_to_none=True)

@@ -186,6 +186,15 @@ def test_the_adversary_is_trained_by_its_own_optimiser(tmp_path: Path) -> None:
     assert 0 <= steps[0]["statistics"]["adversarial.discriminator_accuracy"] <= 1
 
 
+def test_one_of_two_games_can_be_left_out(tmp_path: Path) -> None:
+    terms = (TermConfig(loss="adversarial"), TermConfig(loss="adversarial", weight=0.0, student_taps=("neck.l0",)))
+    job = distilling(make_job(tmp_path, epochs=1), DistillConfig(terms=terms))
+    train_detector(job)
+    (first, *_) = [r for r in read_log(job.out) if r["event"] == "step"]
+    assert "adversarial" in first["losses"]
+    assert "adversarial-2" not in first["losses"]
+
+
 @pytest.mark.parametrize("loss", ["gkd", "adversarial"])
 def test_a_distillation_resumes_step_for_step(tmp_path: Path, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DistillConfig(terms=(TermConfig(loss=loss, params={"min_side": 8.0} if loss == "gkd" else {}),))
