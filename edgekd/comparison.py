@@ -156,8 +156,9 @@ def table_markdown(data: Mapping[str, Any]) -> str:
         names = [*sizes[0]["gain"]["by_size"], *sizes[0]["gain"]["per_class"]]
         lines += ["| | " + " | ".join(map(in_markdown, names)) + " |", "|---" * (len(names) + 1) + "|"]
         for row in sizes:
-            values = {**row["gain"]["by_size"], **row["gain"]["per_class"]}
-            cells = ["-" if values[n] is None else f"{100 * values[n]:+.1f}" for n in names]
+            # Apart, since a class may be called "small" too.
+            values = [row["gain"][group][n] for group in ("by_size", "per_class") for n in sizes[0]["gain"][group]]
+            cells = ["-" if value is None else f"{100 * value:+.1f}" for value in values]
             lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
