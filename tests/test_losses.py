@@ -621,6 +621,19 @@ def test_gkd_finds_prototypes_after_the_first_epoch_and_fades() -> None:
     assert first.item() != pytest.approx(now.item() / 0.75, rel=1e-4), "prototypes change nothing"
 
 
+def test_gkd_goes_on_in_bf16_once_it_has_prototypes() -> None:
+    pair = make_pair("equal")
+    term = build_term(TermConfig(loss="gkd", params={"min_side": 10.0}), pair)
+    assert isinstance(term, GKDTerm)
+    for epoch in range(2):
+        term.begin_epoch(epoch, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = run_term(term, pair, epoch)
+    loss.backward()
+    assert term.prototypes[0][0].student.dtype == torch.float32
+    assert math.isfinite(loss.item())
+
+
 def test_the_global_term_is_on_and_can_be_turned_off() -> None:
     pair = make_pair("equal")
     values = []

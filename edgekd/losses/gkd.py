@@ -135,7 +135,9 @@ class GKDTerm(LevelTerm):
         weights: list[list[Tensor]] = []
         for maps in self.level_maps(batch):
             if maps.level_index == 0:
-                weights, relation = self._relate(maps, batch)
+                # Cosines in single precision, as the prototypes are: a weight is a difference of two of them.
+                with torch.autocast(maps.student.device.type, enabled=False):
+                    weights, relation = self._relate(maps, batch)
                 response = self._response(maps, batch, scores, rows, weights)
                 total = total + maps.view.weight * (self.global_weight * relation + self.response_weight * response)
             total = total + maps.share * self._weighted_feature(maps, batch, weights)
