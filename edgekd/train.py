@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -138,8 +139,10 @@ class _Trainer:
         self.fabric = make_fabric(job.device, job.train)
         self.is_first = self.fabric.is_global_zero
         torch.manual_seed(job.seed)
-        if self.cfg.deterministic:
-            torch.use_deterministic_algorithms(True)
+        if self.cfg.deterministic:  # without it torch refuses every product of matrices on a GPU
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Also off: a teacher may have been trained in this process, with settings of its own.
+        torch.use_deterministic_algorithms(self.cfg.deterministic)
         spec = fitted_spec(spec_for(job.model, job.dataset.class_names), job.dataset.records)
         detector, pretrained = initial_detector(job.model, spec)
         distiller = job.make_distiller(detector) if job.make_distiller is not None else None

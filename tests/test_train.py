@@ -70,6 +70,17 @@ def test_a_run_learns_logs_and_leaves_a_detector(tmp_path: Path) -> None:
     assert not detector.training
 
 
+def test_determinism_is_one_run_s_and_possible_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    enabled = []
+    for index, asked in enumerate((True, False)):
+        train_detector(make_job(tmp_path, f"run-{index}", epochs=1, eval_every=9, deterministic=asked))
+        enabled.append(torch.are_deterministic_algorithms_enabled())
+    assert enabled == [True, False]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # or torch refuses products of matrices there
+
+
 def test_a_run_is_measured_with_its_recipe_s_thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Selection] = []
 
