@@ -146,8 +146,8 @@ class TrainConfig(_Section):
     lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
     backbone_lr_factor: Factor | Literal["auto"] = Field(
         "auto",
-        description="Backbone's learning rate as a share of lr; 0 freezes it. auto: 0.3 of a backbone with `weights` "
-        "made for its width, which has less to learn than a new head, else 1.",
+        description="Backbone's learning rate as a share of lr; 0 freezes its weights, not its batch-norm statistics. auto: "
+        "0.3 of a backbone with `weights` made for its width, which has less to learn than a new head, else 1.",
     )
     freeze_stride: Literal[0, 2, 4, 8] = Field(
         0,
@@ -315,9 +315,9 @@ class EnsembleConfig(_Section):
     """How several teachers become one answer."""
 
     fusion: Literal["wbf", "nms", "soft-nms", "mean-outputs"] = "wbf"
-    iou: float = Field(0.55, gt=0, lt=1)
+    iou: float = Field(0.55, gt=0, lt=1, description="Of wbf and nms: boxes that overlap by more are one object's.")
     weights: Literal["given", "learned"] = Field(
-        "given", description="learned: fitted to mAP on held-out training images."
+        "given", description="learned: fitted to AP50 on about 300 of the training images."
     )
 
     @model_validator(mode="after")
