@@ -199,7 +199,14 @@ def _check_room(work: Workspace, config: CacheConfig, recordings: Sequence[Recor
     slots = len(recordings[0].plan.slots)
     what = f"teacher cache: {len(recordings)} teachers x {slots} views x {len(work.train)} images"
     work.terminal.note(f"{what}: {needed} (budget {config.disk_budget_gib:g} GiB)")
-    make_room(recordings[0].root, [one.folder for one in recordings], needed, int(config.disk_budget_gib * GIB))
+    refused: DistillationSetupError | None = None
+    if ranks.rank() == 0:  # alone: of several that delete old stores at once, some would find them still in use
+        try:
+            make_room(recordings[0].root, [one.folder for one in recordings], needed, int(config.disk_budget_gib * GIB))
+        except DistillationSetupError as error:
+            refused = error
+    if (refused := ranks.gather(refused)[0]) is not None:
+        raise refused
 
 
 def _check_readings(

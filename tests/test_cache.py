@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Sequence
@@ -406,6 +407,24 @@ def test_a_cache_folder_that_holds_other_things_too(tmp_path: Path) -> None:
             (folder / "manifest.json").write_text(manifest)
     make_room(old.root, [], Estimate(size, size, 1.0), int(1.5 * size))
     assert sorted(folder.name for folder in old.root.iterdir()) == ["damaged", "extension", "run"]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_of_several_processes_the_first_alone_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    config = DistillConfig(terms=TERMS["maps"], cache=CacheConfig(views=2))
+    job = distilling(tmp_path, "run", config, two_teachers())
+    assert job.make_distiller is not None
+    told = None if fits else DistillationSetupError("the disk has no room", got="0 GiB")
+    monkeypatch.setattr("edgekd.teaching.ranks.rank", lambda: 1)
+    monkeypatch.setattr("edgekd.teaching.ranks.gather", lambda own: [pickle.loads(pickle.dumps(told)), own])
+    monkeypatch.setattr("edgekd.teaching.make_room", None)
+    if fits:
+        job.make_distiller(toy_detector(seed=0))
+        return
+    with pytest.raises(DistillationSetupError, match="no room\n  got:      0 GiB"):
+        job.make_distiller(toy_detector(seed=0))
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:
