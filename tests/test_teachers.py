@@ -217,6 +217,14 @@ class Tapped(Adapter):
         return self(images), maps[self.fault]
 
 def tapped(fault=""): return Tapped(fault=fault)
+def listed():
+    adapter = Tapped()
+    adapter.tap_specs = [TapSpec("mean", "neck", 3, (1, 1))]
+    return adapter
+def renamed():
+    adapter = Tapped()
+    adapter.tap_specs = {"p3": TapSpec("mean", "neck", 3, (1, 1))}
+    return adapter
 def nameless():
     adapter = Adapter()
     adapter.class_names = [1, 2]
@@ -233,6 +241,12 @@ class Prepared(Adapter):
 class Reversed(Tapped):
     preprocess = PreprocessSpec((64, 96), "stretch", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), channels="bgr")
 
+def lazy():
+    import sys
+    import my_helper
+    sys.path.pop(0)
+    return my_helper.make(Adapter)
+def exits(): raise SystemExit("usage: my_adapters.py --weights FILE")
 def refuses(): raise RuntimeError("no licence")
 def nothing(): return object()
 """
@@ -242,8 +256,19 @@ def nothing(): return object()
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "my_adapters.py").write_text(ADAPTER)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_adapters", raising=False)
+    (tmp_path / "my_helper.py").write_text("def make(kind): return kind()")
+    (tmp_path / "my_script.py").write_text(
+        "import argparse\nargparse.ArgumentParser().parse_args(['--weights', 'mine'])"
+    )
+    for name in ("my_adapters", "my_helper", "my_script"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return "my_adapters"
+
+
+def test_a_factory_that_imports_its_neighbours_when_it_is_called(adapters: str) -> None:
+    before = list(sys.path)
+    assert build_teacher(ModuleTeacher(name="t", module=f"{adapters}:lazy"), NAMES).class_map is None
+    assert sys.path == before
 
 
 def test_a_module_of_the_users_own(adapters: str) -> None:
@@ -286,6 +311,10 @@ def test_online_too_a_bgr_teacher_gets_blue_first(adapters: str, tmp_path: Path)
         ("my_adapters", {}, "package.module:function"),
         ("my_adapters:Adaptr", {}, "Adapter"),
         ("my_adapters:refuses", {}, "no licence"),
+        ("my_adapters:listed", {}, r"tap_specs.*\[TapSpec"),
+        ("my_adapters:renamed", {}, "tap_specs.*'p3': TapSpec"),
+        ("my_adapters:exits", {}, "usage: my_adapters.py"),
+        ("my_script:main", {}, "cannot be imported.*SystemExit"),
         ("my_adapters:nothing", {}, "did not return an adapter"),
         ("my_adapters:nameless", {}, "no list of texts"),
         ("my_adapters:InBytes", {}, "by 255"),

@@ -271,8 +271,9 @@ def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: st
     """
     factory = _factory(config.module)
     try:
-        adapter = factory(**config.args)
-    except Exception as error:  # foreign code: whatever it raises
+        with _working_directory_first():  # it may import what lies beside it only now
+            adapter = factory(**config.args)
+    except (Exception, SystemExit) as error:  # foreign code: whatever it raises
         raise UserError(
             f"teacher {config.name!r}: its factory failed",
             got=f"{type(error).__name__}: {error}",
@@ -294,6 +295,15 @@ def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: st
             got=repr(names)[:200],
             expected="class_names: a sequence of str, in the order of class_probs",
         )
+    if isinstance(adapter, TappedAdapter):
+        specs: Any = adapter.tap_specs
+        named = isinstance(specs, Mapping) and all(isinstance(spec, TapSpec) for spec in specs.values())
+        if not named or any(name != spec.name for name, spec in specs.items()):
+            raise UserError(
+                f"teacher {config.name!r}: its tap_specs are not TapSpecs by their names",
+                got=repr(specs)[:200],
+                expected='such as {"p3": TapSpec("p3", "neck", 256, (80, 80))}',
+            )
     if isinstance(adapter, torch.nn.Module):
         adapter.to(device).eval().requires_grad_(False)
     facts = {"module": config.module, "args": dict(config.args)}
@@ -372,7 +382,8 @@ def _working_directory_first() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(here)
+        with contextlib.suppress(ValueError):  # foreign code may have taken it out
+            sys.path.remove(here)
 
 
 def _factory(reference: str) -> Callable[..., Any]:
@@ -382,7 +393,10 @@ def _factory(reference: str) -> Callable[..., Any]:
     try:
         with _working_directory_first():
             module = importlib.import_module(module_name)
-    except Exception as error:  # foreign code: whatever it raises
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # foreign code: whatever it raises; a script may read the command line, and exit
         raise UserError(
             f"module {module_name!r} cannot be imported",
             got=f"{type(error).__name__}: {error}",
