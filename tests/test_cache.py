@@ -477,6 +477,25 @@ def test_a_shard_reads_back(tmp_path: Path) -> None:
     assert hold(tmp_path, alone=True) is None
 
 
+def test_a_store_keeps_few_of_its_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process has 1,024 descriptors as a rule; VOC's trainval at 4 views of 3 teachers and their fusion has more shards."""
+    monkeypatch.setattr("edgekd.data.view_store.OPEN_SHARDS", 2)
+    for block in range(6):
+        rows = np.arange(SHARD_IMAGES, dtype=np.uint64) + SHARD_IMAGES * block
+        write_shard(tmp_path / shard_name(0, block), {"views": rows, "tap.x": rows.astype(np.float16)[:, None]})
+    store, indices = ViewStore(tmp_path), [SHARD_IMAGES * block + block for block in (5, 0, 3, 1, 4, 2, 0)]
+
+    def mapped() -> int:
+        return sum(str(tmp_path) in line and ".safetensors" in line for line in Path("/proc/self/maps").open())
+
+    for _ in range(2):
+        store.prefetch(0, indices)
+        found = store.rows(0, indices)
+        assert found.digests == indices
+        assert found.arrays["tap.x"][:, 0].tolist() == indices
+        assert mapped() == 2
+
+
 def test_what_another_process_makes_is_waited_for(tmp_path: Path) -> None:
     made: list[str] = []
     count = fill_together(tmp_path, ["a", "b"], lambda name, whole: name == "a", made.append)

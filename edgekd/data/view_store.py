@@ -13,6 +13,7 @@ import hashlib
 import json
 import mmap
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from edgekd.errors import ArtifactError
 
 SHARD_IMAGES = 64
 """Images a shard: what is lost at most when a machine is cut off, and what a process holds in memory while filling."""
+
+OPEN_SHARDS = 64
+"""Of one store at once: each mapped file takes a descriptor, of which a process usually has 1,024, and COCO's images fill
+thousands of shards a teacher."""
 
 VIEWS, ENDS, BOXES, PROBS = "views", "soft.ends", "soft.boxes", "soft.probs"
 
@@ -142,7 +147,8 @@ class ViewStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shards: dict[tuple[int, int], _Shard] = {}
+        self._shards: dict[tuple[int, int], _Shard] = {}  # the one used last comes last
+        self._lock = threading.Lock()
         self._in_use = hold(folder)
 
     def rows(self, slot: int, indices: Sequence[int]) -> StoredRows:
@@ -178,9 +184,13 @@ class ViewStore:
                 shard.memory.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
     def _shard(self, slot: int, block: int) -> _Shard:
-        shard = self._shards.get((slot, block))
-        if shard is None:
-            shard = self._shards[slot, block] = _open_shard(self.folder / shard_name(slot, block))
+        with self._lock:
+            shard = self._shards.pop((slot, block), None)
+            if shard is None:
+                shard = _open_shard(self.folder / shard_name(slot, block))
+            self._shards[slot, block] = shard
+            if len(self._shards) > OPEN_SHARDS:
+                del self._shards[next(iter(self._shards))]  # closed when nobody reads it any more
         return shard
 
 
