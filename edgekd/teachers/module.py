@@ -393,10 +393,7 @@ def _factory(reference: str) -> Callable[..., Any]:
     try:
         with _working_directory_first():
             module = importlib.import_module(module_name)
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # foreign code: whatever it raises; a script may read the command line, and exit
+    except (Exception, SystemExit) as error:  # foreign code: whatever it raises; a script may exit
         raise UserError(
             f"module {module_name!r} cannot be imported",
             got=f"{type(error).__name__}: {error}",
