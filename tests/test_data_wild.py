@@ -457,6 +457,13 @@ def test_paths_in_the_yaml_that_lead_to_no_images_are_no_splits(tmp_path: Path) 
     assert list_splits(tmp_path) == ("train", "val", "mini", "more")
 
 
+@pytest.mark.parametrize("start", ["my-set", "../datasets/my-set", "./datasets/my-set"])
+def test_paths_in_the_yaml_may_begin_above_its_folder(tmp_path: Path, start: str) -> None:
+    here = tmp_path / "my-set"
+    yolo(here, f"train: {start}/images/train\nval: {start}/images/val\nnames: [cat]")
+    assert [len(read_dataset(here, split)) for split in ("train", "val")] == [1, 1]
+
+
 def test_a_class_id_that_the_yaml_does_not_name_is_none_of_those_asked_for(tmp_path: Path) -> None:
     yolo(tmp_path, line="1 0.3 0.3 0.4 0.4\n")
     with pytest.raises(DataError, match=r"a\.txt:1: class 'id 1 \(the data set names 0 to 0\)' is none of: dog, cat"):

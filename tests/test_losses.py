@@ -673,6 +673,8 @@ def test_quality_is_score_times_overlap() -> None:
     assert float(quality) == pytest.approx(0.5)
     assert int(row) == 0
     assert float(pairwise_iou(boxes[1:], boxes[:1])) == pytest.approx(0.5)
+    quality, row = object_quality(boxes, scores, torch.tensor([[50.0, 50, 60, 60]]), torch.tensor([0]))
+    assert (float(quality), int(row)) == (0, -1), "no row overlaps it, so none of them is its own"
 
 
 def test_standardised_maps_have_no_scale() -> None:

@@ -99,7 +99,9 @@ def _open_shard(path: Path) -> _Shard:
             arrays[name] = flat.reshape(shape)
         if start + end != len(memory):
             raise ValueError("it is cut off")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:  # of a sound file too: no permission, too many files open
+        raise ArtifactError(f"{path} cannot be read", got=error.strerror) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged", got=error, fix="delete it: it is then made again") from error
     return _Shard(arrays, offsets, memory, header, checksum, start)
 

@@ -113,12 +113,15 @@ def _leads_to_images(entry: Path) -> bool:
 
 
 def _resolve(text: str, base: Path, beside: Path) -> Path:
-    """A path as the YAML states it: on this machine, written ../train/images for train/images as some services do, or
-    from the root of the author's disk."""
+    """A path as the YAML states it: on this machine, written ../train/images for train/images as some services do, from
+    above the set's own folder, or from the root of the author's disk."""
     text = re.sub(r"^[A-Za-z]:/", "/", text.replace("\\", "/"))
     tries = [base / text, beside / text]
     if text.startswith("../"):
         tries.append(beside / text[3:])
+    parts = text.split("/")
+    if beside.name in parts[:-1]:  # my-set/images/train, in my-set/data.yaml
+        tries.append(beside.joinpath(*parts[parts.index(beside.name) + 1 :]))
     if text.startswith("/"):
         tries += [beside / tail for tail in tails(text)[2:]]
     return next((path for path in tries if os.path.exists(path)), tries[0])

@@ -80,11 +80,11 @@ def object_quality(boxes: Tensor, scores: Tensor, gt_boxes: Tensor, gt_labels: T
         boxes: (P, 4) xyxy. scores: (P, K) in [0, 1]. gt_boxes: (N, 4). gt_labels: (N,).
 
     Returns:
-        quality (N,) in [0, 1] and row (N,) int64; 0 and -1 where the detector has no rows.
+        quality (N,) in [0, 1] and row (N,) int64; 0 and -1 where no row overlaps the object.
     """
     count = len(gt_boxes)
     if not len(boxes) or not count:
         return gt_boxes.new_zeros(count), gt_labels.new_full((count,), -1)
     value = pairwise_iou(boxes, gt_boxes) * scores[:, gt_labels]
     quality, row = value.max(0)
-    return quality, row
+    return quality, row.masked_fill(quality <= 0, -1)
