@@ -39,7 +39,7 @@ demo: $(INSTALLED)
 	$(BIN)/edgekd run recipes/demo.yaml --out $(DEMO) --set data.root=$(DEMO)-data
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,7 +22,6 @@ DETECTOR_SCHEMA = "edgekd.detector/1"
 STATE_SCHEMA = "edgekd.state/1"
 MODEL_FILE, BEST_FILE, LAST_FILE = "model.pt", "best.pt", "last.pt"
 _EXPORT = "export that detector to ONNX and give it as a teacher's `onnx`, or load it in a `module` of your own"
-
 _OTHER_VERSION = "load it with the version of edgekd that wrote it, or train it again"
 
 

@@ -27,7 +27,7 @@ from edgekd.comparison import ALONE, Evaluated, summary, table_markdown
 from edgekd.console import Terminal
 from edgekd.data.image_cache import ResizedImages
 from edgekd.errors import DataError, RecipeError, UserError
-from edgekd.recipe import Recipe, TrainedTeacher
+from edgekd.recipe import SEEDS, Recipe, TrainedTeacher
 from edgekd.selection import Selection
 from edgekd.side_by_side import Task, run_side_by_side, tasks_at_once
 from edgekd.stages import distill_student, ready_teachers, train_student, train_teacher
@@ -225,10 +225,8 @@ def _check(recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
     for what, values in (("recipe names", [r.name for r in recipes]), ("seeds", list(seeds))):
         if len(set(values)) != len(values):
             raise UserError(f"{what} repeat", got=", ".join(map(str, values)), expected="each once")
-    if not all(0 <= seed < 1 << 63 for seed in seeds):
-        raise UserError(
-            "a seed is no seed", got=", ".join(map(str, seeds)), expected="whole numbers from 0 on, below 2^63"
-        )
+    if not all(seed in SEEDS for seed in seeds):
+        raise UserError("a seed is out of range", got=", ".join(map(str, seeds)), expected=f"0 to {SEEDS.stop - 1}")
     if {ALONE, "teachers", "answers", "views"} & {r.name for r in recipes}:
         raise UserError(
             "a recipe may not be named alone, teachers, answers or views",

@@ -13,6 +13,8 @@ from edgekd.artifact import require_file, sha256_json, write_json
 from edgekd.data import detect_format
 from edgekd.data.images import load_image
 from edgekd.data.layout import files_under, is_image, unread_images, unread_message
+from edgekd.data.problems import printable
+from edgekd.data.reading import require_class_names
 from edgekd.errors import DataError, DistillationSetupError, EdgeKDError, TeacherError, UserError
 from edgekd.first_recipe import STUDENT, teacher_entries
 from edgekd.recipe import DataConfig, ModelConfig, Recipe
@@ -76,7 +78,7 @@ def label_images(
     notes before the first image is looked at.
 
     Raises:
-        DataError: the folder has annotations, or no images, or `data.classes` is missing or repeats a name.
+        DataError: the folder has annotations, or no images, or `data.classes` is missing, repeats a name or has a blank one.
         DistillationSetupError: a teacher has still to be trained, or nothing at all is found.
         UserError: the folder cannot be written to.
     """
@@ -88,8 +90,7 @@ def label_images(
             expected="a list of class names that the teachers know",
             fix="`--classes cat,dog`, or in a recipe's data section classes: [cat, dog]",
         )
-    if len(set(classes)) != len(classes) or not all(name.strip() for name in classes):  # as no data set may have them
-        raise DataError("class names repeat, or are blank", got=", ".join(map(repr, classes)), expected="each once")
+    require_class_names(classes, printable(root))  # or no command could read what is written
     require_file(root / FILE_NAME)  # before teachers look at thousands of images
     files = list(files_under(root))
     paths = [path for path in files if is_image(path)]

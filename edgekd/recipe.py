@@ -46,8 +46,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """A name that is safe in a file name."""
 
 Count = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+SEEDS = range(1 << 63)
 """What NumPy and torch both take."""
+Seed = Annotated[int, Field(ge=SEEDS.start, lt=SEEDS.stop)]
 Positive = Annotated[int, Field(ge=1)]
 Factor = Annotated[float, Field(ge=0)]
 Triple = tuple[float, float, float]

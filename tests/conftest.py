@@ -12,15 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHARED = Path(os.environ.get("EDGEKD_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
 
 
-_LONGEST = ("side_by_side", "distributed", "pipeline", "peers", "qat", "cache", "train", "compare")
-"""Files of half a minute to five. First, so that none of them begins when the other processes have nothing left to do."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {f"test_{name}.py": place for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
-
-
 def shared(relative: str) -> Path:
     """A file or folder of the shared data and weights; skips the test, saying so, where it is absent."""
     path = SHARED / relative

@@ -162,6 +162,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(tmp_path: Path, photo
         (("--score", 1), "[dog, cat]", "no teacher finds anything"),
         ((), "[eel]", "eel"),
         ((), "[dog, dog]", "class names repeat"),
+        ((), "[dog, ' ']", "class names that are no text"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_nothing_written(

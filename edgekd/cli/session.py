@@ -45,6 +45,7 @@ class Session:
 
     Attributes:
         resume_hint: what to say after Ctrl-C, set by commands that can go on from where they were.
+        asked_json: whether --json stands anywhere in the command line, even if that cannot be read.
     """
 
     json: bool = False
@@ -54,6 +55,7 @@ class Session:
     debug: bool = False
     sets: list[str] = field(default_factory=list)
     resume_hint: str | None = None
+    asked_json: bool = False
     _stdout: IO[str] | None = None
     _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -138,9 +140,9 @@ class Session:
                 self._write({"error": body | ({"problems": problems} if problems else {})})
         return code
 
-    def misused(self, error: Any, wants_json: bool) -> None:
+    def misused(self, error: Any) -> None:
         """A usage error of Typer's, as JSON where that is asked for."""
-        if wants_json and self.rank == 0:
+        if self.asked_json and self.rank == 0:
             body = {"kind": "UsageError", "message": error.format_message(), "exit_code": error.exit_code}
             with contextlib.suppress(OSError):
                 self._write({"error": body})
@@ -213,7 +215,6 @@ def refuse_idle(context: typer.Context, unmet: Mapping[str, Collection[str]]) ->
 
 # Typer's base of usage errors, which it does not export (older ones take click's, newer ones their own).
 _UsageProblem: type[BaseException] = typer.BadParameter.__mro__[2]
-_WANTS_JSON = "edgekd.wants_json"
 
 
 class CommandGroup(TyperGroup):
@@ -222,11 +223,11 @@ class CommandGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the options before the command; what follows it is read when the command runs."""
         ctx.obj = session = Session()
-        ctx.meta[_WANTS_JSON] = "--json" in args  # before or after the command, which may never be read
+        session.asked_json = "--json" in args  # before or after the command, which may never be read
         try:
             return super().parse_args(ctx, args)
         except _UsageProblem as error:
-            session.misused(error, ctx.meta[_WANTS_JSON])
+            session.misused(error)
             raise
 
     def invoke(self, ctx: Any) -> Any:
@@ -241,7 +242,7 @@ class CommandGroup(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except _UsageProblem as error:
-            session.misused(error, ctx.meta[_WANTS_JSON])
+            session.misused(error)
             raise  # Typer itself tells it on stderr
         except BrokenPipeError:
             raise typer.Exit(1) from None

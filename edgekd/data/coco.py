@@ -185,7 +185,7 @@ class _Reader:
             twin = next(other for other in self.names if self.names[other] == name)
             if twin != identity:
                 self._report("repeated-category", f"ids {twin} and {identity} are both {name!r}", "categories")
-        self._put_first_the_folder_of_all(data["images"])
+        self._put_first_the_folder_of_all(data["images"][:limit])
         images, known = self._images(data["images"], limit)
         objects = self._objects(data["annotations"], known)
         return [

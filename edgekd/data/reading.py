@@ -181,12 +181,21 @@ def class_names_of(source: Source, asked: Sequence[str] | None) -> tuple[str, ..
     if not names:
         reasons = _reasons(source)
         raise DataError(f"{root}: {NO_CLASS}{reasons}", fix=None if reasons else f"annotate some images; {_GIVE_NAMES}")
+    require_class_names(names, root)
+    return names
+
+
+def require_class_names(names: Sequence[str], root: str) -> None:
+    """Refuse names that no data set may have.
+
+    Raises:
+        DataError: they repeat, or one is blank or no text.
+    """
     if len(set(names)) != len(names):
         raise DataError("class names repeat", got=", ".join(names))
     odd = [name for name in names if printable(name) != name or not name.strip()]
     if odd:
         raise DataError(f"{root}: class names that are no text", got=", ".join(map(repr, odd)))
-    return names
 
 
 def _reasons(source: Source, shown: int = 5) -> str:

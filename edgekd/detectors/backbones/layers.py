@@ -25,7 +25,7 @@ class MapSpec:
 
     @property
     def name(self) -> str:
-        """ "s8" at stride 8."""
+        """Such as "s8", of the map at stride 8."""
         return f"s{self.stride}"
 
     def grid_hw(self, input_hw: tuple[int, int]) -> tuple[int, int]:
