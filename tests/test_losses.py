@@ -621,6 +621,18 @@ def test_gkd_finds_prototypes_after_the_first_epoch_and_fades() -> None:
     assert first.item() != pytest.approx(now.item() / 0.75, rel=1e-4), "prototypes change nothing"
 
 
+def test_gkd_without_prototypes_says_so_once() -> None:
+    pair = make_pair("equal")
+    for min_side, silent in ((96.0, False), (10.0, True)):  # of the input; of the toy batch's objects
+        term = build_term(TermConfig(loss="gkd", params={"min_side": min_side}), pair)
+        told = []
+        for epoch in range(3):
+            term.begin_epoch(epoch, 3)
+            run_term(term, pair, epoch)
+            told.append(term.warning() is None)
+        assert told == [True, silent, True]
+
+
 def test_gkd_goes_on_in_bf16_once_it_has_prototypes() -> None:
     pair = make_pair("equal")
     term = build_term(TermConfig(loss="gkd", params={"min_side": 10.0}), pair)

@@ -107,6 +107,7 @@ class GKDTerm(LevelTerm):
         self.banks = [InstanceBank(classes, instances) for _ in pair.teachers]
         self.images = 0
         self.prototypes: list[dict[int, Prototypes]] = [{} for _ in pair.teachers]
+        self._lacks_prototypes, self._told = False, False
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Search prototypes among the instances of the epoch before, and begin to gather anew."""
@@ -122,6 +123,17 @@ class GKDTerm(LevelTerm):
                     for label, (_, student, teacher) in instances.items()
                 }
         self.images = 0
+        self._lacks_prototypes = epoch > 0 and not any(self.prototypes)
+
+    def warning(self) -> str | None:
+        """Said once, where an epoch has brought no prototype, so that only the plain feature and response parts are left."""
+        if self._told or not self._lacks_prototypes:
+            return None
+        self._told = True
+        return (
+            f"there are no prototypes, since no object that a teacher knows has {self.min_side:g} px on both sides at the "
+            "student's input: all objects count alike, and the global part is 0; lower min_side"
+        )
 
     def forward(self, batch: DistillBatch) -> Tensor:
         """Feature, response and global parts, scaled by what is left of training."""
