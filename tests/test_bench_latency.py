@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edgekd.bench.latency import Clock, MeasurementPlan, measure
+from edgekd.device import timing
 from edgekd.types import ImageArray
 
 IMAGES = [np.full((4, 4, 3), i, np.uint8) for i in range(3)]
@@ -130,3 +131,10 @@ def test_collector_rests_only_while_measuring() -> None:
 def test_no_images() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         measure([], [], MeasurementPlan())
+
+
+def test_a_device_records_for_as_long_as_asked() -> None:
+    clock = FakeClock()
+    plan = timing.Plan(samples=10, seconds=6.0, warmup_s=0.0)
+    (timed,) = timing.measure([lambda sample: clock.spend(100.0)], plan, clock)
+    assert timed.blocks_ms.sum() == pytest.approx(6000.0)  # the runs before each block are no part of it

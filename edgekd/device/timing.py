@@ -67,19 +67,20 @@ def measure(
     warm = [_warm_up(subject, plan, clock) for subject in subjects]
     rng = np.random.RandomState(plan.seed)
     blocks: list[list[list[float]]] = [[] for _ in subjects]
-    spent_s = [0.0] * len(subjects)
+    timed_s, spent_s = [0.0] * len(subjects), [0.0] * len(subjects)  # the latter with what is not recorded
     order = rng.permutation(len(subjects))
     done = 0
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        while not _enough(done, min(spent_s), max(spent_s), plan):
+        while not _enough(done, min(timed_s), max(spent_s), plan):
             order = rng.permutation(len(subjects)) if done % 2 == 0 else order[::-1]
             for index in order.tolist():
                 started = clock()
                 blocks[index].append(_block(subjects[index], done * BLOCK, clock))
                 spent_s[index] += (clock() - started) / 1e9
+                timed_s[index] += sum(blocks[index][-1]) / 1e3
             gc.collect(0)
             done += 1
             if progress is not None:
