@@ -15,6 +15,7 @@ from edgekd.bench.matching import Matches
 from edgekd.bench.precision_recall import mean_ap50
 from edgekd.recipe import Recipe
 from edgekd.report.table import in_markdown
+from edgekd.report.words import caveats
 from edgekd.workspace import Workspace, is_synthetic
 
 ALONE = "alone"
@@ -160,6 +161,8 @@ def table_markdown(data: Mapping[str, Any]) -> str:
             values = [row["gain"][group][n] for group in ("by_size", "per_class") for n in sizes[0]["gain"][group]]
             cells = ["-" if value is None else f"{100 * value:+.1f}" for value in values]
             lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
+    if said := caveats(data):
+        lines += ["", " ".join(said)]
     return "\n".join(lines) + "\n"
 
 

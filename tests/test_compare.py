@@ -106,6 +106,24 @@ def test_names_of_classes_take_no_table_apart() -> None:
     assert r"| | small | a\|b |" in table_markdown(data)
 
 
+def test_what_else_than_the_method_differs_is_told() -> None:
+    figures = {"mean": 0.5, "sd": None, "values": [0.5]}
+    data: dict[str, Any] = {
+        "student": {"model": "m", "width": 1.0, "input_size": 96},
+        "data": {"name": "d", "train": "train", "val": "val", "train_images": 1, "images": 20, "synthetic": False},
+        "train": {"epochs": 4, "select": "best"},
+        "methods": {"kd": {"distill": {"cache": {"views": 2}}}, "plain": {"distill": {"cache": None}}},
+        "rows": [{"method": "alone", "seeds": [0], **dict.fromkeys(("ap50", "ap", "voc07"), figures)}],
+    }
+    told = table_markdown(data)
+    assert "the best of several evaluations" in told
+    assert "kd was shown 2 views of each image" in told
+    data["train"] = {"epochs": 2, "select": "last"}  # a view for every epoch is what the student alone has
+    assert table_markdown(data).count("\n") == told.count("\n") - 2
+    data["data"]["images"] = 19
+    assert "so few images (19)" in table_markdown(data)
+
+
 def test_spread() -> None:
     assert spread([0.2, 0.4]) == {
         "mean": pytest.approx(0.3),

@@ -271,7 +271,8 @@ def test_the_answer_in_one_sentence() -> None:
         "The distilled student is 9.1x faster than its ensemble, -0.8 AP50 points [-1.5, -0.1], 1,700 images."
     )
     assert plain(words.gain(result)) == (
-        "Distillation brings it +2.1 AP50 points [+0.9, +3.4] over the same student trained alone."
+        "Distillation brings it +2.1 AP50 points [+0.9, +3.4] over the same student trained alone. "
+        "One training of each: the interval is over images, not over seeds."
     )
 
 
@@ -294,7 +295,7 @@ def test_another_student_is_not_called_the_same(changes: dict, differs: str) -> 
     result["rows"][1].update(changes)
     assert plain(words.gain(result)) == (
         f"Against alone, a student trained alone: +2.1 AP50 points [+0.9, +3.4]; that is {differs}, so this does not show "
-        "what distillation brings."
+        "what distillation brings. One training of each: the interval is over images, not over seeds."
     )
     assert plain(words.gain(measured(result, RESULT))) == plain(words.gain(result))
 

@@ -91,6 +91,7 @@ def render(sources: Sources) -> str:
         devices=[(name, device, words.device_answer(device)) for name, device in sources.devices],
         comparisons=[(name, found, words.comparison_answer(found)) for name, found in sources.comparisons],
         method_gain=words.method_gain,
+        caveats=words.caveats,
         interval=words.interval,
         videos=sources.videos,
         recipe=sources.recipe,

@@ -262,8 +262,10 @@ COMPARISON = {
     },
     "student": {"model": text, "width": NUMBER, "input_size": AMOUNT},
     "pretrained_backbone": flag,
-    "train": {"epochs": AMOUNT},
-    "methods": Each({"teachers": [text], "distill": {"terms": [{"loss": text, "weight": NUMBER}]}}),
+    "train": {"epochs": AMOUNT, "select": text},
+    "methods": Each(
+        {"teachers": [text], "distill": {"terms": [{"loss": text, "weight": NUMBER}], "cache": {"views": AMOUNT}}}
+    ),
     "rows": [
         {
             "method": text,
