@@ -119,6 +119,38 @@ def _gradient_norm(loss: Tensor, parameters: list[nn.Parameter]) -> float:
     return float(mean_over_ranks(torch.cat([g.detach().float().flatten() for g in gradients])).norm())
 
 
+class Adversary:
+    """The discriminators' own optimiser: a step for each of the student's, on the mean gradient of that step's batches.
+
+    More steps than the student takes would let them win wherever batches are accumulated.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.optimizer = torch.optim.Adam(parameters, lr=1e-3, betas=(0.5, 0.999))
+        self._gradients: list[Tensor] = []  # not in the parameters' own `grad`, which DDP looks after
+
+    def gather(self, loss: Tensor) -> None:
+        """Add the gradient of one batch's loss; called by all ranks."""
+        # The discriminators of a term of weight 0 are in no loss.
+        own = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        shared = [mean_over_ranks(gradient) for gradient in own]
+        self._gradients = [a + b for a, b in zip(self._gradients, shared, strict=True)] if self._gradients else shared
+
+    def step(self) -> None:
+        """Learn from what was gathered."""
+        if self._gradients:
+            for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+                parameter.grad = gradient
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave out what was gathered."""
+        self._gradients = []
+
+
 class PullGuard:
     """Notices a term that moves nothing, or drowns detection, over three measurements in a row."""
 

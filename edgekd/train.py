@@ -32,7 +32,7 @@ from edgekd.detectors.shared_norm import share_batch_norm
 from edgekd.distill import Clock, Distiller, term_parameters
 from edgekd.errors import UserError
 from edgekd.heap import give_back, kept
-from edgekd.learning import LearningStep, StepInput, check_finite
+from edgekd.learning import Adversary, LearningStep, StepInput, check_finite
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import METRICS_FILE, RunLog
 from edgekd.selection import DEFAULT_SELECTION, Selection
@@ -170,13 +170,14 @@ class _Trainer:
         if ema is not None:
             ema.to(self.fabric.device)
         adversary = distiller.adversary_parameters() if distiller is not None else []
-        self.adversary = torch.optim.Adam(adversary, lr=1e-3, betas=(0.5, 0.999)) if adversary else None
+        self.adversary = Adversary(adversary) if adversary else None
         self._val_images: ResizedImages | None = None
         if job.val is not None:
             preprocess = detector.spec.preprocess
             self._val_images = ResizedImages(job.val.records, preprocess, job.data.cache_mib // 2)
         self._signals, self._stop = StopSignals(), False
-        self.state = RunState(self.learner, ema, self.optimizer, self.adversary)
+        adam = None if self.adversary is None else self.adversary.optimizer
+        self.state = RunState(self.learner, ema, self.optimizer, adam, self.fabric._precision)
         self.state.load(job.out)
         self.progress = self.state.progress
         if self.cfg.select == "best" and self.progress.best >= 0:
@@ -248,7 +249,7 @@ class _Trainer:
             check_finite(values, step, batch.image_ids)
             self.fabric.backward(losses["loss"] / batches)
         if self.adversary is not None and self.learner.adversary is not None:
-            self._adversary_step(self.learner.adversary)
+            self.adversary.gather(self.learner.adversary / batches)
         if update:
             norm = self.fabric.clip_gradients(
                 self.module, self.optimizer, max_norm=self.cfg.clip_norm or float("inf"), error_if_nonfinite=False
@@ -260,6 +261,8 @@ class _Trainer:
                 check_finite({"gradient": float(norm)}, step, batch.image_ids)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            if self.adversary is not None:
+                self.adversary.step()
             if self.state.ema is not None:
                 self.state.ema.update_parameters(self.learner.detector)
         return values
@@ -268,6 +271,8 @@ class _Trainer:
         """Leave this step out, and go on in single precision: bf16 on CPUs has given such gradients where fp32 does not."""
         self.learner.single_precision, self.progress.bf16_until = True, self.progress.step
         self.optimizer.zero_grad(set_to_none=True)
+        if self.adversary is not None:
+            self.adversary.forget()
 
     def _shared(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """The whole batch's losses, and on the same way whether any rank was told to stop: then all do, at one step."""
@@ -276,18 +281,6 @@ class _Trainer:
         *values, stop = ranks.mean_over_ranks(torch.stack([*own, noted])).tolist()
         self._stop = stop > 0
         return dict(zip(losses, values, strict=True))
-
-    def _adversary_step(self, loss: Tensor) -> None:
-        assert self.adversary is not None
-        assert self.learner.distiller is not None
-        self.adversary.zero_grad(set_to_none=True)
-        parameters = self.learner.distiller.adversary_parameters()
-        # The discriminators of a term of weight 0 are in no loss.
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = ranks.mean_over_ranks(gradient)
-        self.adversary.step()
-        self.adversary.zero_grad(set_to_none=True)
 
     # -- evaluation, logging, finishing --------------------------------------------------------------------------
 

@@ -39,13 +39,15 @@ class RunState:
 
     Attributes:
         learner: detector, terms and what they have gathered. ema: the moving average. optimizer, adversary: the
-            student's and the discriminators'. guard: what it remembers of each term's pull.
+            student's and the discriminators'. precision: Fabric's, whose scale of gradients fp16 adapts. guard: what it
+            remembers of each term's pull.
     """
 
     learner: LearningStep
     ema: AveragedModel | None
     optimizer: Any
     adversary: torch.optim.Optimizer | None
+    precision: Any
     guard: PullGuard = field(default_factory=PullGuard)
     progress: Progress = field(default_factory=Progress)
 
@@ -58,6 +60,7 @@ class RunState:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "adversary": None if self.adversary is None else self.adversary.state_dict(),
+            "scaler": self.precision.state_dict(),
             "rng": torch.get_rng_state(),
             "rng_gpu": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             "weak": self.guard.history,
@@ -83,6 +86,8 @@ class RunState:
         self.optimizer.load_state_dict(payload["optimizer"])
         if self.adversary is not None:
             self.adversary.load_state_dict(payload["adversary"])
+        if payload.get("scaler"):  # of fp16 alone
+            self.precision.load_state_dict(payload["scaler"])
         torch.set_rng_state(payload["rng"])
         if torch.cuda.is_available() and payload.get("rng_gpu") is not None:
             torch.cuda.set_rng_state(payload["rng_gpu"])

@@ -15,6 +15,7 @@ from edgekd.console import Terminal
 from edgekd.detectors.base import Detector
 from edgekd.distill import Distiller, TeacherSet, fuse_answers
 from edgekd.errors import DistillationSetupError, TeacherError
+from edgekd.learning import Adversary
 from edgekd.recipe import DistillConfig, Recipe, TermConfig
 from edgekd.runlog import read_log
 from edgekd.teachers.answers import collect_answers
@@ -175,6 +176,22 @@ def test_a_pair_that_cannot_work_fails_before_step_0(tmp_path: Path, terms: tupl
     with pytest.raises(DistillationSetupError, match=words):
         train_detector(job)
     assert not step_losses(job.out)
+
+
+def test_the_adversary_takes_one_step_on_the_mean_of_its_batches() -> None:
+    layers = [torch.nn.Linear(3, 1) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    whole, halves = (Adversary(list(layer.parameters())) for layer in layers)
+    inputs = torch.randn(4, 3)
+    whole.gather(layers[0](inputs).square().mean())
+    for half in inputs.split(2):
+        halves.gather(layers[1](half).square().mean() / 2)
+    for adversary in (whole, halves):
+        adversary.step()
+        adversary.step()  # of nothing
+    ours, theirs = (adversary.optimizer.state[adversary.parameters[0]] for adversary in (whole, halves))
+    assert ours["step"] == theirs["step"] == 1
+    assert torch.allclose(ours["exp_avg"], theirs["exp_avg"])
 
 
 def test_the_adversary_is_trained_by_its_own_optimiser(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from edgekd.runlog import read_log
 from edgekd.selection import Selection
 from edgekd.train import TrainJob, lr_factor, train_detector
 from edgekd.training_setup import StopSignals, fitting_threads, make_fabric, make_optimizer, moving_average
+from edgekd.training_state import RunState
 from edgekd.validate import detect_dataset
 from tests.toy import toy_dataset, toy_detector
 
@@ -223,6 +224,21 @@ def test_a_run_that_was_stopped_goes_on_step_for_step(tmp_path: Path, how: signa
     assert step_losses(tmp_path / "killed") == step_losses(whole.out)
     ours, theirs = (load_detector(tmp_path / name).state_dict() for name in ("killed", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_fp16_goes_on_with_its_gradient_scale(tmp_path: Path) -> None:
+    from lightning_fabric.plugins.precision import MixedPrecision
+
+    learner = LearningStep(toy_detector(), None, 1.0)
+    scales = []
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=512.0), None):
+        precision = MixedPrecision("16-mixed", "cpu", scaler)
+        state = RunState(learner, None, torch.optim.SGD(learner.parameters()), None, precision)
+        state.load(tmp_path)
+        state.save(tmp_path, {})
+        assert precision.scaler is not None
+        scales.append(precision.scaler.get_scale())
+    assert scales == [512.0, 512.0]  # anew it would begin at 65,536, and leave out the steps that overflow
 
 
 def test_only_a_second_ctrl_c_ends_a_run_at_once() -> None:
