@@ -91,6 +91,7 @@ class Distiller(nn.Module):
         # A run with a teacher cache: which views it shows, and what the teachers said about them.
         self.plan: ViewPlan | None = None
         self.stores: tuple[ViewStore, ...] = ()
+        self._frozen: dict[str, list[str]] = {}  # of each term, taps whose layers cannot learn; emptied when told
 
     @property
     def student_taps(self) -> tuple[str, ...]:
@@ -208,14 +209,27 @@ class Distiller(nn.Module):
                     f"term {entry.label} does not depend on the student: it would silently do nothing"
                 )
             taps = entry.term.student_taps
-            if taps and not any(batch.output.taps[name].requires_grad for name in taps):
+            frozen = [name for name in taps if not batch.output.taps[name].requires_grad]
+            if taps and len(frozen) == len(taps):
                 raise DistillationSetupError(  # its adapters would learn, and hide that the student does not
                     f"term {entry.label} would teach the student nothing: the layers before its taps are frozen",
                     got=", ".join(taps),
                     fix="name student_taps behind them, or lower train.freeze_stride (train.backbone_lr_factor: 0 freezes too)",
                 )
+            self._frozen.setdefault(entry.label, frozen)
             losses.append(loss)
         return losses
+
+    def warnings(self) -> list[str]:
+        """What the user should know, each thing once; asked for after the terms' statistics."""
+        told = [f"term {entry.label}: {said}" for entry in self.terms if (said := entry.term.warning()) is not None]
+        for label, names in self._frozen.items():
+            if names:
+                told.append(
+                    f"term {label}: the layers before {', '.join(names)} are frozen, so what is taught there is not learned"
+                )
+                self._frozen[label] = []
+        return told
 
     def _ask_online(self, batch: Batch, device: torch.device) -> list[TeacherOutput]:
         if not self.online:

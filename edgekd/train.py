@@ -342,9 +342,7 @@ class _Trainer:
         if statistics:
             record["statistics"] = statistics
         log.write(record)
-        warnings = self.state.guard.check(pull)
-        warnings += [f"term {e.label}: {told}" for e in distiller.terms if (told := e.term.warning()) is not None]
-        for message in warnings:
+        for message in (*self.state.guard.check(pull), *distiller.warnings()):
             log.write({"event": "warning", "step": self.progress.step, "message": message})
 
     def _finish(self) -> RunResult:

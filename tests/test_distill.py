@@ -136,7 +136,7 @@ def test_which_maps_teach_which_is_told(tmp_path: Path) -> None:
     assert told == ["pkd, cwd: from t0, neck.l0 6x6 <- neck.l0 6x6, neck.l1 3x3 <- neck.l1 3x3"]
 
 
-def test_a_term_on_frozen_maps_is_refused() -> None:
+def test_a_term_on_frozen_maps_is_refused_or_told() -> None:
     student, teacher = toy_detector(), ToyTeacher(toy_detector(seed=9))
     frozen_layers(student, 8, pretrained=True)
     for taps in (("backbone.s8",), ("backbone.s8", "backbone.s16")):
@@ -148,6 +148,10 @@ def test_a_term_on_frozen_maps_is_refused() -> None:
                 distiller(batch)
         else:
             distiller(batch)
+            (told,) = distiller.warnings()
+            assert "backbone.s8 are frozen" in told
+            distiller(batch)
+            assert not distiller.warnings()
 
 
 def test_an_unmoving_term_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
