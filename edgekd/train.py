@@ -177,7 +177,7 @@ class _Trainer:
             self._val_images = ResizedImages(job.val.records, preprocess, job.data.cache_mib // 2)
         self._signals, self._stop = StopSignals(), False
         adam = None if self.adversary is None else self.adversary.optimizer
-        self.state = RunState(self.learner, ema, self.optimizer, adam, self.fabric._precision)
+        self.state = RunState(self.learner, ema, self.optimizer, adam, self.fabric.strategy.precision)
         self.state.load(job.out)
         self.progress = self.state.progress
         if self.cfg.select == "best" and self.progress.best >= 0:
@@ -411,4 +411,4 @@ class _Trainer:
         ]
 
     def _precision(self) -> str:
-        return str(self.fabric._precision.precision)
+        return str(self.fabric.strategy.precision.precision)
