@@ -177,6 +177,7 @@ def test_a_jpeg_with_bytes_behind_its_end_is_read(tmp_path: Path) -> None:
     [
         (b"", "empty"),
         (b"hello", "not an image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC .*convert it to JPEG"),
         (b"\xff\xd8\xff\xe0garbage\xff\xd9", "bad.jpg"),
         (None, "no such image"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections.abc import Callable
 from functools import partial
@@ -499,3 +500,42 @@ def test_a_label_that_an_image_of_another_split_has_is_not_misnamed(tmp_path: Pa
     put(tmp_path / "val.txt", "images/a.png.png\n")
     put(tmp_path / "classes.txt", "cat\n")
     assert [len(record.labels) for record in read_dataset(tmp_path, "train").records] == [0, 1]
+
+
+@pytest.mark.parametrize("place", ["annotations/{}.json", "{}.json", "{}/labels.json", "list"])
+@pytest.mark.parametrize("content", ["", '{"images": [', "images/val/gone.png\n"])
+def test_a_split_whose_description_is_damaged_stays_a_split(tmp_path: Path, place: str, content: str) -> None:
+    """Else `data check` finds nothing wrong, and training says that the set has no split to measure on."""
+    if place == "list":
+        yolo(tmp_path, None)
+        put(tmp_path / "classes.txt", "cat\n")
+        put(tmp_path / "train.txt", "images/train/a.png\n")
+    else:
+        coco(tmp_path, place.format("train"))
+    put(tmp_path / (place.format("val") if place != "list" else "val.txt"), content)
+    assert set(list_splits(tmp_path)) == {"train", "val"}
+    assert len(read_dataset(tmp_path, "train")) == 1
+    assert any(problem.split == "val" for problem in check_dataset(tmp_path).errors)
+
+
+@pytest.mark.parametrize("holder", ["info", "images"])
+def test_class_names_are_those_of_the_outermost_object(tmp_path: Path, holder: str) -> None:
+    coco(tmp_path)
+    path = tmp_path / "annotations/instances_train.json"
+    data = {"info": {}, **json.loads(path.read_text())}
+    (data["info"] if holder == "info" else data["images"][0])["categories"] = [{"id": 3, "name": "zebra"}]
+    path.write_text(json.dumps(data))
+    assert read_dataset(tmp_path, "train").class_names == ("cat",)
+
+
+def test_a_box_that_is_turned_by_no_number_is_refused_alone(tmp_path: Path) -> None:
+    coco(tmp_path, attributes={"rotation": float("inf")})
+    assert [problem.kind for problem in check_dataset(tmp_path).errors] == ["non-finite-box", "empty-split"]
+
+
+@pytest.mark.parametrize(("make", "place"), [(voc, "Annotations/a.xml"), (yolo, "labels/train/a.txt")])
+def test_a_pipe_is_no_annotation_and_nobody_waits_for_it(tmp_path: Path, make: Make, place: str) -> None:
+    make(tmp_path)
+    (tmp_path / place).unlink()
+    os.mkfifo(tmp_path / place)
+    assert any("not a file" in str(problem) for problem in check_dataset(tmp_path).errors)

@@ -55,10 +55,12 @@ def coco_files(root: Path) -> dict[str, Path]:
     for folder in (root / "annotations", root / "Annotations", root):
         if not folder.is_dir():
             continue
-        for path in sorted(folder.glob("[!.]*.json")):
-            if _OTHER_TASKS.match(path.name) or not path.is_file():
-                continue
-            if path.name.startswith("instances_") or looks_like_coco(path):
+        paths = [path for path in sorted(folder.glob("[!.]*.json")) if path.is_file()]
+        paths = [path for path in paths if not _OTHER_TASKS.match(path.name)]
+        sure = {path for path in paths if path.name.startswith("instances_") or looks_like_coco(path)}
+        for path in paths:
+            # Beside train.json, val.json is a split even where it is empty or cut off: reading it says so.
+            if path in sure or (sure and is_part(_split_name(path))):
                 others.setdefault(_split_name(path), []).append(path)
     for split, paths in others.items():
         first = found.setdefault(split, paths[0])
@@ -79,12 +81,17 @@ def coco_files(root: Path) -> dict[str, Path]:
 def _in_split_folders(root: Path) -> dict[str, Path]:
     """train/labels.json, val/annotations/instances.json, ...: the one such file of each folder called like a split."""
     found: dict[str, Path] = {}
-    folders = root.iterdir() if root.is_dir() else ()
-    for folder in sorted(path for path in folders if is_part(path.name) and path.is_dir()):
+    folders = [path for path in sorted(root.iterdir()) if is_part(path.name) and path.is_dir()] if root.is_dir() else []
+    for folder in folders:
         paths = [*folder.glob("[!.]*.json"), *folder.glob("annotations/[!.]*.json")]
         paths = [path for path in paths if is_regular(path) and looks_like_coco(path)]
         if len(paths) == 1:
             found[folder.name] = paths[0]
+    names = {path.relative_to(root / split) for split, path in found.items()}
+    for folder in folders:  # one of the same name that is empty or cut off: reading it says so
+        same = [folder / name for name in names if is_regular(folder / name)]
+        if len(same) == 1:
+            found.setdefault(folder.name, same[0])
     return found
 
 
@@ -122,15 +129,16 @@ class CocoSource:
 
     def category_ids(self) -> Mapping[str, int]:
         """Category name -> id (the smallest, if it has several), in id order; see `class_names`."""
-        by_id: dict[int, str] = {}
+        by_id: dict[int, tuple[str, Path]] = {}
         by_name: dict[str, int] = {}
         for path in self._files.values():
             for identity, name in categories(path, *stamp(path)).items():
-                if by_id.setdefault(identity, name) != name:
+                other, before = by_id.setdefault(identity, (name, path))
+                if other != name:
                     raise DataError(
-                        f"{printable(path)}: category {identity} {name!r} contradicts another file of the data set",
+                        f"{printable(path)}: category {identity} {name!r} contradicts {printable(before)}",
                         got=f"{identity}: {name!r}",
-                        expected=f"{identity}: {by_id[identity]!r}",
+                        expected=f"{identity}: {other!r}",
                     )
                 by_name[name] = min(identity, by_name.get(name, identity))
         return dict(sorted(by_name.items(), key=lambda entry: entry[1]))

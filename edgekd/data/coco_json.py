@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -82,14 +83,10 @@ def categories(path: Path, mtime_ns: int, size: int) -> dict[int, str]:
 
 
 def _category_entries(text: str, path: Path) -> list[Any]:
-    decoder = json.JSONDecoder()
-    for match in re.finditer(r'"categories"\s*:\s*(?=\[)', text):
-        try:
-            entries, _ = decoder.raw_decode(text, match.end())
-        except ValueError:
-            continue
-        if entries and all(isinstance(entry, dict) and "name" in entry for entry in entries):
-            return list(entries)
+    found = list(re.finditer(r'"categories"\s*:\s*(?=\[)', text))
+    if len(found) == 1:  # else an image, or `info`, has a list of that name as well
+        with contextlib.suppress(ValueError):
+            return list(json.JSONDecoder().raw_decode(text, found[0].end())[0])
     return list(load_coco(path)["categories"])
 
 

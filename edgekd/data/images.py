@@ -158,10 +158,14 @@ def _unreadable(path: Path, error: Exception) -> DataError:
 
 
 def _beginning(path: Path) -> str | None:
-    """The text that a file starts with: enough to see an error page, or that Git LFS has left a pointer."""
+    """What a file starts with: enough to see an error page, that Git LFS has left a pointer, or an iPhone's picture that
+    was called .jpg."""
     try:
         with open(path, "rb") as stream:
-            text = stream.read(40).decode("ascii").strip()
+            head = stream.read(40)
+        if head[4:8] == b"ftyp":
+            return f"HEIC or a relative of it ({head[8:12].decode('ascii', 'replace')}): convert it to JPEG or PNG"
+        text = head.decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
     return f"a text that starts with {text!r}" if text.isprintable() or "\n" in text else None

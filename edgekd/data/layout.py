@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import math
 import os
 import re
@@ -90,6 +91,8 @@ class RawImage:
 
 def around(box: tuple[float, float, float, float], degrees: float) -> tuple[float, float, float, float]:
     """The upright box around one that is turned about its centre: CVAT exports it as it lay before, with a rotation."""
+    if not math.isfinite(degrees):
+        return (math.nan,) * 4
     if degrees % 180 == 0:
         return box
     x1, y1, x2, y2 = box
@@ -281,6 +284,17 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def read_regular(path: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        OSError: it cannot be read, or is no file: a pipe, out of which nothing may ever come.
+    """
+    if path.exists() and not path.is_dir() and not is_regular(path):
+        raise OSError(errno.EINVAL, "not a file")
+    return path.read_bytes()
+
+
 def tails(text: str) -> list[str]:
     r"""A path as another machine has written it, then without its first folders, one after the other.
 
@@ -327,7 +341,7 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
         DataError: the file cannot be read, or is Git LFS's pointer to it.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read", got=error.strerror) from error
     if data.startswith(b"version ") and (found := stand_in(path)):

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.parsers import expat
 
 from edgekd.artifact import stand_in
+from edgekd.data.layout import read_regular
 
 _MAX_BYTES = 32 << 20
 _MAX_DEPTH = 64
@@ -54,7 +55,7 @@ def parse_xml(path: Path) -> Element:
         XmlError: empty, too large, too deep, malformed, or with entity declarations.
         OSError: the file cannot be read.
     """
-    data = path.read_bytes()
+    data = read_regular(path)
     if not data.strip():
         raise XmlError("the file is empty")
     if len(data) > _MAX_BYTES:

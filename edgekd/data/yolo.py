@@ -222,7 +222,7 @@ class YoloSource:
         try:
             lines = numbered_lines(label)
         except DataError as error:
-            problems.append(Problem("bad-annotation", label, error.what, split=split))
+            problems.append(Problem("bad-annotation", label, str(error).replace("\n", ";"), split=split))
             return []
         objects = []
         for line, text in lines:

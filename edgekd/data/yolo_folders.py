@@ -69,10 +69,11 @@ def plain_splits(root: Path) -> dict[str, list[Path]]:
     labels/SPLIT; images beside labels ("all"); SPLIT/images beside SPLIT/labels; images with their .txt beside them, in
     the folder itself ("all") or in a folder for each split.
     """
-    texts = sorted((path for path in root.glob("*.txt") if is_part(path.stem)), key=_usual_order)
-    lists = _darknet_lists(root) or {path.stem: [path] for path in texts if _lists_labelled_images(path)}
-    if lists:
+    texts = sorted((path for path in root.glob("*.txt") if is_part(path.stem) and is_regular(path)), key=_usual_order)
+    if lists := _darknet_lists(root):
         return lists
+    if any(map(_lists_labelled_images, texts)):  # one beside it that leads nowhere is a split as well: reading it says why
+        return {path.stem: [path] for path in texts}
     if _has_labels_apart(root):
         children = sorted(child for child in (root / "images").iterdir() if child.is_dir())
         if children and not any(is_image(path) for path in (root / "images").iterdir()):
