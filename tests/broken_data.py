@@ -142,6 +142,8 @@ STALE = {
     "images": {"train": {"a": {"objects": 3, "difficult": [0], "crowd": []}}},
 }
 
+INFINITE = json.dumps({**STALE, "category_ids": {"dog": float("inf")}})
+
 VOC_CASES = {
     "cut": Case("voc", xml("<annotation><object><name>dog"), "bad-annotation", "a.xml:1"),
     "blank": Case("voc", xml(" "), "bad-annotation", "a.xml"),
@@ -391,6 +393,7 @@ YOLO_CASES = {
     "binary list": Case("yolo", list_file(ALL_BYTES), "missing-image", "t.txt"),
     "twice in list": Case("yolo", list_file("images/train/a.png\n./images/train/a.png"), "repeated-image", "t.txt:2"),
     "sidecar": Case("yolo", write("edgekd.json", "{"), "bad-layout", "edgekd.json"),
+    "sidecar, infinite": Case("yolo", write("edgekd.json", INFINITE), "bad-layout", "edgekd.json"),
     "stale sidecar": Case("yolo", write("edgekd.json", json.dumps(STALE)), "stale-sidecar", "a.txt"),
 }
 

@@ -109,7 +109,7 @@ def read_sidecar(folder: Path) -> Sidecar:
             tuple(map(str, data.get("splits", ()))),
             {str(split): tuple(map(str, names)) for split, names in data.get("teachers", {}).items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(
             f"{printable(path)} is damaged",
             got=f"{type(error).__name__}: {error}",

@@ -72,7 +72,7 @@ def plain_splits(root: Path) -> dict[str, list[Path]]:
     texts = sorted((path for path in root.glob("*.txt") if is_part(path.stem) and is_regular(path)), key=_usual_order)
     if lists := _darknet_lists(root):
         return lists
-    if any(map(_lists_labelled_images, texts)):  # one beside it that leads nowhere is a split as well: reading it says why
+    if any(map(_lists_labelled_images, texts)):  # one beside it that leads nowhere is a split too: reading it says so
         return {path.stem: [path] for path in texts}
     if _has_labels_apart(root):
         children = sorted(child for child in (root / "images").iterdir() if child.is_dir())
