@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import __version__
-from edgekd.errors import ArtifactError, UserError, is_refusal, refusal
+from edgekd.errors import ArtifactError, EdgeKDError, UserError, is_refusal, refusal
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = "edgekd.manifest/1"
@@ -60,9 +60,14 @@ def require_file(path: Path, suffixes: Sequence[str] = ()) -> None:
         with tempfile.TemporaryFile(dir=over):  # some folders take none, such as /proc, whoever asks
             pass
     except OSError as error:
-        if is_refusal(error):
-            raise refusal(error, path) from error
-        raise UserError(f"{path} cannot be written", got=error.strerror, fix="choose another place") from error
+        raise _refused_place(error, path) from error
+
+
+def _refused_place(error: OSError, path: Path) -> EdgeKDError:
+    """What to tell where nothing can be begun, for whatever reason."""
+    if is_refusal(error):
+        return refusal(error, path)
+    return UserError(f"{path} cannot be written", got=error.strerror, fix="choose another place")
 
 
 @contextlib.contextmanager
@@ -104,10 +109,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path` and move it into place on success; on any error, nothing is left.
 
     Raises:
-        OSError: the system refuses it, such as where `path` is a folder with something in it.
+        UserError: there can be no such folder. EdgeKDError: the disk is full.
+        OSError: the system refuses it later, such as where `path` is a folder with something in it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _refused_place(error, path) from error
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())

@@ -128,7 +128,8 @@ def _open(path: Path) -> Document:
     if path.is_dir():
         raise RecipeError(f"{path} is a folder", expected="a recipe, such as recipes/demo.yaml")
     try:
-        raw = path.read_bytes()
+        with open(path, "rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path()
         names = sorted(item.name for pattern in ("*.yaml", "*.yml") for item in folder.glob(pattern))
@@ -141,7 +142,7 @@ def _open(path: Path) -> Document:
     except OSError as error:
         raise RecipeError(f"{path} cannot be read", got=error.strerror) from error
     if len(raw) > MAX_BYTES:
-        raise RecipeError(f"{path} is no recipe", got=f"{len(raw):,} bytes", expected=f"at most {MAX_BYTES:,}")
+        raise RecipeError(f"{path} is no recipe", got="a larger file", expected=f"at most {MAX_BYTES:,} bytes")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

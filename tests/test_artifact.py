@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from edgekd.artifact import atomic_path, require_file
+from edgekd.artifact import atomic_folder, atomic_path, require_file
 from edgekd.checkpoint import checkpoint_facts, load_detector
 from edgekd.errors import ArtifactError, EdgeKDError, UserError
 
@@ -148,3 +148,10 @@ def test_a_pickled_detector_is_named_with_the_command_that_exports_it(
     assert fix.startswith("export that detector to ONNX")
     assert fix.endswith("exports it") == (command is not None)
     assert command is None or command.format(path) in fix
+
+
+def test_a_folder_that_can_never_be_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file/x", Path("/proc/edgekd")):  # some folders take none, whoever asks
+        with pytest.raises(UserError, match="cannot be written"), atomic_folder(place):
+            pass

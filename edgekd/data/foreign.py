@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekd.data.layout import is_regular
+
 _GLANCE_BYTES = 16_384
 _MOST_GLANCES = 60
 """Files of one suffix that are looked into."""
@@ -182,7 +184,7 @@ def kind_of(path: Path) -> Kind | None:
     """The format that is not read which the file is in, as far as its beginning tells."""
     suffix = path.suffix.lower()
     kinds = [kind for kind in KINDS if suffix in kind.suffixes]
-    if not kinds:
+    if not kinds or not is_regular(path):
         return None
     try:
         with path.open("rb") as file:
