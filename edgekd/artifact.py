@@ -318,8 +318,11 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise ArtifactError(f"{path} is not edgekd's", fix="choose another folder, or move that file away")
         if data["schema"] != SCHEMA:
             raise ArtifactError(f"{path}: unknown schema", got=data["schema"], expected=SCHEMA)
-        return Manifest(data["kind"], data["inputs"], data["files"], data["facts"])
-    except (KeyError, TypeError, ValueError) as error:
+        found = Manifest(data["kind"], data["inputs"], data["files"], data["facts"])
+        if not all(isinstance(part, dict) for part in (found.inputs, found.files, found.facts)):
+            raise TypeError("inputs, files and facts must be objects")
+        return found
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged", got=error, fix="delete it and run the stage again") from error
 
 

@@ -77,7 +77,7 @@ class RunLog:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Every whole record of a run's log; a line cut off by a kill is left out."""
+    """Every whole record of a run's log; a line that a kill has cut off, or a disk has damaged, is left out."""
     path = folder / METRICS_FILE
     return [json.loads(line) for line in _kept_lines(path, None)] if path.is_file() else []
 
@@ -85,19 +85,14 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def _kept_lines(path: Path, start_step: int | None) -> list[str]:
     kept = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+                step = int(record.get("step", 0))
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 continue
-            if (
-                start_step is None
-                or int(record.get("step", 0)) < start_step
-                or (
-                    # An evaluation carries the number of steps done, so the one before the checkpoint has its step.
-                    record.get("event") == "eval" and int(record["step"]) <= start_step
-                )
-            ):
+            # An evaluation carries the number of steps done, so the one before the checkpoint has its step.
+            if start_step is None or step < start_step or (record.get("event") == "eval" and step <= start_step):
                 kept.append(line)
     return kept
 

@@ -80,19 +80,24 @@ class RunState:
         if not path.is_file():
             return
         payload = read_state(path)
-        self.learner.load_state_dict(payload["learner"])
-        if self.ema is not None:
-            self.ema.load_state_dict(payload["ema"])
-        self.optimizer.load_state_dict(payload["optimizer"])
-        if self.adversary is not None:
-            self.adversary.load_state_dict(payload["adversary"])
-        if payload.get("scaler"):  # of fp16 alone
-            self.precision.load_state_dict(payload["scaler"])
-        torch.set_rng_state(payload["rng"])
-        if torch.cuda.is_available() and payload.get("rng_gpu") is not None:
-            torch.cuda.set_rng_state(payload["rng_gpu"])
-        self.guard.history = payload["weak"]
-        self.progress = Progress(**payload["progress"])
+        try:
+            self.learner.load_state_dict(payload["learner"])
+            if self.ema is not None:
+                self.ema.load_state_dict(payload["ema"])
+            self.optimizer.load_state_dict(payload["optimizer"])
+            if self.adversary is not None:
+                self.adversary.load_state_dict(payload["adversary"])
+            if payload.get("scaler"):  # of fp16 alone
+                self.precision.load_state_dict(payload["scaler"])
+            torch.set_rng_state(payload["rng"])
+            if torch.cuda.is_available() and payload.get("rng_gpu") is not None:
+                torch.cuda.set_rng_state(payload["rng_gpu"])
+            self.guard.history = payload["weak"]
+            self.progress = Progress(**payload["progress"])
+        except torch.cuda.OutOfMemoryError:  # nothing is wrong with the file
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise _no_way_on(path, f"{type(error).__name__}: {str(error).splitlines()[-1][:200]}") from error
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -104,9 +109,11 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return read_payload(path, STATE_SCHEMA)
     except ArtifactError as error:
-        raise ArtifactError(
-            f"{path}: the run cannot go on from it", got=error.got, fix="move it away, and training begins anew"
-        ) from error
+        raise _no_way_on(path, error.got) from error
+
+
+def _no_way_on(path: Path, got: object) -> ArtifactError:
+    return ArtifactError(f"{path}: the run cannot go on from it", got=got, fix="move it away, and training begins anew")
 
 
 def require_best(folder: Path) -> None:

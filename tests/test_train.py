@@ -18,13 +18,14 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from edgekd.checkpoint import checkpoint_facts, load_detector
+from edgekd.artifact import is_current, sha256_json, write_manifest
+from edgekd.checkpoint import STATE_SCHEMA, checkpoint_facts, load_detector
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, Targets
 from edgekd.errors import ArtifactError, NonFiniteLossError, RecipeError, UserError
 from edgekd.learning import LearningStep, StepInput
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
-from edgekd.runlog import read_log
+from edgekd.runlog import RunLog, read_log
 from edgekd.selection import Selection
 from edgekd.train import TrainJob, lr_factor, train_detector
 from edgekd.training_setup import StopSignals, fitting_threads, make_fabric, make_optimizer, moving_average
@@ -150,12 +151,31 @@ def test_what_a_killed_process_left_of_a_checkpoint_is_cleared(tmp_path: Path) -
     assert (job.out / ".notes.pt").is_file()
 
 
+@pytest.mark.parametrize("part", ["inputs", "files", "facts"])
+def test_a_manifest_whose_parts_are_of_other_types_is_damaged(tmp_path: Path, part: str) -> None:
+    write_manifest(tmp_path, "run", {}, [], {})
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: []}))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged"):
+        is_current(tmp_path, "run", {})
+
+
+def test_a_damaged_line_of_a_log_costs_that_line_alone(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\x00{"st\n[]\nnull\n{"step": "x"}\n{"step": 2}\n')
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 2]
+    RunLog(tmp_path, start_step=2).close()
+    assert [record["step"] for record in read_log(tmp_path)] == [1]
+
+
 def test_a_damaged_state_says_how_to_begin_anew(tmp_path: Path) -> None:
     job = make_job(tmp_path, epochs=1)
     train_detector(job)
     (job.out / "manifest.json").unlink()
     (job.out / "last.pt").write_bytes((job.out / "last.pt").read_bytes()[:1000])
     with pytest.raises(ArtifactError, match="move it away, and training begins anew"):
+        train_detector(job)
+    torch.save({"schema": STATE_SCHEMA, "inputs": sha256_json(job.inputs), "learner": {}}, job.out / "last.pt")
+    with pytest.raises(ArtifactError, match="move it away, and training begins anew"):  # of another version of edgekd
         train_detector(job)
     (job.out / "last.pt").unlink()
     (job.out / "model.pt").unlink()

@@ -99,9 +99,7 @@ def _outdated(folder: Path, recipe: Path) -> str | None:
         manifest = read_manifest(folder / "bench")
     except ArtifactError:
         return None
-    if manifest is None or not isinstance(manifest.files, dict) or not isinstance(manifest.facts, dict):
-        return None
-    if manifest.files.get("result.json") != sha256_file(folder / "bench" / "result.json"):
+    if manifest is None or manifest.files.get("result.json") != sha256_file(folder / "bench" / "result.json"):
         return None
     measured_with = manifest.facts.get("recipe")
     again = [run for run in ("student", "distilled") if (folder / run).is_dir() and not _is_finished(folder / run)]
