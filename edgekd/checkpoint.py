@@ -6,6 +6,7 @@ Everything is read with `weights_only=True`: a checkpoint from a stranger can be
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,7 @@ def read_payload(path: Path, schema: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch's own words about a file that is refused below
             payload = torch.load(path, map_location="cpu", weights_only=True)
+        _require_checksums(path)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file") from error
     except Exception as error:  # a damaged file makes torch raise nearly anything, struct.error among it
@@ -94,6 +96,18 @@ def read_payload(path: Path, schema: str) -> dict[str, Any]:
             else f"give the run's folder, or the {MODEL_FILE} in it",
         )
     return dict(payload)
+
+
+def _require_checksums(path: Path) -> None:
+    """Torch reads a weight that a disk or a copy has changed as it is; the archive knows better.
+
+    Raises:
+        zipfile.BadZipFile: a part is not what was written.
+    """
+    if zipfile.is_zipfile(path):  # torch's old format has no checksums
+        with zipfile.ZipFile(path) as archive:
+            if changed := archive.testzip():
+                raise zipfile.BadZipFile(changed)
 
 
 def load_detector(path: Path) -> Detector:

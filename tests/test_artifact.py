@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from edgekd.artifact import atomic_folder, atomic_path, require_file
-from edgekd.checkpoint import checkpoint_facts, load_detector
+from edgekd.checkpoint import checkpoint_facts, load_detector, read_payload
 from edgekd.errors import ArtifactError, EdgeKDError, UserError
 
 
@@ -62,6 +62,18 @@ def test_an_onnx_file_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "big.onnx").write_bytes(b"\x08\x08:\x9c\xa3")
     with pytest.raises(ArtifactError, match="teacher's `onnx`"):
         load_detector(tmp_path / "big.onnx")
+
+
+def test_a_changed_weight_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"schema": "edgekd.detector/1", "weights": {"w": torch.full((64,), 3.0)}}, path)
+    assert read_payload(path, "edgekd.detector/1")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\0\0\x40\x40" * 64) + 99] ^= 8
+    path.write_bytes(data)
+    assert torch.load(path)["weights"]["w"][24] != 3  # torch has nothing to say
+    with pytest.raises(ArtifactError, match="damaged or cut-off"):
+        read_payload(path, "edgekd.detector/1")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
