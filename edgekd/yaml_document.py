@@ -21,6 +21,7 @@ KeyPath = tuple[str | int, ...]
 MAX_BYTES = 1 << 20
 MAX_VALUES = 10_000
 _TAG = "tag:yaml.org,2002:"
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, order=True)
@@ -233,7 +234,9 @@ class _Builder:
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         kind, text = node.tag.removeprefix(_TAG), str(node.value)
         if kind == "str":
-            return text
+            if _HALVES.search(text):  # how Python has a file name's bytes that are no UTF-8
+                self.note(node, path, "not text in UTF-8: a file or folder of such a name must be renamed first")
+            return _HALVES.sub("?", text)
         if kind == "null":
             return None
         self.document.texts[path] = text

@@ -213,6 +213,12 @@ CASES = {
         "3:9: data.root",
         "tags such as 'tag:yaml.org,2002:python/name:os.system' are not understood",
     ),
+    "bytes that are no UTF-8": (
+        "root: data",
+        'root: "b\\udcfcd"',
+        "3:9: data.root",
+        "not text in UTF-8: a file or folder of such a name must be renamed first",
+    ),
     "both weights": (
         "name: good",
         "name: good\ndistill: {terms: [{loss: response, weight: 1, gradient_ratio: 1}]}",
