@@ -377,10 +377,10 @@ class DistillConfig(_Section):
 
     terms: tuple[TermConfig, ...] = (TermConfig(loss="response"),)
     detection_weight: float = Field(1.0, ge=0, description="Weight of the ground-truth loss.")
-    answers: Literal["auto", "image", "online"] = Field(
-        "auto",
-        description="Where the boxes come from that terms read, if any does. image, which is what auto means: each teacher "
-        "sees every training image once, and its boxes follow the augmentation; online: from the augmented view itself.",
+    answers: Literal["image", "online"] = Field(
+        "image",
+        description="Where the boxes come from that terms read, if any does. image: each teacher sees every training image "
+        "once, and its boxes follow the augmentation; online: from the augmented view itself.",
     )
     cache: CacheConfig | None = Field(
         None,

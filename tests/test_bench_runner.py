@@ -19,7 +19,7 @@ from edgekd.bench.memory import process_peak_bytes
 from edgekd.bench.precision_recall import percentile_interval, resampled_ap50, share_interval
 from edgekd.bench.result import _pairs as pairs_of
 from edgekd.bench.result import compare, headline_rows, read_result
-from edgekd.bench.runner import bench_artifacts
+from edgekd.bench.runner import bench_artifacts, fingerprint
 from edgekd.bench.saved import read_saved
 from edgekd.errors import ArtifactError, ClassMapError, DataError
 from edgekd.export.graph import set_metadata
@@ -27,7 +27,7 @@ from edgekd.export.onnx import detections_form
 from edgekd.recipe import BenchConfig
 from edgekd.selection import Selection
 from edgekd.types import Dataset, Detections, ImageRecord
-from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, POOR_SCORES, make_dataset, write_detector
+from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, NAMES, POOR_SCORES, make_dataset, write_detector
 
 CONFIG = BenchConfig(samples=20, warmup_seconds=0.0, threads=1)
 
@@ -265,6 +265,33 @@ def test_thresholds_that_are_not_the_file_s_own_are_told(tmp_path: Path) -> None
 
     assert "s: its own recipe measures it with --iou 0.4 --box-voting 0.6" in warnings()
     assert not any("own recipe" in warning for warning in warnings(nms_iou=0.4, box_voting=0.6))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "checkpoint"])
+def test_weights_chosen_on_the_measured_images_are_told(tmp_path: Path, checkpoint: Path, kind: str) -> None:
+    import torch
+
+    names = ("cat", "dog")
+    dataset, other = (make_dataset(tmp_path / f"{n}", images=n, class_names=names) for n in (2, 3))
+    run = {"chosen_on": fingerprint(dataset)}
+    if kind == "onnx":
+        file = write_detector(tmp_path / "s.onnx", GOOD_BOXES, GOOD_SCORES)
+        model = onnx.load(str(file))
+        set_metadata(model, {"edgekd.provenance": {"run": run}})
+        onnx.save(model, str(file))
+        artifact = BenchArtifact(file, "s", class_map=dict(zip(NAMES, names, strict=True)))
+    else:
+        file = tmp_path / "s.pt"
+        torch.save({**torch.load(checkpoint, weights_only=True), "facts": run}, file)
+        artifact = BenchArtifact(file, "s")
+
+    def is_told(images: Dataset) -> bool:
+        out = tmp_path / "result.json"
+        warnings = bench_artifacts([artifact], images, config=CONFIG, out=out, memory=False)["warnings"]
+        return any(text.startswith("s: the best of several evaluations on these very images") for text in warnings)
+
+    assert is_told(dataset)
+    assert not is_told(other)
 
 
 def test_one_teacher_is_the_reference(tmp_path: Path) -> None:

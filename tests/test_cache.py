@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -24,7 +25,7 @@ from edgekd.data.view_plan import ViewPlan, view_digest
 from edgekd.data.view_store import SHARD_IMAGES, ViewStore, hold, shard_is_intact, shard_name, write_shard
 from edgekd.detectors.base import Detector
 from edgekd.distill import Clock, Distiller, TeacherSet
-from edgekd.errors import ArtifactError, DistillationSetupError, TeacherError
+from edgekd.errors import ArtifactError, DistillationSetupError, TeacherError, UserError
 from edgekd.learning import LearningStep, StepInput
 from edgekd.recipe import AugmentConfig, CacheConfig, DistillConfig, EnsembleConfig, Recipe, TermConfig
 from edgekd.teachers.base import TeacherOutput
@@ -494,6 +495,15 @@ def test_a_store_keeps_few_of_its_files_open(tmp_path: Path, monkeypatch: pytest
         assert found.digests == indices
         assert found.arrays["tap.x"][:, 0].tolist() == indices
         assert mapped() == 2
+
+
+def test_a_file_system_without_locks_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("edgekd.data.view_store.fcntl.flock", flock)
+    with pytest.raises(UserError, match=r"No locks available[\s\S]*distill\.cache\.folder"):
+        ViewStore(tmp_path)
 
 
 def test_what_another_process_makes_is_waited_for(tmp_path: Path) -> None:

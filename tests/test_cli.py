@@ -410,7 +410,9 @@ def test_bench_refuses_what_it_cannot_read(scenes: Path) -> None:
         ("bundle run --out b --precision fp16 --target x86", "--target", "--precision int8"),
         ("plan --max-latency-ms 3 --out p --host-ms 1", "--host-ms", "--target"),
         ("plan --max-latency-ms 3 --out p --set seed=1", "--set", "--teachers"),
-        ("--set seed=1 doctor", "--set", "a command that reads a recipe"),
+        ("--set seed=1 doctor", "--set", "a command whose --help has --set"),
+        ("--seed 1 report runs/a", "--seed", "a command whose --help has --seed"),
+        ("--device cpu data make --out a", "--device", "a command whose --help has --device"),
         ("plan --max-latency-ms 3 --out p --split val", "--split", "--data or --teachers"),
     ],
 )
@@ -419,6 +421,15 @@ def test_an_option_that_would_do_nothing_is_refused(words: str, idle: str, need:
     assert result.exit_code == 2
     assert f"{idle} do" in result.stderr
     assert result.stderr.splitlines()[1].endswith(need)
+
+
+@pytest.mark.parametrize(
+    "words", ["plan --out p --max-latency-ms inf", "bench a.onnx --data d --split val --max-map-drop inf"]
+)
+def test_options_are_finite_numbers(words: str) -> None:
+    result = edgekd(*words.split())
+    assert result.exit_code == 2
+    assert f"{words.split()[-2]} is not a number" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -192,10 +192,9 @@ def test_epochs_and_seeds_differ(make_loader: Callable[..., TrainLoader]) -> Non
 @pytest.mark.parametrize("count", [16, 18, 3])
 def test_ranks_share_each_global_batch(make_loader: Callable[..., TrainLoader], world_size: int, count: int) -> None:
     dataset = make_dataset(count)
-    whole = list(make_loader(dataset, batch_size=8, drop_last=False).epoch(0))
+    whole = list(make_loader(dataset, batch_size=8).epoch(0))
     ranks = [
-        list(make_loader(dataset, batch_size=8, drop_last=False, rank=r, world_size=world_size).epoch(0))
-        for r in range(world_size)
+        list(make_loader(dataset, batch_size=8, rank=r, world_size=world_size).epoch(0)) for r in range(world_size)
     ]
     assert {len(batches) for batches in ranks} == {len(whole)}
     for step, batch in enumerate(whole):
@@ -206,14 +205,9 @@ def test_ranks_share_each_global_batch(make_loader: Callable[..., TrainLoader], 
         assert set(together) <= set(batch.image_ids)
 
 
-@pytest.mark.parametrize(
-    ("count", "drop_last", "sizes"),
-    [(8, True, [4, 4]), (10, True, [4, 4]), (10, False, [4, 4, 2]), (3, True, [3]), (1, True, [1]), (4, True, [4])],
-)
-def test_incomplete_batches(
-    make_loader: Callable[..., TrainLoader], count: int, drop_last: bool, sizes: list[int]
-) -> None:
-    loader = make_loader(make_dataset(count), drop_last=drop_last)
+@pytest.mark.parametrize(("count", "sizes"), [(8, [4, 4]), (10, [4, 4]), (3, [3]), (1, [1]), (4, [4])])
+def test_incomplete_batches(make_loader: Callable[..., TrainLoader], count: int, sizes: list[int]) -> None:
+    loader = make_loader(make_dataset(count))
     assert loader.steps_per_epoch == len(sizes)
     assert [len(batch.image_ids) for batch in loader.epoch(0)] == sizes
 

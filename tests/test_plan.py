@@ -283,6 +283,21 @@ def test_recipes_of_the_users_own_stay(tmp_path: Path, meter: Made) -> None:
     assert len(list(tmp_path.glob("*.yaml"))) == 3
 
 
+def test_recipes_that_were_edited_stay(tmp_path: Path, meter: Made) -> None:
+    first, _, third = (tmp_path / name for name in planned(tmp_path, top=3)["recipes"])
+    edited = {file: file.read_text(encoding="utf-8") + "seed: 5\n" for file in (first, third)}
+    for file, text in edited.items():
+        file.write_text(text, encoding="utf-8")
+    for _ in range(2):
+        again = planned(tmp_path, top=1)
+        assert again["recipes"] == [first.name]
+        assert {file: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.yaml")} == edited
+        assert any(first.name in note and "stays" in note for note in again["notes"])
+    first.unlink()
+    planned(tmp_path, top=1)
+    assert "seed: 5" not in first.read_text(encoding="utf-8")
+
+
 def test_a_narrower_plan_speaks_of_its_own_candidates(tmp_path: Path, meter: Made) -> None:
     wide = planned(tmp_path)
     few = [candidate for candidate in made_up({SSD: 0.7}) if candidate.shape.width == 1.4]

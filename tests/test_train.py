@@ -19,6 +19,7 @@ import torch
 from lightning_fabric import Fabric
 
 from edgekd.artifact import is_current, sha256_json, write_manifest
+from edgekd.bench.runner import fingerprint
 from edgekd.checkpoint import STATE_SCHEMA, checkpoint_facts, load_detector
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, Targets
@@ -433,6 +434,8 @@ def test_select_best_ships_the_best(tmp_path: Path) -> None:
     job = make_job(tmp_path, epochs=2, eval_every=1, select="best")
     train_detector(job)
     assert (job.out / "model.pt").read_bytes() == (job.out / "best.pt").read_bytes()
+    assert job.val is not None
+    assert checkpoint_facts(job.out)["chosen_on"] == fingerprint(job.val)
 
 
 @pytest.mark.parametrize(("select", "told"), [("best", 0.7), ("last", 0.2)])

@@ -118,6 +118,11 @@ def bench_artifacts(
             f"split {dataset.split!r} has no object: accuracy cannot be measured on it (`edgekd data check`)"
         )
     told = [f"{s.name}: {said}" for s in found.subjects for said in _about_thresholds(s)]
+    if chosen := [s.name for s in found.subjects if _chosen_on(s) == fingerprint(dataset)]:
+        told.append(
+            f"{', '.join(chosen)}: the best of several evaluations on these very images (train.select: best), so accuracy "
+            "here is optimistic"
+        )
     if dataset.by_teachers:
         told.append(f"split {dataset.split!r} {LABELLED_BY_TEACHERS}")
     absent = [name for name, one in accuracies[0].per_class.items() if not one.objects]
@@ -188,6 +193,13 @@ def _about_thresholds(subject: Subject) -> list[str]:
     own, used = answering.own_selection(), answering.selection.to_dict()
     other = [f"{OPTIONS[key]} {value:g}" for key, value in own.items() if used[key] != value]
     return [f"its own recipe measures it with {' '.join(other)}"] if other and not answering.form.is_finished else []
+
+
+def _chosen_on(subject: Subject) -> str | None:
+    """The images, by their `fingerprint`, on which training chose these weights among others, if it did."""
+    facts = subject.members[0].predictor.facts if len(subject.members) == 1 else {}
+    run = facts.get("provenance", {}).get("run", {})
+    return None if (chosen := run.get("chosen_on")) is None else str(chosen)
 
 
 def _rows(found: Measured, accuracies: Sequence[Accuracy]) -> list[dict[str, Any]]:

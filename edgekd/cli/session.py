@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -187,8 +188,15 @@ def session_of(context: typer.Context) -> Session:
     if not isinstance(session, Session):
         raise TypeError("no session: the root group has not run")
     session.merge(**{name: value for name, value in context.params.items() if name in _COMMON})
-    if session.sets and "sets" not in context.params:  # given before a command that does not take it
-        raise UserError("--set does nothing here", expected="a command that reads a recipe")
+    given = {"sets": session.sets, "seed": session.seed, "device": session.device}
+    for name in given.keys() - context.params:  # given before a command that does not take it
+        if given[name] not in (None, []):
+            option = f"--{name.removesuffix('s')}"
+            raise UserError(f"{option} does nothing here", expected=f"a command whose --help has {option}")
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{parameter.opts[0]} is not a number", got=value)
     return session
 
 

@@ -113,7 +113,6 @@ class TrainLoader:
         answers: for each teacher, image id to its answer in original pixels, mapped through each view.
         plan: which view an epoch shows; drawn from `augment`, `seed` and `epochs` if left out.
         stores: what teachers said about the plan's views.
-        drop_last: leave out an epoch's incomplete last batch, unless it is the only one.
         rank: this process's place among `world_size`; each gets every `world_size`-th image of each batch.
         world_size: how many processes share the batches.
 
@@ -138,7 +137,6 @@ class TrainLoader:
         answers: Sequence[Mapping[str, SoftDetections]] = (),
         plan: ViewPlan | None = None,
         stores: Sequence[ViewStore] = (),
-        drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -155,7 +153,6 @@ class TrainLoader:
         self._sizes = tuple(dict.fromkeys([preprocess.input_hw, *extra_hw]))
         self._extra_hw = tuple(dict.fromkeys(extra_hw))
         self._answers = tuple(answers)
-        self._drop_last = drop_last and len(dataset) >= batch_size
         self._rank, self._world_size = rank, world_size
         self._pool: ThreadPoolExecutor | None = None
         used = [~record.crowd if difficult else record.trainable for record in dataset.records]
@@ -164,9 +161,8 @@ class TrainLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches an epoch, the same on every rank; at least 1."""
-        whole, rest = divmod(len(self._dataset), self._batch_size)
-        return whole + (0 if self._drop_last or not rest else 1)
+        """Batches an epoch, the same on every rank; an incomplete one is left out, unless it is the only one."""
+        return max(1, len(self._dataset) // self._batch_size)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (from 0), from `start_batch` on.

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.artifact import atomic_path
-from edgekd.errors import ArtifactError
+from edgekd.errors import ArtifactError, UserError
 
 SHARD_IMAGES = 64
 """Images a shard: what is lost at most when a machine is cut off, and what a process holds in memory while filling."""
@@ -205,6 +205,9 @@ def hold(folder: Path, *, alone: bool = False) -> IO[bytes] | None:
     """Hold a store's folder until the returned file is closed or the process ends: shared, or `alone`.
 
     None if it was to be held alone and another process uses it.
+
+    Raises:
+        UserError: the file system has no locks.
     """
     path = folder / ".in-use"
     while True:
@@ -212,9 +215,17 @@ def hold(folder: Path, *, alone: bool = False) -> IO[bytes] | None:
         stream = open(path, "ab")  # noqa: SIM115
         try:
             fcntl.flock(stream, (fcntl.LOCK_EX | fcntl.LOCK_NB) if alone else fcntl.LOCK_SH)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # the latter over NFS
             stream.close()
             return None
+        except OSError as error:
+            stream.close()
+            raise UserError(
+                f"{folder} cannot be held against other processes",
+                got=error.strerror,
+                expected="a file system with file locks (Lustre has them when mounted with `flock`)",
+                fix="name another `distill.cache.folder`",
+            ) from error
         if path.exists() and os.path.samestat(path.stat(), os.fstat(stream.fileno())):
             os.utime(path)  # what was used last is evicted last
             return stream

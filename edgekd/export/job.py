@@ -176,7 +176,7 @@ def _provenance(source: Path) -> dict[str, Any]:
     """Where the weights came from, without this machine's paths."""
     file = detector_file(source)
     facts = checkpoint_facts(source)
-    named = {key: facts[key] for key in ("metrics", "seed", "step", "inputs") if key in facts}
+    named = {key: facts[key] for key in ("metrics", "seed", "step", "inputs", "chosen_on") if key in facts}
     return {"checkpoint": {"name": file.name, "sha256": sha256_file(file)}, "run": named}
 
 

@@ -103,7 +103,6 @@ def to_int8(
     *,
     config: ExportConfig,
     evaluate: Evaluate | None = None,
-    reduce_range: bool | None = None,
     learned: Ranges | None = None,
 ) -> Int8Result:
     """Static int8 for `config.target`, calibrated on images.
@@ -113,7 +112,6 @@ def to_int8(
 
     Args:
         images: prepared training images, each (1, 3, H, W) float32.
-        reduce_range: 7-bit weights; None: on x86 without VNNI, where 8-bit products saturate.
         learned: ranges of activations that fine-tuning settled (`qat.learned_ranges`); calibration leaves them alone.
 
     Raises:
@@ -125,7 +123,7 @@ def to_int8(
             "int8 needs training images to calibrate on", got="none", fix="give the data set with --data and --split"
         )
     target: Target = config.target
-    narrow = weight_limit(target) < 127 if reduce_range is None else reduce_range
+    narrow = weight_limit(target) < 127
     nodes = set(int8_nodes(model, target))
     histograms = config.calibration != "minmax"
     statistics = collect(model, tensors_to_quantise(model, nodes, target), images, histograms=histograms)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgekd.artifact import source_commit, versions, write_json
+from edgekd.artifact import sha256_file, source_commit, versions, write_json
 from edgekd.bench.device import Contention, device_facts
 from edgekd.bench.roof import cpu_roof
 from edgekd.data.images import evenly_spread, load_image
@@ -19,7 +19,7 @@ from edgekd.device.target import Target
 from edgekd.errors import UserError
 from edgekd.plan.candidates import Candidate
 from edgekd.plan.measure import Exporter, Here, Layout, Row, There
-from edgekd.plan.recipes import HEURISTIC, fits, is_of_a_plan, ranked, write_recipes
+from edgekd.plan.recipes import HEURISTIC, fits, ranked, write_recipes
 from edgekd.plan.search import Search
 from edgekd.recipe import DataConfig, Recipe
 from edgekd.types import Dataset
@@ -66,16 +66,22 @@ class Asked:
 
 @dataclass
 class _Record:
-    """What is known so far, kept in `plan.json` after each measurement, so that a plan can go on."""
+    """What is known so far, kept in `plan.json` after each measurement, so that a plan can go on.
+
+    Attributes:
+        written: the recipes that plans have written here, with their SHA-256.
+    """
 
     file: Path
     identity: Mapping[str, Any]
     rows: dict[str, Row] = field(default_factory=dict)
+    written: dict[str, str] = field(default_factory=dict)
 
     def load(self) -> bool:
         """Take over what an earlier plan measured under the same circumstances; whether there was anything."""
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
+            self.written = dict(found.get("written", {}))
             if found["schema"] == SCHEMA and found["identity"] == self.identity:
                 self.rows = {row["name"]: row for row in found["rows"] if "failed" not in row}
         except FileNotFoundError:
@@ -95,7 +101,8 @@ class _Record:
 
     def save(self, **more: Any) -> dict[str, Any]:
         """Write the file."""
-        body = {"schema": SCHEMA, "identity": dict(self.identity), **more, "rows": list(self.rows.values())}
+        body = {"schema": SCHEMA, "identity": dict(self.identity), **more, "written": self.written}
+        body["rows"] = list(self.rows.values())
         write_json(self.file, body)
         return body
 
@@ -132,10 +139,12 @@ def make_plan(
     left = search.left(record.times(candidates))
     rows = record.of(candidates)
     best = ranked(rows, asked.budget_ms)
-    for file in out.glob("[0-9][0-9]-*.yaml"):
-        if is_of_a_plan(file):  # an earlier one in this folder
-            file.unlink()
+    for name, digest in record.written.items():  # by an earlier plan; one that was edited since is the user's own
+        if (out / name).is_file() and sha256_file(out / name) == digest:
+            (out / name).unlink()
+    own = set(out.glob("*.yaml"))
     files, notes = write_recipes(best[: asked.top], base, data, out, asked.threads, asked.budget_ms)
+    record.written = {file.name: sha256_file(file) for file in files if file not in own}
     return record.save(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         commit=source_commit(),

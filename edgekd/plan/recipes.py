@@ -36,7 +36,6 @@ HEURISTIC = (
 Row = Mapping[str, Any]
 
 _ANY_DATA = "data/my-data"
-_FROM = "# From `edgekd plan`"
 
 
 def fits(row: Row, budget_ms: float) -> bool:
@@ -70,6 +69,8 @@ def write_recipes(
 ) -> tuple[list[Path], list[str]]:
     """One recipe file a row, numbered in their order; returns the files and what the user should know.
 
+    A file that is there stays as it is.
+
     Args:
         base: all but the student is taken from it. data: instead of the base's.
     """
@@ -79,14 +80,12 @@ def write_recipes(
     for number, row in enumerate(rows, 1):
         recipe = _checked(_recipe(row, base, data, threads), notes)
         file = out / f"{number:02d}-{recipe.name}.yaml"
-        write_text(file, _head(row, budget_ms) + dump_recipe(recipe, out))
+        if file.exists():
+            notes.append(f"{file.name} is there, edited or your own, and stays: move it away to have it written anew")
+        else:
+            write_text(file, _head(row, budget_ms) + dump_recipe(recipe, out))
         files.append(file)
     return files, list(dict.fromkeys(notes))
-
-
-def is_of_a_plan(file: Path) -> bool:
-    """Whether a recipe is one that `write_recipes` wrote, and not the user's own."""
-    return file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(_FROM)
 
 
 def combined(recipes: Sequence[Recipe]) -> Recipe | None:
@@ -177,7 +176,7 @@ def _head(row: Row, budget_ms: float) -> str:
     latency, stages = row["latency_ms"], row["stages_ms"]
     apart = "" if stages["pre"] is None else f" ({stages['pre']:.2f} + {stages['infer']:.2f} + {stages['post']:.2f})"
     return (
-        f"{_FROM}: {row['macs'] / 1e9:.3f} GMACs, {latency['median']:.2f} ms{apart} of {budget_ms:g} ms "
+        f"# From `edgekd plan`: {row['macs'] / 1e9:.3f} GMACs, {latency['median']:.2f} ms{apart} of {budget_ms:g} ms "
         f"in {row['precision']}, measured untrained.\n"
         f"# Next: edgekd run THIS_FILE --out runs/{row['name']}\n"
     )

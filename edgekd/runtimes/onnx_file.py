@@ -172,7 +172,7 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
     try:
         spec = DetectorSpec.from_dict(json.loads(metadata["edgekd.spec"]))
         kind = json.loads(metadata["edgekd.output"])["kind"]
-        provenance = json.loads(metadata.get("edgekd.provenance", "{}"))
+        provenance = dict(json.loads(metadata.get("edgekd.provenance", "{}")))
         thresholds = dict(json.loads(metadata.get("edgekd.thresholds", "{}")))
     except (KeyError, TypeError, ValueError, ArtifactError) as error:
         said = error.got if isinstance(error, ArtifactError) else f"{type(error).__name__}: {error}"
