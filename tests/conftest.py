@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.engine_doubles import Machine
+    from tests.fake_tensorrt import FakeTensorRT
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -64,3 +70,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.pt"
     save_detector(path, build_detector(spec_for(config, ("cat", "dog"))), {})
     return path
+
+
+# -- engines on a stand-in for TensorRT ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
+    """Puts a fake TensorRT, and ordinary memory as its device's, in place of what is not here."""
+    from tests.fake_tensorrt import FakeTensorRT
+    from tests.host_buffers import HostBuffers
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def install(version: str = "10.3.0", **settings: Any) -> FakeTensorRT:
+        fake = FakeTensorRT(version, **settings)
+        monkeypatch.setitem(sys.modules, "tensorrt", fake)
+        for module in ("edgekd.runtimes.tensorrt_runtime", "edgekd.export.engine_job"):
+            monkeypatch.setattr(f"{module}.open_buffers", lambda: HostBuffers(fake._device))
+        return fake
+
+    return install
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> Path:
+    """A small ONNX file of edgekd's kind."""
+    from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, write_detector
+
+    return write_detector(tmp_path / "student.onnx", GOOD_BOXES, GOOD_SCORES)
