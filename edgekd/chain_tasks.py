@@ -28,13 +28,15 @@ from edgekd.stages import (
     train_student,
     train_teacher,
 )
-from edgekd.teaching import ask_ahead, asks_of_images
+from edgekd.teaching import ask_ahead
 from edgekd.training_setup import fills_one_thread
 from edgekd.workspace import Workspace
 
 
-def chain_tasks(work: Workspace, out: Path, exports: Exports) -> list[Task]:
+def chain_tasks(work: Workspace, out: Path, exports: Exports, *, asks_of_images: bool) -> list[Task]:
     """The trainings and exports that are still to be done, or to be done again since their inputs have changed.
+
+    With `asks_of_images`, each teacher that is trained is asked about the training images as soon as it is.
 
     A distillation that gains from all cores waits for them: it begins when the student alone has been trained, and exports
     wait for it. A small one shares them with the student alone and the first exports.
@@ -51,7 +53,7 @@ def chain_tasks(work: Workspace, out: Path, exports: Exports) -> list[Task]:
     distilled = bool(untrained) or not is_trained(
         distilled_job(work, teachers, out / "distilled", answers=out / "answers")
     )
-    asked = distilled and bool(untrained) and asks_of_images(work)
+    asked = distilled and asks_of_images
     tasks = [
         Task(ready.name, partial(_teacher, config=config, ready=ready if asked else None, out=out))
         for config, ready in untrained

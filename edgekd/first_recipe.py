@@ -234,7 +234,7 @@ def _put_teachers(
     found.values["teachers"] = []
     unknown = set(classes)
     for number, entry in enumerate(entries):
-        terminal.note(f"teacher {entry.name}: opened, and tried on training images if it is none of edgekd's")
+        terminal.note(f"teacher {entry.name}: being opened and, unless edgekd made it, tried on training images")
         teacher = build_teacher(entry, classes)
         try:
             unknown &= set(teacher.unknown_classes)

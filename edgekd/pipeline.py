@@ -79,11 +79,11 @@ class _Chain:
 
     def run(self) -> ChainResult:
         work, out = self.work, self.out
-        check_setup(work)
+        asks_of_images = check_setup(work)
         write_recipe(work.recipe, out)
         self._begin(0)
         exports = Exports(out / "export")
-        if self._side_by_side(exports):
+        if self._side_by_side(exports, asks_of_images):
             # All is there now: what follows only reads it, and need not say so.
             work = replace(work, terminal=Terminal(quiet=True))
         teachers = ready_teachers(work, out / "teachers")
@@ -104,12 +104,12 @@ class _Chain:
 
     # -- training and export -------------------------------------------------------------------------------------
 
-    def _side_by_side(self, exports: Exports) -> bool:
+    def _side_by_side(self, exports: Exports, asks_of_images: bool) -> bool:
         """Do what is to be done in processes side by side; False where there is no room, or too little to do for that."""
         at_once = tasks_at_once(self.work) if self.jobs is None else self.jobs
         if at_once < 2:
             return False
-        tasks = chain_tasks(self.work, self.out, exports)
+        tasks = chain_tasks(self.work, self.out, exports, asks_of_images=asks_of_images)
         if len(tasks) < 2:
             return False
         run_side_by_side(self.work, tasks, min(at_once, len(tasks)), exports.note)

@@ -50,38 +50,33 @@ PROBED_IMAGES = 16
 """Training images on which teachers whose boxes nothing reads are tried, lest one that finds nothing teach its features."""
 
 
-def check_setup(work: Workspace) -> None:
+def check_setup(work: Workspace) -> bool:
     """Build everything once, untrained where it must be, so that a mistake shows before hours of training.
+
+    Returns:
+        See `check_terms`.
 
     Raises:
         EdgeKDError: what `check_terms` raises; or weights that cannot be had, or do not fit what is asked of them.
     """
-    check_terms(work)
+    asks_of_images = check_terms(work)
     recipe, classes, records = work.recipe, work.train.class_names, work.train.records
     trained = [teacher for teacher in recipe.teachers if isinstance(teacher, TrainedTeacher)]
     for model, settings in ((recipe.student, recipe.train), *((t.train, t.settings or recipe.train) for t in trained)):
         detector, pretrained = initial_detector(model, fitted_spec(spec_for(model, classes), records))
         frozen_layers(detector, settings.freeze_stride, pretrained=pretrained)
+    return asks_of_images
 
 
-def check_terms(work: Workspace) -> None:
+def check_terms(work: Workspace) -> bool:
     """Build the student, the teachers and the distillation terms, without the weights that training begins with.
+
+    Returns:
+        Whether teachers will be asked about whole training images: see `Distiller.answers_from_images`.
 
     Raises:
         EdgeKDError: a model option, a teacher, a class map, the fusion or a distillation term is wrong.
     """
-    classes, teachers = work.train.class_names, _untrained_distiller(work).set.teachers
-    unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in teachers)]
-    if unknown:
-        work.terminal.warn(f"no teacher knows {some_of(unknown)}: learned from ground truth alone")
-
-
-def asks_of_images(work: Workspace) -> bool:
-    """Whether teachers will be asked about whole training images: see `Distiller.answers_from_images`."""
-    return _untrained_distiller(work).answers_from_images
-
-
-def _untrained_distiller(work: Workspace) -> Distiller:
     recipe, classes, records = work.recipe, work.train.class_names, work.train.records
     student = build_detector(fitted_spec(spec_for(recipe.student, classes), records))
     built: list[PredictorTeacher] = []
@@ -94,7 +89,10 @@ def _untrained_distiller(work: Workspace) -> Distiller:
     ensemble = Ensemble(built, recipe.ensemble)
     distiller = Distiller(student, TeacherSet(tuple(built), ensemble.weights, ensemble.fuse), recipe.distill)
     ensemble.close()
-    return distiller
+    unknown = [name for name in classes if all(name in teacher.unknown_classes for teacher in built)]
+    if unknown:
+        work.terminal.warn(f"no teacher knows {some_of(unknown)}: learned from ground truth alone")
+    return distiller.answers_from_images
 
 
 def gather_teachers(

@@ -25,12 +25,13 @@ from edgekd.recipe_file import load_recipe
 from edgekd.side_by_side import Task, run_side_by_side
 from edgekd.workspace import Workspace, open_workspace
 
+# VGG has few layers: its export takes half of the time that one of MobileNet takes.
 TINY = """\
 name: tiny
 data: {root: scenes, workers: 0}
-student: {model: mobilenetv2-ssd-lite, input_size: 96, width: 0.25}
+student: {model: vgg11-ssd, input_size: 96, width: 0.25}
 teachers:
-  - {name: one, train: {model: mobilenetv2-ssd-lite, input_size: 96, width: 0.25}, seed: 1}
+  - {name: one, train: {model: vgg11-ssd, input_size: 96, width: 0.25}, seed: 1}
 train: {epochs: 1, batch_size: 4}
 export: {precisions: [fp32]}
 bench: {samples: 20, warmup_seconds: 0, threads: 1}
@@ -120,7 +121,7 @@ def test_a_killed_process_is_told(work: Workspace) -> None:
 
 def tasks_of(home: Path, out: Path, *overrides: str) -> dict[str, tuple[str, ...]]:
     with open_workspace(load_recipe(home / "tiny.yaml", overrides), out, quiet=True) as work:
-        return {task.name: task.needs for task in chain_tasks(work, out, Exports(out / "export"))}
+        return {task.name: task.needs for task in chain_tasks(work, out, Exports(out / "export"), asks_of_images=True)}
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -154,9 +155,11 @@ def test_same_weights_as_one_after_another(home: Path, tmp_path: Path, monkeypat
 
     def counted(work: Workspace, tasks: list[Task], at_once: int, done: Any) -> None:
         started.append({task.name for task in tasks})
-        run_side_by_side(work, tasks, at_once, done)
+        if len(started) == 1:  # the chain itself does what has not been done, and starts no processes
+            run_side_by_side(work, tasks, at_once, done)
 
     monkeypatch.setattr(pipeline, "run_side_by_side", counted)
+    monkeypatch.setattr("edgekd.bench.measuring.peak_memory", lambda *_: None)  # a process for each row
     apart, together = tmp_path / "apart", tmp_path / "together"
     run_recipe(load_recipe(home / "tiny.yaml"), apart, quiet=True, jobs=1)
     assert started == []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgekd.data._photometric import Photometric, distort, sample_photometric
-from edgekd.data.views import View, ViewPart, boxes_in_view, identity_view, render_view, sample_view, view_rng
+from edgekd.data.views import View, ViewPart, boxes_in_view, render_view, sample_view, view_rng
 from edgekd.errors import ArtifactError, DataError
 from edgekd.preprocess import geometry_for, resize
 from edgekd.recipe import AugmentConfig
@@ -112,14 +112,21 @@ def test_mosaic_boxes_land_on_their_pixels(seed: int) -> None:
             assert np.abs(measured - got[0]).max() < 1.0
 
 
+def plain_view(hw: tuple[int, int], aspect: float | None = None) -> View:
+    config = AugmentConfig(photometric=0, zoom_out=0, iou_crop=0, flip=0)
+    return sample_view(0, make_dataset([hw], [[]]), config, view_rng(0, 0, "x"), aspect=aspect)
+
+
 @pytest.mark.parametrize("hw", [(375, 500), (500, 333), (120, 160), (301, 77), (320, 320), (1, 9)])
 @pytest.mark.parametrize("input_hw", [(300, 300), (320, 192), (65, 300)])
 @pytest.mark.parametrize("mode", ["stretch", "letterbox"])
-def test_identity_view_is_what_deployment_sees(hw: tuple[int, int], input_hw: tuple[int, int], mode: str) -> None:
+def test_without_augmentation_a_view_is_what_deployment_sees(
+    hw: tuple[int, int], input_hw: tuple[int, int], mode: str
+) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*hw, 3), np.uint8)
     box = np.array([[0, 0, hw[1], hw[0]], [0, 0, hw[1] * 0.6, hw[0] * 0.5]], np.float32)
     spec = PreprocessSpec(input_hw, mode)  # type: ignore[arg-type]
-    view = identity_view(0, make_dataset([hw], [[]]), aspect=None if mode == "stretch" else input_hw[1] / input_hw[0])
+    view = plain_view(hw, None if mode == "stretch" else input_hw[1] / input_hw[0])
     expected, geometry = resize(image, spec)
     np.testing.assert_array_equal(render_view(view, lambda _: image, input_hw), expected)
     got, rows = boxes_in_view(view, {0: box}, input_hw, min_size_px=0)
@@ -131,7 +138,7 @@ def test_rendering_leaves_the_source_alone_and_owns_its_memory() -> None:
     image = np.full((50, 50, 3), 100, np.uint8)
     view = View((ViewPart(0, (50, 50), (0, 0, 50, 50)),), Photometric(brightness=20))
     picture = render_view(view, lambda _: image, (50, 50))
-    plain = render_view(identity_view(0, make_dataset([(50, 50)], [[]])), lambda _: image, (50, 50))
+    plain = render_view(plain_view((50, 50)), lambda _: image, (50, 50))
     plain[:] = 0
     assert (image == 100).all()
     assert (picture == 120).all()
@@ -146,7 +153,7 @@ def test_fill_is_not_distorted() -> None:
 
 
 def test_wrong_image_size_is_a_data_error() -> None:
-    view = identity_view(0, make_dataset([(10, 20)], [[]]))
+    view = plain_view((10, 20))
     with pytest.raises(DataError, match="another size"):
         render_view(view, lambda _: np.zeros((20, 10, 3), np.uint8), (30, 30))
 
@@ -204,7 +211,7 @@ def test_sampled_views_replay_and_survive_json(aspect: float | None, mosaic: flo
 
 
 def test_damaged_view_is_an_artifact_error() -> None:
-    good = identity_view(0, make_dataset([(9, 9)], [[]])).to_dict()
+    good = plain_view((9, 9)).to_dict()
     for bad in ({}, {**good, "parts": [{}]}, {**good, "photometric": {"glow": 1}}):
         with pytest.raises(ArtifactError):
             View.from_dict(bad)

@@ -99,36 +99,12 @@ def bench_artifacts(
     roof = add_roof(rows, [[Path(load["path"]) for load in subject.loads] for subject in found.subjects], threads)
     reference, student = headline_rows(rows)
     comparisons = compare(rows, dataset, found.answers, found.latencies, reference, student, seed)
-    settings = {
-        **config.model_dump(mode="json"),
-        "threads": threads,
-        "affinity": affinity(),
-        "seed": seed,
-        "rounds": len(found.latencies[0].stages_ms),
-        "block": plan.block,
-        "unrecorded_a_block": plan.unrecorded,
-        "latency_images": found.latency_images,
-        "cores_used_by_others": found.contention["cores_used_by_others"],
-        "order": "randomised interleaved blocks (ABBA)",
-        "energy_seconds": energy_seconds,
-    }
+    settings = _settings(config, threads, plan, found, energy_seconds)
     warnings = warnings_of(rows, found.contention, found.conditions["throttled"])
     if not accuracies[0].objects:
         warnings.append(
             f"split {dataset.split!r} has no object: accuracy cannot be measured on it (`edgekd data check`)"
         )
-    told = [f"{s.name}: {said}" for s in found.subjects for said in _about_thresholds(s)]
-    if chosen := [s.name for s in found.subjects if _chosen_on(s) == fingerprint(dataset)]:
-        told.append(
-            f"{', '.join(chosen)}: the best of several evaluations on these very images (train.select: best), so accuracy "
-            "here is optimistic"
-        )
-    if dataset.by_teachers:
-        told.append(f"split {dataset.split!r} {LABELLED_BY_TEACHERS}")
-    absent = [name for name, one in accuracies[0].per_class.items() if not one.objects]
-    if absent and accuracies[0].objects:
-        which = f"{len(absent)} of the {len(dataset.class_names)} classes"
-        told.append(f"split {dataset.split!r} has no object of {which}, and AP leaves them out: {some_of(absent)}")
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -144,13 +120,31 @@ def bench_artifacts(
         "rows": rows,
         "reference": None if reference is None else rows[reference]["name"],
         "comparisons": comparisons,
-        "warnings": warnings + told,
+        "warnings": warnings + _about_accuracy(found.subjects, dataset, accuracies[0]),
         "unfit_to_publish": unfit_to_publish(rows, settings, warnings),
     }
     first = reference if reference is not None else 0
     second = student if student is not None else len(rows) - 1
     _write(out, result, dataset, found, accuracies, (first, second), seed)
     return result
+
+
+def _settings(
+    config: BenchConfig, threads: int, plan: MeasurementPlan, found: Measured, energy_seconds: float
+) -> dict[str, Any]:
+    return {
+        **config.model_dump(mode="json"),
+        "threads": threads,
+        "affinity": affinity(),
+        "seed": plan.seed,
+        "rounds": len(found.latencies[0].stages_ms),
+        "block": plan.block,
+        "unrecorded_a_block": plan.unrecorded,
+        "latency_images": found.latency_images,
+        "cores_used_by_others": found.contention["cores_used_by_others"],
+        "order": "randomised interleaved blocks (ABBA)",
+        "energy_seconds": energy_seconds,
+    }
 
 
 def files_beside(out: Path) -> tuple[Path, Path]:
@@ -181,6 +175,24 @@ def _write(
         "examples": f"{examples.name}/examples.json",
     }
     write_json(out, result)
+
+
+def _about_accuracy(subjects: Sequence[Subject], dataset: Dataset, accuracy: Accuracy) -> list[str]:
+    """What a reader should know of the accuracies; nothing that makes them unfit to publish."""
+    told = [f"{s.name}: {said}" for s in subjects for said in _about_thresholds(s)]
+    shown = fingerprint(dataset)
+    if chosen := [s.name for s in subjects if _chosen_on(s) == shown]:
+        told.append(
+            f"{', '.join(chosen)}: the best of several evaluations on these very images (train.select: best), so accuracy "
+            "here is optimistic"
+        )
+    if dataset.by_teachers:
+        told.append(f"split {dataset.split!r} {LABELLED_BY_TEACHERS}")
+    absent = [name for name, one in accuracy.per_class.items() if not one.objects]
+    if absent and accuracy.objects:
+        which = f"{len(absent)} of the {len(dataset.class_names)} classes"
+        told.append(f"split {dataset.split!r} has no object of {which}, and AP leaves them out: {some_of(absent)}")
+    return told
 
 
 def _about_thresholds(subject: Subject) -> list[str]:

@@ -111,14 +111,6 @@ def view_rng(seed: int, epoch: int, image_id: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, stable_hash]))
 
 
-def identity_view(record_index: int, dataset: Dataset, *, aspect: float | None = None, fill: int = _GREY) -> View:
-    """The whole image, as evaluation shows it: stretched, or with `aspect` (width / height) letterboxed."""
-    record = dataset.records[record_index]
-    h, w = record.image_hw
-    window = _expand((0.0, 0.0, float(w), float(h)), aspect)
-    return View((ViewPart(record_index, record.image_hw, window),), fill=(fill, fill, fill))
-
-
 def sample_view(
     record_index: int,
     dataset: Dataset,
