@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import onnx
@@ -468,6 +469,12 @@ def test_linter_wants_kept_layers_listed(base: onnx.ModelProto):
     assert lint_qdq(model) == []
 
 
+@cache
+def traced(name: str, width: float) -> onnx.ModelProto:
+    config = ModelConfig(model=name, input_size=96, width=width)
+    return trace(build_detector(spec_for(config, CLASSES)).eval())
+
+
 @pytest.mark.parametrize(
     ("name", "width", "target", "convolutions"),
     [
@@ -478,8 +485,7 @@ def test_linter_wants_kept_layers_listed(base: onnx.ModelProto):
     ],
 )
 def test_a_narrow_stem_stays_float(name: str, width: float, target: str, convolutions: int):
-    config = ModelConfig(model=name, input_size=96, width=width)
-    base = trace(build_detector(spec_for(config, CLASSES)).eval())
+    base = copy_of(traced(name, width))
     images = [np.random.default_rng(0).normal(size=(1, 3, 96, 96)).astype(np.float32)]
     result = to_int8(base, images, config=ExportConfig(target=target))
     first = [node.name for node in base.graph.node if node.op_type == "Conv"][:convolutions]

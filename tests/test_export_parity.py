@@ -19,7 +19,7 @@ from edgekd.data import read_dataset
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import ArtifactError, DataError, ParityError, UserError
 from edgekd.export import ExportData, export_run
-from edgekd.export.graph import metadata_of, open_session
+from edgekd.export.graph import copy_of, metadata_of, open_session
 from edgekd.export.job import complete_path
 from edgekd.export.lint import INT8_KEY, lint_qdq
 from edgekd.export.onnx import trace
@@ -146,7 +146,8 @@ def spoil(model: onnx.ModelProto, position: int, factor: float) -> str:
 
 def test_worst_layer_is_found():
     detector = ToyDetector()
-    reference, broken = trace(detector), trace(detector)
+    reference = trace(detector)
+    broken = copy_of(reference)
     tensor = spoil(broken, 2, 3.0)
     worst = worst_layer(reference, broken, IMAGES[0])
     assert worst is not None
