@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
-import os
 import pickle
 import signal
 import time
@@ -38,12 +37,10 @@ from edgekd.teaching import record_views
 from edgekd.train import TrainJob, train_detector
 from edgekd.types import SoftDetections
 from edgekd.workspace import Workspace
+from tests.cache_doubles import SHARD, Counting, fill, recording
 from tests.test_distill import oracle
 from tests.test_train import MODEL, make_job, step_losses
 from tests.toy import BlackBox, ToyTeacher, toy_dataset, toy_detector
-
-SHARD = 8
-"""Images a shard, instead of 64: to fill several takes an eighth of the time."""
 
 TERMS = {
     "boxes": (TermConfig(loss="response"),),
@@ -61,18 +58,6 @@ TERMS = {
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (view_store, cache):
         monkeypatch.setattr(module, "SHARD_IMAGES", SHARD)
-
-
-class Counting(ToyTeacher):
-    """Counts the views it was asked about."""
-
-    def __init__(self, detector: Detector, name: str) -> None:
-        super().__init__(detector, name)
-        self.seen = 0
-
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
-        self.seen += len(images_u8)
-        return super().respond(images_u8, taps, boxes)
 
 
 def wbf(answers: Sequence[SoftDetections]) -> SoftDetections:
@@ -181,18 +166,6 @@ def test_a_further_view_is_added_to_those_there(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- invalidation
 
 
-def recording(folder: Path, teacher: ToyTeacher | None = None, **changes: Any) -> Recording:
-    dataset = toy_dataset(folder / "images", count=changes.pop("count", SHARD + 6))
-    teacher = teacher or Counting(toy_detector(seed=9), "a")
-    wanted = changes.pop("wanted", Wanted(True, True, (next(iter(teacher.tap_specs)),)))
-    settings = {"seed": 3, "epochs": 2, "views": 2, **changes}
-    preprocess = settings.pop("preprocess", teacher.preprocess)
-    augment = settings.pop("augment", AugmentConfig())
-    identity = settings.pop("identity", {"teacher": "hash", "data": "hash"})
-    plan = ViewPlan(dataset, augment, preprocess, settings["seed"], settings["epochs"], settings["views"])
-    return Recording(teacher, wanted, plan, folder / "views", identity)
-
-
 def loader_of(made: Recording, plan: ViewPlan, store: ViewStore, batch_size: int = 4, workers: int = 0) -> TrainLoader:
     return TrainLoader(
         made.plan.dataset,
@@ -297,25 +270,6 @@ def test_rows_are_those_of_their_images(tmp_path: Path, workers: int) -> None:
     loader.close()
 
 
-class Slow(Counting):
-    """Takes its time, so that it can be interrupted."""
-
-    def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
-        time.sleep(0.3)  # a shard
-        return super().respond(images_u8, taps, boxes)
-
-
-def _fill(folder: Path, seen: Any, begin: Any, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    for module in (view_store, cache):  # in a process of its own
-        module.SHARD_IMAGES = SHARD  # type: ignore[attr-defined]
-    teacher = Slow(toy_detector(seed=9), "a")
-    begin.wait(300)
-    recording(folder, teacher, count=3 * SHARD).fill()
-    seen.put(teacher.seen)
-
-
 def _start(folder: Path, environments: Sequence[dict[str, str]]) -> tuple[list[Any], Any, Any]:
     """Processes that begin to fill at once, the queue in which each tells what its teacher has seen, and their barrier.
 
@@ -323,7 +277,7 @@ def _start(folder: Path, environments: Sequence[dict[str, str]]) -> tuple[list[A
     """
     context = multiprocessing.get_context("spawn")
     seen, begin = context.Queue(), context.Barrier(len(environments))
-    children = [context.Process(target=_fill, args=(folder, seen, begin, one)) for one in environments]
+    children = [context.Process(target=fill, args=(folder, seen, begin, one)) for one in environments]
     for child in children:
         child.start()
     return children, seen, begin
