@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from edgekd.data.reading import require_class_names
 from edgekd.errors import DataError, DistillationSetupError, EdgeKDError, TeacherError, UserError
 from edgekd.first_recipe import STUDENT, teacher_entries
 from edgekd.recipe import DataConfig, ModelConfig, Recipe
+from edgekd.selection import DEFAULT_SELECTION
 from edgekd.teachers import build_teacher
 from edgekd.teachers.ensemble import Ensemble
-from edgekd.teaching import teacher_identity
+from edgekd.teaching import most_boxes, teacher_identity
 from edgekd.types import Detections
 from edgekd.workspace import resolved_device
 
@@ -94,8 +95,10 @@ def label_images(
     require_file(root / FILE_NAME)  # before teachers look at thousands of images
     files = list(files_under(root))
     paths = [path for path in files if is_image(path)]
-    built = [build_teacher(config, classes, device=resolved_device(device)) for config in recipe.teachers]
-    ensemble = Ensemble(built, recipe.ensemble, [config.weight for config in recipe.teachers])
+    most, where = most_boxes(recipe), resolved_device(device)
+    built = [build_teacher(config, classes, device=where, max_detections=most) for config in recipe.teachers]
+    selection = replace(DEFAULT_SELECTION, max_detections=most)
+    ensemble = Ensemble(built, recipe.ensemble, [config.weight for config in recipe.teachers], selection=selection)
     notes = [f"teacher {one.name}: {taken}" for one in built for taken in one.predictor.taken_for_granted()]
     if recipe.ensemble.weights == "learned" and len(built) > 1:
         notes.append("ensemble.weights: learned needs labels, so each teacher counts by its `weight`")

@@ -438,7 +438,7 @@ class BenchConfig(_Section):
     mlperf_seconds: float = Field(600.0, gt=0, description="Of each artefact; the rules want 600.")
     score_threshold: float = Field(0.001, ge=0, lt=1, description="For mAP.")
     nms_iou: float = Field(0.5, gt=0, lt=1)
-    max_detections: int = Field(100, ge=1)
+    max_detections: int = Field(100, ge=1, description="Boxes an image; above 100, teachers answer with as many, too.")
     box_voting: float | None = Field(
         None, gt=0, lt=1, description="Candidates that overlap a kept box by more than this move it, each by its score."
     )

@@ -21,7 +21,7 @@ from edgekd.distill import Distiller
 from edgekd.recipe import CheckpointTeacher, DistillConfig, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
 from edgekd.recipe_file import write_recipe
 from edgekd.selection import Selection
-from edgekd.teaching import gather_teachers, hear_teachers, record_views, teacher_identity
+from edgekd.teaching import answering_identity, gather_teachers, hear_teachers, record_views
 from edgekd.train import RunResult, TrainJob, train_detector
 from edgekd.training_state import read_state
 from edgekd.workspace import Workspace
@@ -77,7 +77,7 @@ def teacher_job(work: Workspace, config: TrainedTeacher, out: Path) -> TrainJob:
 def distilled_job(work: Workspace, teachers: Sequence[TeacherConfig], out: Path, *, answers: Path) -> TrainJob:
     """What decides the distilled student; the teachers' files are read for it."""
     recipe = work.recipe
-    identities = [teacher_identity(config) for config in teachers]
+    identities = [answering_identity(recipe, config) for config in teachers]
     distillation = {
         "distill": _distillation_identity(recipe.distill),
         "ensemble": recipe.ensemble.model_dump(mode="json"),

@@ -25,11 +25,13 @@ from edgekd.recipe import (
     CheckpointTeacher,
     ModuleTeacher,
     OnnxTeacher,
+    Recipe,
     TeacherConfig,
     TorchvisionTeacher,
     TrainedTeacher,
 )
 from edgekd.runtimes.model_files import sha256_model
+from edgekd.selection import DEFAULT_SELECTION
 from edgekd.teacher_check import check_reading, is_foreign
 from edgekd.teachers import build_teacher
 from edgekd.teachers.answers import ask, collect_answers
@@ -95,11 +97,21 @@ def check_terms(work: Workspace) -> bool:
     return distiller.answers_from_images
 
 
+def most_boxes(recipe: Recipe) -> int:
+    """How many boxes a teacher answers an image with at most: the usual 100, or more where the recipe measures more."""
+    return max(DEFAULT_SELECTION.max_detections, recipe.bench.max_detections)
+
+
+def _loaded(work: Workspace, config: TeacherConfig) -> PredictorTeacher:
+    device = resolved_device(work.device)
+    return build_teacher(config, work.train.class_names, device=device, max_detections=most_boxes(work.recipe))
+
+
 def gather_teachers(
     work: Workspace, teachers: Sequence[TeacherConfig], identities: Sequence[Mapping[str, Any]], answers: Path
 ) -> TeacherSet:
     """Load the teachers, weigh them, and look whether foreign ones are read rightly."""
-    built = [build_teacher(config, work.train.class_names, device=resolved_device(work.device)) for config in teachers]
+    built = [_loaded(work, config) for config in teachers]
     weights = ensemble_weights(work, teachers, answers)
     ensemble = Ensemble(built, work.recipe.ensemble, weights=weights)
     _check_readings(work, list(zip(teachers, built, identities, strict=True)), answers)
@@ -118,7 +130,8 @@ def hear_teachers(
     _check_heard(work, built, collected, f"the {len(work.train)} training images")
     if work.recipe.ensemble.fusion == "mean-outputs":  # works on raw outputs, so answers cannot be fused afterwards
         members = [one for one in built if isinstance(one, PredictorTeacher)]  # `gather_teachers` builds no others
-        ensemble = Ensemble(members, work.recipe.ensemble, weights=distiller.set.weights)
+        selection = replace(DEFAULT_SELECTION, max_detections=most_boxes(work.recipe))
+        ensemble = Ensemble(members, work.recipe.ensemble, weights=distiller.set.weights, selection=selection)
         identity = {"members": list(identities), "weights": distiller.set.weights}
         fused: Answers = _collect(work, _Together(ensemble), identity, answers)
     else:
@@ -134,8 +147,7 @@ def _probe(work: Workspace, teacher: Teacher) -> Answers:
 
 def ask_ahead(work: Workspace, config: CheckpointTeacher, answers: Path) -> None:
     """Ask a teacher about every training image as soon as it is there, so that distillation finds its answers."""
-    teacher = build_teacher(config, work.train.class_names, device=resolved_device(work.device))
-    _collect(work, teacher, teacher_identity(config), answers)
+    _collect(work, _loaded(work, config), answering_identity(work.recipe, config), answers)
 
 
 def record_views(work: Workspace, distiller: Distiller, identities: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -248,7 +260,7 @@ def ensemble_weights(work: Workspace, teachers: Sequence[TeacherConfig], answers
     given = [config.weight for config in teachers]
     if work.recipe.ensemble.weights == "given" or len(teachers) < 2:
         return tuple(weight / sum(given) for weight in given)
-    identities = [teacher_identity(config) for config in teachers]
+    identities = [answering_identity(work.recipe, config) for config in teachers]
     fusion = work.recipe.ensemble.model_dump(mode="json")
     data = {"images": work.data_identity["train"], "classes": list(work.train.class_names)}
     inputs = {"teachers": identities, "ensemble": fusion, "data": data}
@@ -272,7 +284,7 @@ def _fitted_weights(
 ) -> tuple[float, ...]:
     from edgekd.bench.accuracy import evaluate
 
-    built = [build_teacher(config, work.train.class_names, device=resolved_device(work.device)) for config in teachers]
+    built = [_loaded(work, config) for config in teachers]
     collected = [_collect(work, one, known, answers) for one, known in zip(built, identities, strict=True)]
     records = work.train.records[:: max(1, len(work.train) // WEIGHT_IMAGES)]
 
@@ -307,6 +319,12 @@ class _Together:
 def _collect(work: Workspace, teacher: Any, identity: Mapping[str, Any], answers: Path) -> dict[str, SoftDetections]:
     with work.terminal.counting(f"answers of {teacher.name}") as progress:
         return collect_answers(teacher, work.train, answers / teacher.name, identity, progress)
+
+
+def answering_identity(recipe: Recipe, config: TeacherConfig) -> dict[str, Any]:
+    """What decides a teacher's answers: what it is, and how many boxes it may give where these are more than usual."""
+    most = most_boxes(recipe)
+    return teacher_identity(config) | ({"max_detections": most} if most > DEFAULT_SELECTION.max_detections else {})
 
 
 def teacher_identity(config: TeacherConfig) -> dict[str, Any]:

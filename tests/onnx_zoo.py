@@ -513,6 +513,16 @@ EXPORTS: dict[str, Export] = {
         "stretch",
         inputs=image("FLOAT", 1, 3, *INPUT_HW, name="image", scale_factor=("FLOAT", (1, 2))),
     ),
+    "Mask R-CNN of PaddleDetection": Export(
+        lambda b: {
+            "fetch_name_0": rows_of(b, "lsb"),
+            "fetch_name_1": np.array([3], np.int32),
+            "fetch_name_2": np.zeros((3, 20, 20), np.int32),
+        },
+        "stretch",
+        inputs=image("FLOAT", 1, 3, *INPUT_HW, name="image", scale_factor=("FLOAT", (1, 2))),
+        hidden={"fetch_name_0": 0, "fetch_name_2": 0},
+    ),
     "RT-DETR of PaddleDetection": Export(
         lambda b: {"reshape2_95.tmp_0": rows_of(b, "lsb"), "tile_3.tmp_0": np.array([3], np.int32)},
         "stretch",
@@ -555,6 +565,14 @@ EXPORTS: dict[str, Export] = {
     ),
     "torchvision": Export(
         lambda b: apart(b, ("boxes", "scores", "labels"), first=1, batch=False), "stretch", hidden=TRACED
+    ),
+    "torchvision's Mask R-CNN": Export(
+        lambda b: (
+            apart(b, ("boxes", "scores", "labels"), first=1, batch=False)
+            | {"masks": np.ones((3, 1, 28, 28), np.float32)}
+        ),
+        "stretch",
+        hidden=TRACED | {"masks": 0},
     ),
     "torchvision, COCO": Export(
         lambda b: apart(b, ("boxes", "scores", "labels"), batch=False) | {"labels": BY_ID},
@@ -655,7 +673,9 @@ EXPORTS: dict[str, Export] = {
     ),
     "SSD's DetectionOutput": Export(
         lambda b: {"detection_out": rows_of(b / SHARES, "ilsb", first=1)[None, None]},
-        "letterbox",
+        "stretch",
+        BYTES,
+        "bgr",
         declared={"class_names": ("background", *NAMES)},
     ),
     "TensorFlow Lite's SSD": Export(
@@ -705,7 +725,7 @@ EXPORTS: dict[str, Export] = {
     "Detectron2": Export(
         lambda b: apart(b, ("boxes", "scores", "classes"), batch=False) | {"image_size": np.array([64, 96])}, "stretch"
     ),
-    "boxes, best score and class, no NMS yet (Qualcomm)": Export(lambda b: _best_of(b), "stretch"),
+    "boxes, best score and class, no NMS yet (Qualcomm)": Export(lambda b: _best_of(b)),
     "one class without an axis": Export(
         lambda b: {
             "boxes": candidates(b, 1, labels=ONE_CLASS)[0][None],

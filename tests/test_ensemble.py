@@ -49,6 +49,15 @@ def test_wbf_of_black_boxes_by_hand(trio: list[PredictorTeacher]) -> None:
     np.testing.assert_allclose(fused.boxes_xyxy[0], mean, rtol=1e-5)
 
 
+def test_crowded_pictures_may_have_more_boxes_than_usual(tmp_path: Path) -> None:
+    rows = [([8 * (i % 12), 5 * (i // 12), 8 * (i % 12) + 6, 5 * (i // 12) + 4], [0.9, 0.1]) for i in range(120)]
+    teacher = black_box(tmp_path, "a", rows)
+    assert len(teacher.answer(IMAGE)) == len(teacher.detect(IMAGE)) == 100
+    teacher.answer_at_most(110)
+    assert len(teacher.answer(IMAGE)) == len(teacher.detect(IMAGE)) == 110
+    assert len(Ensemble([teacher, teacher], EnsembleConfig()).answer(IMAGE)) == 110
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_order_of_teachers_changes_nothing(trio: list[PredictorTeacher], fusion: str) -> None:
     config = EnsembleConfig(fusion=fusion)  # type: ignore[arg-type]

@@ -132,6 +132,23 @@ def test_what_nobody_knows_and_what_was_taken_for_granted_are_said(tmp_path: Pat
     assert "teacher t: labels counted from 0" in result.stderr
 
 
+def test_a_recipe_lets_teachers_find_more_than_a_hundred_objects(tmp_path: Path, photos: Path) -> None:
+    boxes = np.array(
+        [[[8 * (i % 12), 5 * (i // 12), 8 * (i % 12) + 6, 5 * (i // 12) + 4] for i in range(120)]], np.float32
+    )
+    arrays = {"boxes": boxes, "scores": np.full((1, 120), 0.9, np.float32), "labels": np.zeros((1, 120), np.int64)}
+    foreign = write_constant_detector(tmp_path / "t.onnx", arrays, metadata={"names": "['cat']"})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f'name: r\ndata: {{root: "{photos}", classes: [cat]}}\nstudent: {{model: yolo-nano}}\n'
+        f"teachers: [{{name: t, onnx: {foreign}}}]\nbench: {{max_detections: 110}}\n",
+        encoding="utf-8",
+    )
+    result = CliRunner().invoke(app, ["data", "label", str(recipe), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["objects"] == {"cat": 6 * 110}
+
+
 def test_annotations_that_are_there_stay(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
     assert label(tmp_path, photos, checkpoint, "--score", 0.1).exit_code == 0
     before = (photos / "instances_all.json").read_bytes()

@@ -116,6 +116,16 @@ def test_rows_that_name_no_image_are_asked_for_one_image_at_a_time(case: str, tm
         np.testing.assert_allclose(boxes.numpy(), export.input_boxes(), atol=1e-3)
 
 
+def test_a_head_without_batch_axis_is_asked_for_one_image_at_a_time(tmp_path: Path) -> None:
+    """The graph takes a batch, and gives what it made of the first image."""
+    export = EXPORTS["Ultralytics v8, dynamic"]
+    first = replace(export, outputs=lambda b: {"output0": export.outputs(b)["output0"][0]})
+    for given, batched in ((export, True), (first, False)):
+        with opened(given, write(given, tmp_path / "m.onnx")) as predictor:
+            check(given, predictor)
+            assert predictor.runtime.dynamic_batch is batched  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     "first",
     [

@@ -259,6 +259,12 @@ def test_odd_names_in_metadata_are_no_names(text: str) -> None:
     assert names_in_metadata({"names": text}) is None
 
 
+def test_names_in_metadata_may_be_numbers() -> None:
+    from edgekd.runtimes.onnx_file import names_in_metadata
+
+    assert names_in_metadata({"names": "{0: 0, 1: 1}"}) == ("0", "1")
+
+
 def test_names_in_metadata_may_stand_a_line_each() -> None:
     from edgekd.runtimes.onnx_file import names_in_metadata
 

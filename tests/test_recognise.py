@@ -117,6 +117,17 @@ FINISHED: dict[str, dict[str, np.ndarray]] = {
         "b": FINISHED_BOXES[None],
         "a": FINISHED_SCORES[None],
     },
+    "names that say nothing, labels as floats": {  # TensorFlow's combined NMS
+        "Identity": FINISHED_BOXES[None],
+        "Identity_1": FINISHED_SCORES[None],
+        "Identity_2": LABELS[None].astype(np.float32),
+        "Identity_3": np.array([3], np.int32),
+    },
+    "boxes as whole numbers": {
+        "boxes": FINISHED_BOXES.astype(np.int32)[None],
+        "scores": FINISHED_SCORES[None],
+        "labels": LABELS[None],
+    },
     "labels as floats": {"boxes": FINISHED_BOXES, "scores": FINISHED_SCORES, "classes": LABELS.astype(np.float32)},
     "with a count and padding": {
         "num_dets": np.array([[3]], np.int32),
@@ -589,6 +600,21 @@ def test_rows_that_all_have_label_minus_one_are_padding() -> None:
     boxes, scores = decode({"o": np.concatenate([hits, misses])[None]}, found.form, HW)
     np.testing.assert_allclose(boxes, FINISHED_BOXES, rtol=1e-4)
     np.testing.assert_array_equal(scores.argmax(1), LABELS)
+
+
+def test_one_class_needs_no_labels() -> None:
+    """What NMS has left of a detector of faces, say, without a batch axis."""
+    arrays = {"boxes": BOXES, "scores": SCORES[:, 0]}
+    found, boxes, scores = read(arrays, ("face",))
+    assert (found.form.kind, found.form.num_classes) == ("boxes-scores", 1)
+    np.testing.assert_array_equal(boxes, BOXES)
+    np.testing.assert_array_equal(scores, SCORES[:, :1])
+    nothing = {name: array[:0] for name, array in arrays.items()}
+    with pytest.raises(UserError, match="no box on the probe picture") as caught:
+        read(nothing, ("face",))
+    assert "xyxy" in str(caught.value.fix)
+    form = read(nothing, ("face",), box_format="xyxy")[0].form
+    np.testing.assert_array_equal(decode(arrays, form, HW)[1], SCORES[:, :1])
 
 
 def test_one_score_a_box_is_not_of_several_classes() -> None:

@@ -20,17 +20,20 @@ from edgekd.errors import (
 )
 from edgekd.preprocess import normalise
 from edgekd.recipe import (
+    BenchConfig,
     CheckpointTeacher,
+    DataConfig,
     EnsembleConfig,
     ModelConfig,
     ModuleTeacher,
     OnnxTeacher,
+    Recipe,
     TorchvisionTeacher,
     TrainedTeacher,
 )
 from edgekd.teachers import build_teacher
 from edgekd.teachers.ensemble import Ensemble
-from edgekd.teaching import teacher_identity
+from edgekd.teaching import answering_identity, teacher_identity
 from edgekd.types import PreprocessSpec
 from tests.toy import CLASSES, toy_detector
 from tests.toy_onnx import write_constant_detector
@@ -390,6 +393,17 @@ def test_the_documented_adapter_works(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(answer) > 0
     assert answer.class_probs[:, 1].max() == 0  # it knows no bird
     assert answer.class_probs[:, [0, 2]].min() > 0
+
+
+def test_answers_of_more_boxes_than_usual_are_others() -> None:
+    config = TorchvisionTeacher(name="t", torchvision="ssd300_vgg16")
+    data, student = DataConfig(root="."), ModelConfig(model="yolo-nano")
+    few, usual, many = (
+        answering_identity(Recipe(name="r", data=data, student=student, bench=BenchConfig(max_detections=most)), config)
+        for most in (50, 100, 300)
+    )
+    assert few == usual == teacher_identity(config)
+    assert many == {**usual, "max_detections": 300}
 
 
 def test_a_module_teacher_is_known_by_its_source_and_its_files(adapters: str, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ class YoloFree(Detector):
 
     def decode(self, output: DetectorOutput) -> tuple[Tensor, Tensor]:
         """See `Detector.decode`."""
-        return self._boxes(output.bbox_regression), output.cls_logits.sigmoid()
+        return self._boxes(output.bbox_regression.float()), output.cls_logits.float().sigmoid()
 
     def detection_losses(self, output: DetectorOutput, targets: Targets) -> dict[str, Tensor]:
         """{"cls", "box", "dfl"}, each shared out over the assigned rows' quality (one an image at least)."""

@@ -215,8 +215,8 @@ class YoloV3(Detector):
     def decode(self, output: DetectorOutput) -> tuple[Tensor, Tensor]:
         """See `Detector.decode`; scores are class probability times objectness."""
         assert output.objectness is not None  # every output of this detector has it
-        scores = output.cls_logits.sigmoid() * output.objectness.sigmoid().unsqueeze(-1)
-        return self._boxes(output.bbox_regression), scores
+        scores = output.cls_logits.float().sigmoid() * output.objectness.float().sigmoid().unsqueeze(-1)
+        return self._boxes(output.bbox_regression.float()), scores
 
     def detection_losses(self, output: DetectorOutput, targets: Targets) -> dict[str, Tensor]:
         """{"obj", "cls", "box"}, each a sum over rows shared out over the assigned ones (one an image at least)."""

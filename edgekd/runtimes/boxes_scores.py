@@ -23,7 +23,7 @@ from edgekd.runtimes.probe import (
     named,
     names_or_error,
 )
-from edgekd.types import FloatArray
+from edgekd.types import Array, FloatArray
 
 _FACTOR_WORDS = ("obj", "centerness", "centreness")
 """In the names of values that class scores are to be multiplied by: YOLO's objectness, FCOS's centre-ness."""
@@ -125,16 +125,21 @@ def _look_coded(probe: Probe, boxes: FloatArray) -> bool:
 def tables_of(probe: Probe, pair: tuple[str, str, bool]) -> tuple[FloatArray, FloatArray]:
     """((P, 4) boxes, (P, columns) scores) of a pair of arrays, as `box_and_score` found it."""
     box_name, score_name, channels_first = pair
-    boxes, scores = (np.asarray(item_of(probe.arrays[n], 0, 2), np.float32) for n in (box_name, score_name))
+    boxes, scores = (_table(probe.arrays[n]).astype(np.float32) for n in (box_name, score_name))
     if channels_first:
         boxes, scores = boxes.T, scores.T
     return boxes, paired(boxes, scores)
 
 
+def _table(array: Array) -> Array:
+    """One image's rows of an output; of one value a row, without an axis for it, too."""
+    return item_of(array, 0, 2) if array.ndim > 1 else array[:, None]
+
+
 def box_and_score(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None) -> tuple[str, str, bool] | None:
     """(boxes, scores, boxes have channels first): the two arrays with one row a candidate; None if there are none."""
-    tables = {name: item_of(array, 0, 2) for name, array in arrays.items() if array.ndim >= 2}
-    tables = {name: table for name, table in tables.items() if table.ndim == 2 and table.dtype.kind == "f"}
+    tables = {name: _table(array) for name, array in arrays.items() if array.ndim > 0 and array.dtype.kind == "f"}
+    tables = {name: table for name, table in tables.items() if table.ndim == 2}
     for channels_first in (False, True):
         axis = 0 if channels_first else 1
         boxes = [name for name, table in tables.items() if table.shape[axis] == 4]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from edgekd.runtimes.first_nodes import Beginning
 from edgekd.runtimes.output_format import OutputFormat
+from edgekd.runtimes.rows import LAYOUTS
 from edgekd.types import Channels, PreprocessSpec, ResizeMode
 
 Triple = tuple[float, float, float]
@@ -84,6 +85,8 @@ def custom_of(
         if form.kind == "boxes-scores":
             return Custom("RF-DETR", "stretch", IMAGENET)
         return Custom("MMDetection", "letterbox-corner", IMAGENET)
+    if form.kind == "detections" and form.columns == LAYOUTS[7][2]:  # of Caffe and Open Model Zoo
+        return Custom("SSD's DetectionOutput", "stretch", (ZERO, BYTES), "bgr")
     if form.box_format.startswith("yxyx") and len(form.names) == 1:
         return Custom("EfficientDet", "letterbox-corner")
     if "detection_boxes" in outputs and form.box_format.startswith("yxyx"):
@@ -104,11 +107,12 @@ def custom_of(
 
 
 def _like_yolo(form: OutputFormat, outputs: set[str], inputs: Sequence[str]) -> bool:
-    """Raw heads, what YOLOv7, YOLO-NAS and TensorRT's NMS call finished ones, and Keras' YOLOv3."""
+    """Raw heads, those with the best class of each candidate, what YOLOv7, YOLO-NAS and TensorRT's NMS call finished ones,
+    and Keras' YOLOv3."""
     if form.kind.startswith("yolo"):
         return True
     if any("yolonms" in name for name in outputs) or {"det_boxes", "pred_boxes"} & outputs:
         return form.kind == "detections" or "image_shape" in inputs
     if {"boxes", "scores", "labels"} <= outputs and len(outputs) == 4:  # MMYOLO, with a count
         return True
-    return form.kind == "detections" and len(form.names) == 1
+    return form.kind == "detections" and (len(form.names) == 1 or form.overlapping)

@@ -204,8 +204,8 @@ def _with_extent(probe: Probe, boxes: FloatArray) -> BoxFormat:
 
 
 def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, certain: bool) -> Roles | None:
-    """One array of rows, perhaps with a count beside it, or with prototypes of masks, which are no tables."""
-    tables = {n: a for n, a in arrays.items() if not (a.dtype.kind in "iu" and a.size == 1)}
+    """One array of rows, perhaps with a count or masks in whole numbers beside it; prototypes of masks are no tables."""
+    tables = {n: a for n, a in arrays.items() if not (a.dtype.kind in "iu" and (a.size == 1 or not _is_column(a)))}
     if len(tables) != 1:
         return None
     ((name, array),) = tables.items()
@@ -262,9 +262,7 @@ def _are_too_few_for_raw(probe: Probe, rows: int) -> bool:
 
 def _column_roles(arrays: Arrays) -> Roles | None:
     """Boxes, scores and labels in arrays of their own, perhaps with a count; by type and name, since rows may be 0."""
-    boxes = [
-        n for n, array in arrays.items() if array.ndim >= 2 and array.shape[-1] in (4, 5) and array.dtype.kind == "f"
-    ]
+    boxes = [n for n, a in arrays.items() if a.ndim >= 2 and a.shape[-1] in (4, 5) and a.dtype.kind in "fiu"]
     if len(boxes) > 1:  # (1, N) columns with four or five rows look like boxes too
         boxes = [name for name in boxes if named(name, BOX_WORDS)] or boxes
         boxes = [name for name in boxes if arrays[name].ndim == max(arrays[other].ndim for other in boxes)]
@@ -278,6 +276,8 @@ def _column_roles(arrays: Arrays) -> Roles | None:
     labels = labels or [n for n in flat if named(n, LABEL_WORDS) and not named(n, COUNT_WORDS) and _is_whole(flat[n])]
     if len(labels) > 1:
         labels = [name for name in labels if named(name, LABEL_WORDS)]
+    if not labels and len(flat) == 2:  # names that say nothing: the one with whole numbers
+        labels = [name for name, array in flat.items() if _is_whole(array) and array.any()]
     scores = [name for name, array in flat.items() if array.dtype.kind == "f" and name not in labels]
     if len(scores) > 1:
         scores = [name for name in scores if named(name, SCORE_WORDS)]

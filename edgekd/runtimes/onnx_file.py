@@ -315,9 +315,10 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def lacks_batch_axis(form: OutputFormat, arrays: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether finished detections do not say of which image they are, so that images must come one at a time."""
+    """Whether rows do not say of which image they are, so that images must come one at a time."""
     first = arrays[form.names[0]]
-    return form.kind == "detections" and first.ndim == 2 and not (len(form.names) == 1 and first.shape[1] == 7)
+    named = form.kind == "detections" and len(form.names) == 1 and first.shape[-1] == 7
+    return first.ndim == 2 and not named
 
 
 def _foreign_input_hw(
@@ -379,8 +380,8 @@ def names_in_metadata(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
         if sorted(by_label) != list(range(len(names))):
             return None
         names = [by_label[index] for index in range(len(names))]
-    if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
-        return tuple(names)
+    if isinstance(names, (list, tuple)) and {type(name) for name in names} in ({str}, {int}):
+        return tuple(map(str, names))  # the classes of digits are numbers
     return None
 
 

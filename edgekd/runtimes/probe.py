@@ -95,6 +95,11 @@ def box_format_of(probe: Probe, boxes: FloatArray, declared: OnnxTeacher, usual:
     """Which reading of the box values gives boxes at all; `usual` is what this kind of output is wont to be."""
     if declared.box_format != "auto":
         return declared.box_format
+    if not len(boxes):
+        raise probe.unclear(
+            "no box on the probe picture, so that nothing shows how boxes are coded",
+            "declare `box_format`, such as xyxy for corners in pixels",
+        )
     boxes = boxes[np.isfinite(boxes).all(1)]
     if not len(boxes):
         raise probe.unclear(

@@ -44,6 +44,7 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
         name: array
         for name, array in probe.arrays.items()
         if array.dtype.kind in "fiub"  # labels may be text, as Core ML's are
+        and (array.ndim < 3 or len(array) > 0)  # masks or keypoints of detections, of which the probe has none
         and (array.ndim < 2 or item_of(array, 0, 2).ndim <= 2)
         and not is_map(array.shape, probe.input_hw)
     }

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["build_teacher"]
 
 
-def build_teacher(config: TeacherConfig, class_names: Sequence[str], *, device: str = "cpu") -> PredictorTeacher:
+def build_teacher(
+    config: TeacherConfig, class_names: Sequence[str], *, device: str = "cpu", max_detections: int | None = None
+) -> PredictorTeacher:
     """The teacher that a recipe describes, answering in the student's classes.
 
     Args:
@@ -23,6 +25,7 @@ def build_teacher(config: TeacherConfig, class_names: Sequence[str], *, device: 
         class_names: the student's.
         device: where native teachers and torch modules run, such as "cpu" or "cuda:0". ONNX files run on CUDA too when
             this is a CUDA device and ONNX Runtime can.
+        max_detections: the best boxes that it answers an image with; the usual 100 if left out.
 
     Raises:
         ArtifactError: its file is missing or damaged. ClassMapError: its classes are none of the student's.
@@ -30,10 +33,13 @@ def build_teacher(config: TeacherConfig, class_names: Sequence[str], *, device: 
         DistillationSetupError: the teacher has still to be trained.
     """
     try:
-        return _built(config, class_names, device)
+        teacher = _built(config, class_names, device)
     except ClassMapError as error:
         what = f"teacher {config.name!r}: {error.what}"
         raise ClassMapError(what, got=error.got, expected=error.expected, fix=error.fix) from error
+    if max_detections is not None:
+        teacher.answer_at_most(max_detections)
+    return teacher
 
 
 def _built(config: TeacherConfig, class_names: Sequence[str], device: str) -> PredictorTeacher:

@@ -71,6 +71,11 @@ class PredictorTeacher:
         self._tap_tensors = dict(tap_tensors or {})
         self._answering = self.predictor.with_selection(score_threshold=ANSWER_THRESHOLD)
 
+    def answer_at_most(self, max_detections: int) -> None:
+        """Answer an image with so many boxes at most, for pictures that show more than the usual 100."""
+        self.predictor = self.predictor.with_selection(max_detections=max_detections)
+        self._answering = self._answering.with_selection(max_detections=max_detections)
+
     def respond(self, images_u8: Tensor, taps: Sequence[str] = (), boxes: bool = True) -> TeacherOutput:
         """Answer a batch, see `Teacher.respond`.
 
