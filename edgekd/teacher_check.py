@@ -42,6 +42,8 @@ SURE = 0.25
 FEWEST_CALLED, MOSTLY_CALLED = 5, 0.8
 """Objects of one class, and the share of them that it finds, which it must call by one other name to be doubted."""
 _PLAIN = ("xyxy", "yxyx", "cxcywh", "xywh")
+_ALIKE = (("xyxy", "yxyx"), ("cxcywh", "xywh"))
+"""Box formats that candidates all over a picture of noise do not tell apart."""
 RESIZE_MODES: tuple[ResizeMode, ...] = ("stretch", "letterbox", "letterbox-corner")
 _IMAGENET = (0.485, 0.456, 0.406)
 # (channels, mean, std) of pixels scaled to [0, 1]: as they are, ImageNet's, from -1 to 1, from 0 to 255; what OpenCV reads,
@@ -105,7 +107,7 @@ def other_forms(now: OutputFormat) -> dict[str, OutputFormat]:
     """Readings of the same outputs that nothing but labels can tell from the present one, by what declares them."""
     found = {}
     coding, dash, unit = now.box_format.partition("-")
-    others: tuple[str, ...] = {"xyxy": ("yxyx",), "yxyx": ("xyxy",)}.get(coding, ())
+    others = tuple(other for pair in _ALIKE if coding in pair for other in pair if other != coding)
     if now.kind == "detections":
         start: Background = "none" if now.background == "first" else "first"
         found[f"background: {start}"] = replace(now, background=start)

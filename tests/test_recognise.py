@@ -327,6 +327,21 @@ UNCLEAR: dict[str, tuple[dict[str, np.ndarray], Any, dict[str, Any], str]] = {
         {"anchors": "retinaface"},
         "stand in maps",
     ),
+    "rotated boxes with labels": (  # MMRotate's: centre, extent, angle, score
+        {
+            "dets": np.concatenate([CENTRES[:40], NOISE[:40, :1], SCORES[:40, :1]], 1)[None],
+            "labels": np.zeros((1, 40), np.int64),
+        },
+        NAMES[:2],
+        {},
+        "'labels' has a label for each row",
+    ),
+    "rows of a box and a score": (
+        {"dets": np.array([[[10, 10, 50, 40, 0.9], [20, 12, 60, 40, 0.8]] * 3], np.float32)},
+        NAMES[:1],
+        {},
+        "box_format",
+    ),
     "both readings of boxes": ({"boxes": ONE_BOX, "s": SCORES[None, :1]}, NAMES, {}, "box_format"),
     "offsets that are not decoded": (
         {"boxes": NOISE[None], "s": SCORES[None]},

@@ -292,5 +292,6 @@ def test_readings_that_only_labels_can_tell_apart() -> None:
     assert found["background: none"].box_format == "xyxy-normalised"
     assert list(other_forms(OutputFormat("boxes-scores", ("b", "s"), 3, "yxyx"))) == ["box_format: xyxy"]
     assert other_forms(OutputFormat("yolo", ("o",), 3, "grid-distances")) == {}
+    assert list(other_forms(OutputFormat("yolo", ("o",), 3, "cxcywh"))) == ["box_format: xywh"]
     raw = OutputFormat("yolo-objectness", ("a", "b"), 3, "grid-anchors", anchors=(1.0, 2.0), anchors_squared=True)
     assert other_forms(raw) == {"anchors: {yolov3: [...]}": replace(raw, anchors_squared=False)}

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from edgekd.labels import COCO_UNUSED_IDS, NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
-from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.output_format import NORMALISED_BELOW, Activation, Background, BoxFormat, OutputFormat
 from edgekd.runtimes.outputs import Arrays, names_image, rows_of
 from edgekd.runtimes.probe import (
@@ -24,8 +23,6 @@ from edgekd.runtimes.probe import (
 from edgekd.runtimes.rows import LAYOUTS, fitting, in_words, telling
 from edgekd.types import FloatArray
 
-MOST_FINISHED = 1000
-"""Rows beyond this are candidates that no NMS has thinned."""
 _TENSORFLOW = ("detection_boxes", "detection_scores", "detection_classes", "num_detections")
 """What TensorFlow's Object Detection API calls its outputs."""
 _TFLITE = ("TFLite_Detection_PostProcess", "StatefulPartitionedCall")
@@ -73,7 +70,7 @@ def finished(
     box_format, unit_unseen = _boxes(probe, origin, outputs, columns, arrays, declared)
     activation: Activation = "none" if declared.score_activation == "auto" else declared.score_activation
     rows = _row_count(arrays[outputs[0]])
-    overlapping = not _are_too_few_for_raw(probe, rows)
+    overlapping = not probe.has_too_few_for_raw(rows)
     form = OutputFormat(
         "detections",
         outputs,
@@ -229,7 +226,7 @@ def _row_roles(probe: Probe, arrays: Arrays, names: tuple[str, ...] | None, cert
     # Labels that are all 0 may be a raw head's scores for a class that it sees nowhere; not behind corners and one score,
     # for heads with an objectness give centres.
     of_one_class = classes == 1 and bool((rows[:, 2:4] >= rows[:, :2]).all())
-    if not (certain or rows[:, found[0][5]].any() or of_one_class or _are_too_few_for_raw(probe, len(rows))):
+    if not (certain or rows[:, found[0][5]].any() or of_one_class or probe.has_too_few_for_raw(len(rows))):
         return None
     named_ones = [columns for columns in found if columns in fitting(table, classes)]
     if not named_ones:
@@ -253,11 +250,6 @@ def _tflite_roles(arrays: Arrays) -> Roles | None:
         return None
     scores = columns[1 - columns.index(labels[0])]
     return (boxes[0], scores, labels[0], counts[0]), (0, 1, 2, 3, 4, 5)
-
-
-def _are_too_few_for_raw(probe: Probe, rows: int) -> bool:
-    """Whether a raw head of this input has another number of candidates."""
-    return rows <= MOST_FINISHED and grid_cells(probe.input_hw, rows) is None
 
 
 def _column_roles(arrays: Arrays) -> Roles | None:

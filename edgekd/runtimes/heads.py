@@ -190,7 +190,8 @@ def _yolo_box_format(probe: Probe, boxes: FloatArray, declared: OnnxTeacher, lay
         return "cxcywh-rotated"
     if layout.kind == "yolo-objectness" and _are_grid_offsets(probe, boxes):
         return "grid-offsets"
-    return box_format_of(probe, boxes, declared, usual="cxcywh")
+    # Rows of one class that NMS has left, a box and a score each, look like a head, and mostly have corners.
+    return box_format_of(probe, boxes, declared, usual=None if probe.has_too_few_for_raw(len(boxes)) else "cxcywh")
 
 
 def _are_grid_offsets(probe: Probe, boxes: FloatArray) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgekd.errors import UserError
 from edgekd.labels import NAMED_LABEL_SETS
 from edgekd.recipe import OnnxTeacher
+from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.output_format import NORMALISED_BELOW, BoxFormat, OutputFormat
 from edgekd.runtimes.outputs import Arrays
 from edgekd.types import FloatArray
@@ -20,6 +21,8 @@ BOX_WORDS = ("box", "bbox", "loc", "det")
 SCORE_WORDS = ("score", "conf", "prob", "logit")
 LABEL_WORDS = ("label", "class", "cls", "categor", "box_ids")  # the last is GluonCV's
 COUNT_WORDS = ("num", "count", "valid")
+MOST_FINISHED = 1000
+"""Rows beyond this are candidates that no NMS has thinned."""
 _COCO_COLUMNS = {80: "coco", 81: "coco", 90: "coco91", 91: "coco91", 92: "coco91"}
 
 
@@ -55,6 +58,10 @@ class Probe:
     input_hw: tuple[int, int]
     metadata: Mapping[str, str] = field(default_factory=dict)
     channels_last: bool = False
+
+    def has_too_few_for_raw(self, rows: int) -> bool:
+        """Whether a raw head of this input has another number of candidates, so that NMS has thinned these."""
+        return rows <= MOST_FINISHED and grid_cells(self.input_hw, rows) is None
 
     def listed(self) -> str:
         """Every output with shape and type."""

@@ -68,6 +68,7 @@ def recognise(probe: Probe, declared: OnnxTeacher, found_names: Sequence[str] | 
         if in_levels is not None:
             return in_levels
     if kind != "boxes-scores" and (head := _head(arrays, heads, names)) is not None:
+        _refuse_labels_beside(probe, arrays, head)
         found = yolo(probe, [head], declared, names)
         one_more = found_names is not None and len(found_names) == found.form.num_classes + 1
         if found.form.kind == "yolo-objectness" and kind == "auto" and one_more:
@@ -99,6 +100,18 @@ def _head(arrays: Arrays, heads: Sequence[str], names: Sequence[str] | None) -> 
         wanted = (classes + 4, classes + 5)
         heads = [name for name in heads if any(extent in wanted for extent in item_of(arrays[name], 0, 2).shape)]
     return heads[0] if len(heads) == 1 else None
+
+
+def _refuse_labels_beside(probe: Probe, arrays: Arrays, head: str) -> None:
+    """Raise where rows have labels in another output: finished detections, with more values than a box and a score."""
+    shape = item_of(arrays[head], 0, 2).shape
+    labels = [name for name, array in arrays.items() if array.dtype.kind in "iu" and array.size in shape]
+    if labels and probe.has_too_few_for_raw(max(shape)):
+        raise probe.unclear(
+            f"{labels[0]!r} has a label for each row of {head!r}, whose {min(shape)} values are not a box and a score: an "
+            "angle among them, perhaps",
+            "export it with boxes (N, 4), upright around rotated ones, scores (N) and labels (N)",
+        )
 
 
 def _names(probe: Probe, declared: tuple[str, ...] | None, found: Sequence[str] | None) -> tuple[str, ...] | None:
