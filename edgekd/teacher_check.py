@@ -229,7 +229,7 @@ def _better(
 
     def judged(reading: tuple[PreprocessSpec, str]) -> float:
         # On a few images a corner does as well as the middle by chance; the rarer of the two must do better to be named.
-        return tried[reading] - RARER * (reading[0] != now[0] and reading[0].resize == "letterbox-corner")
+        return tried[reading] - RARER * (reading[0].resize == "letterbox-corner" != now[0].resize)
 
     better = [r for r in tried if judged(r) >= tried[now] + BETTER and (r[1] == now[1] or tried[r] >= POOR + BETTER)]
     good = [r for r in better if judged(r) > max(map(judged, better)) - BETTER]

@@ -295,3 +295,10 @@ def test_readings_that_only_labels_can_tell_apart() -> None:
     assert list(other_forms(OutputFormat("yolo", ("o",), 3, "cxcywh"))) == ["box_format: xywh"]
     raw = OutputFormat("yolo-objectness", ("a", "b"), 3, "grid-anchors", anchors=(1.0, 2.0), anchors_squared=True)
     assert other_forms(raw) == {"anchors: {yolov3: [...]}": replace(raw, anchors_squared=False)}
+
+
+def test_a_corner_that_stays_counts_as_much_as_any_other() -> None:
+    now = PreprocessSpec((64, 64), "letterbox-corner")
+    colours = replace(now, channels="bgr")
+    tried = {(now, ""): 0.3, (colours, ""): 1.0, (replace(colours, resize="stretch"), ""): 1.0}
+    assert _better(tried, (now, "")) == (colours, "")
