@@ -460,6 +460,13 @@ def test_thresholds_are_filled_in(name: str, value: float) -> None:
     np.testing.assert_allclose(value_for(TensorInfo(name, (1,), kind), 1, (64, 96)), [value], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("orig_target_sizes", (96, 64)), ("target_sizes", (64, 96)), ("im_shape", (64, 96))]
+)
+def test_a_size_comes_in_its_detectors_order(name: str, value: tuple[int, int]) -> None:
+    np.testing.assert_array_equal(value_for(TensorInfo(name, (1, 2), "tensor(int64)"), 1, (64, 96)), [value])
+
+
 def test_labels_that_start_at_0_after_all_are_an_error(tmp_path: Path) -> None:
     export = replace(
         EXPORTS["torchvision"], outputs=lambda b: apart(b, ("boxes", "scores", "labels"), first=0, batch=False)

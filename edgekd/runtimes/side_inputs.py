@@ -31,8 +31,8 @@ def can_feed(info: TensorInfo) -> bool:
 def value_for(info: TensorInfo, batch: int, input_hw: tuple[int, int]) -> NDArray[Any] | None:
     """What an input besides the image is fed, so that boxes come back in input pixels; None if it is unknown.
 
-    RT-DETR's `orig_target_sizes` are (width, height), PaddleDetection's `im_shape` and Keras' `image_shape`
-    (height, width), `scale_factor` 1; `pixel_mask`, of Hugging Face's DETR, says that nothing is padding.
+    RT-DETR's `orig_target_sizes` are (width, height), DETR's `target_sizes`, PaddleDetection's `im_shape` and Keras'
+    `image_shape` (height, width), `scale_factor` 1; `pixel_mask`, of Hugging Face's DETR, says that nothing is padding.
     """
     name, rank = info.name.lower(), len(info.shape)
     if info.type not in TYPES:
@@ -40,7 +40,7 @@ def value_for(info: TensorInfo, batch: int, input_hw: tuple[int, int]) -> NDArra
     values: NDArray[Any] | None = None
     if rank == 2 and "scale" in name:
         values = np.ones((batch, info.shape[-1] or 2))
-    elif rank == 2 and any(word in name for word in _HEIGHT_FIRST):
+    elif rank == 2 and (name == "target_sizes" or any(word in name for word in _HEIGHT_FIRST)):
         values = np.array([[*input_hw, 1][: info.shape[-1] or 2]] * batch)
     elif rank == 2 and info.shape[-1] in (2, None) and (_whole(info) or any(word in name for word in _WIDTH_FIRST)):
         values = np.array([input_hw[::-1]] * batch)
