@@ -400,7 +400,7 @@ class FakeClock:
     ("plan", "samples"),
     [
         (timing.Plan(samples=100, seconds=0, warmup_s=0), 100),
-        (timing.Plan(samples=20, seconds=0.59, warmup_s=0), 500),  # a block takes 12 ms
+        (timing.Plan(samples=20, seconds=0.59, warmup_s=0), 590),  # 10 ms of a block's 12 are recorded
         (timing.Plan(samples=10_000, seconds=60, limit_s=0.2, warmup_s=0), 170),
     ],
 )
