@@ -117,7 +117,27 @@ def load_detector(path: Path) -> Detector:
         ArtifactError: missing, damaged, or its weights do not fit its spec.
     """
     file = detector_file(path)
+    return _detector_in(read_payload(file, DETECTOR_SCHEMA), file)
+
+
+def checkpoint_facts(path: Path) -> dict[str, Any]:
+    """The facts stored beside a detector: metrics, epochs, seed, commit.
+
+    Raises:
+        ArtifactError: missing or damaged.
+    """
+    file = detector_file(path)
+    return _facts_in(read_payload(file, DETECTOR_SCHEMA), file)
+
+
+def load_with_facts(path: Path) -> tuple[Detector, dict[str, Any]]:
+    """What `load_detector` and `checkpoint_facts` give, the file read once."""
+    file = detector_file(path)
     payload = read_payload(file, DETECTOR_SCHEMA)
+    return _detector_in(payload, file), _facts_in(payload, file)
+
+
+def _detector_in(payload: Mapping[str, Any], file: Path) -> Detector:
     try:
         detector = build_detector(DetectorSpec.from_dict(payload["spec"]))
         detector.load_state_dict(payload["weights"])
@@ -134,14 +154,8 @@ def load_detector(path: Path) -> Detector:
     return detector.eval()
 
 
-def checkpoint_facts(path: Path) -> dict[str, Any]:
-    """The facts stored beside a detector: metrics, epochs, seed, commit.
-
-    Raises:
-        ArtifactError: missing or damaged.
-    """
-    file = detector_file(path)
+def _facts_in(payload: Mapping[str, Any], file: Path) -> dict[str, Any]:
     try:
-        return dict(read_payload(file, DETECTOR_SCHEMA)["facts"])
+        return dict(payload["facts"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{file}: damaged", got=f"{type(error).__name__}: {error}", fix=_OTHER_VERSION) from error

@@ -326,18 +326,18 @@ def _runtime_for(path: Path, runtime: RuntimeChoice) -> NaturalRuntime:
 
 
 def _torch_predictor(path: Path, device: str, threads: int | None, selection: Selection) -> Predictor:
-    from edgekd.checkpoint import checkpoint_facts, detector_file, load_detector
+    from edgekd.checkpoint import detector_file, load_with_facts
     from edgekd.runtimes.torch_runtime import TorchRuntime
 
     file = detector_file(path)
-    detector = load_detector(file)
+    detector, run = load_with_facts(file)
     spec = detector.spec
     name = path.name if path.is_dir() else (file.parent.name or file.stem)
     facts = {
         "path": str(file),
         "precision": "fp32",
         "model": spec.model,
-        "provenance": {"run": checkpoint_facts(file)},
+        "provenance": {"run": run},
         "notes": ("a native checkpoint",),
     }
     form = OutputFormat("boxes-scores", ("boxes", "scores"), len(spec.class_names))

@@ -74,13 +74,8 @@ def gated(place: Path, name: str, out: Path, *options: object, baseline: Path | 
 @pytest.mark.parametrize(
     ("name", "limit", "code", "slower", "worse"),
     [
-        (
-            "good.onnx",
-            "2000%",
-            0,
-            False,
-            False,
-        ),  # the very file of the baseline: two runs, of which one may be disturbed
+        # The very file of the baseline: two runs, of which one may be disturbed.
+        ("good.onnx", "2000%", 0, False, False),
         ("slow.onnx", "50%", 3, True, False),
         ("poor.onnx", "50%", 3, False, True),
     ],

@@ -196,7 +196,7 @@ def session_of(context: typer.Context) -> Session:
     for parameter in context.command.params:
         value = context.params.get(str(parameter.name))
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{parameter.opts[0]} is not a number", got=value)
+            raise UserError(f"{parameter.opts[0]} cannot be this", got=value, expected="a finite number")
     return session
 
 

@@ -131,11 +131,8 @@ def _speed(student: Row, owner: str) -> str:
     return f"is {times(factor)} faster than {owner}"
 
 
-_ONE_TRAINING = "One training of each: the interval is over images, not over seeds."
-
-
 def gain(result: Mapping[str, Any]) -> str | None:
-    """What distillation brought over the same student trained alone, in a sentence or two; None if that was not measured.
+    """What distillation brought over the same student trained alone, in two sentences; None if that was not measured.
 
     Where the student alone is another network, or in another precision, the difference is given without a cause. One training
     of each is all that a benchmark has seen, which no interval over images makes up for.
@@ -146,24 +143,23 @@ def gain(result: Mapping[str, Any]) -> str | None:
         return None
     for comparison in result["comparisons"]:
         if comparison["a"] == student["name"] and comparison["b_role"] == "student":
-            alone = find(rows, comparison["b"])
-            if differs := unlike(student, alone) if alone is not None else ["a detector that is not in the table"]:
-                return (
-                    f"Against {comparison['b']}, a student trained alone: {difference_points(comparison)}; that is "
-                    f"{' and '.join(differs)}, so this does not show what distillation brings. {_ONE_TRAINING}"
-                )
-            if not comparison["difference_shown"]:
-                return (
-                    "Distillation is not shown to make a difference to the same student trained alone: "
-                    f"{difference_points(comparison)}. {_ONE_TRAINING}"
-                )
-            if comparison["difference"] > 0:
-                brought = f"Distillation brings it {difference_points(comparison)} over the same student trained alone"
-            else:
-                lost = difference_points(comparison)
-                brought = f"Distillation costs it accuracy against the same student trained alone: {lost}"
-            return f"{brought}. {_ONE_TRAINING}"
+            brought = _brought(comparison, student, find(rows, comparison["b"]))
+            return f"{brought}. One training of each: the interval is over images, not over seeds."
     return None
+
+
+def _brought(comparison: Mapping[str, Any], student: Row, alone: Row | None) -> str:
+    points = difference_points(comparison)
+    if differs := unlike(student, alone) if alone is not None else ["a detector that is not in the table"]:
+        return (
+            f"Against {comparison['b']}, a student trained alone: {points}; that is {' and '.join(differs)}, so this does "
+            "not show what distillation brings"
+        )
+    if not comparison["difference_shown"]:
+        return f"Distillation is not shown to make a difference to the same student trained alone: {points}"
+    if comparison["difference"] > 0:
+        return f"Distillation brings it {points} over the same student trained alone"
+    return f"Distillation costs it accuracy against the same student trained alone: {points}"
 
 
 def method_gain(row: Row) -> str:
