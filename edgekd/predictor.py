@@ -22,6 +22,7 @@ from edgekd.runtimes.base import Runtime
 from edgekd.runtimes.engine_file import ENGINE_SUFFIXES
 from edgekd.runtimes.model_files import external_files, sha256_model
 from edgekd.runtimes.onnx_file import OnnxEngine, open_onnx
+from edgekd.runtimes.onnx_seal import CHANGED
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.outputs import Arrays, decode
 from edgekd.selection import DEFAULT_SELECTION, Selection, effective, idle
@@ -233,9 +234,10 @@ class Predictor:
         }
 
     def taken_for_granted(self) -> tuple[str, ...]:
-        """What was recognised or guessed of a foreign ONNX file, one sentence each; nothing of files that say it all."""
+        """What was recognised or guessed of a foreign ONNX file, one sentence each; of our own, that a tool has changed it."""
+        notes: tuple[str, ...] = tuple(self.facts.get("notes", ()))
         foreign = self.facts.get("model") is None and self.runtime.name in ("onnxruntime", "openvino")
-        return tuple(self.facts.get("notes", ())) if foreign else ()
+        return notes if foreign else tuple(note for note in notes if note == CHANGED)
 
     def close(self) -> None:
         """Free the model."""

@@ -23,6 +23,7 @@ from edgekd.export.parity import ParityReport
 from edgekd.export.precision import Int8Result, to_int8
 from edgekd.export.qat import learned_ranges, unused_ranges
 from edgekd.recipe import ExportConfig
+from edgekd.runtimes.onnx_seal import sealed
 from edgekd.selection import Selection
 
 if TYPE_CHECKING:
@@ -215,6 +216,6 @@ def _float_notes(int8: Int8Result | None) -> list[str]:
 def _write(out: Path, model: ModelProto, complete: ModelProto | None) -> None:
     """Both files under temporary names first, then both into place."""
     with atomic_path(out) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
+        temporary.write_bytes(sealed(model))
         if complete is not None:
             write_model(complete, complete_path(out))

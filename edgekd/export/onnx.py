@@ -22,6 +22,7 @@ from edgekd.export.graph import RAW_KEY, name_nodes, opset_of, prune, set_metada
 from edgekd.export.nms import append_nms
 from edgekd.export.opset import NATIVE, to_opset_17
 from edgekd.recipe import ExportConfig
+from edgekd.runtimes.onnx_seal import sealed
 from edgekd.selection import Selection
 from edgekd.types import FloatArray
 
@@ -188,7 +189,7 @@ def detections_form(model: ModelProto, thresholds: Selection) -> ModelProto:
 def write_model(model: ModelProto, out: Path) -> Path:
     """Write a model file atomically."""
     with atomic_path(out) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
+        temporary.write_bytes(sealed(model))
     return Path(out)
 
 

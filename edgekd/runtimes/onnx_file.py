@@ -26,6 +26,7 @@ from edgekd.runtimes.first_nodes import PixelRange, beginning_of
 from edgekd.runtimes.grids import grid_cells
 from edgekd.runtimes.inner_picture import in_its_frame
 from edgekd.runtimes.model_files import weights_precision
+from edgekd.runtimes.onnx_seal import seal_note
 from edgekd.runtimes.onnx_session import OnnxRuntime
 from edgekd.runtimes.ort import OrtRuntime, with_extra_outputs
 from edgekd.runtimes.output_format import OutputFormat
@@ -101,10 +102,15 @@ def open_onnx(
     runtime = _open(model, provider, threads, engine)
     try:
         metadata = runtime.metadata
+        changed = seal_note(path, metadata)
         opening = _open_ours if metadata.get("edgekd.schema") else _open_foreign
         opened = opening(path, runtime, metadata, declared)
-        notes = (*opened.facts["notes"], *([_taps_note(opened.tap_grids, taps)] if searched else []))
-        return replace(opened, tap_tensors=taps, facts={**opened.facts, "notes": notes})
+        notes = list(opened.facts["notes"])
+        if searched:
+            notes.append(_taps_note(opened.tap_grids, taps))
+        if changed is not None:
+            notes.append(changed)
+        return replace(opened, tap_tensors=taps, facts={**opened.facts, "notes": tuple(notes)})
     except BaseException:
         runtime.close()
         raise
