@@ -621,6 +621,28 @@ def test_gkd_finds_prototypes_after_the_first_epoch_and_fades() -> None:
     assert first.item() != pytest.approx(now.item() / 0.75, rel=1e-4), "prototypes change nothing"
 
 
+def test_gkd_s_bank_holds_each_large_object_under_its_own_features() -> None:
+    pair = make_pair("equal")
+    term = build_term(TermConfig(loss="gkd", params={"min_side": 20.0}), pair)
+    assert isinstance(term, GKDTerm)
+    _, batch = run_term(term, pair)
+    level = term.levels[0][0]
+    student, teacher = batch.output.taps[level.student.name], batch.teachers[0].taps[level.teacher.name]
+    expected: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+    for i, (boxes, labels) in enumerate(zip(batch.targets.boxes_xyxy, batch.targets.labels, strict=True)):
+        for box, label in zip(boxes, labels.tolist(), strict=True):
+            if min(box[2] - box[0], box[3] - box[1]) >= 20:
+                pooled = (pool_boxes(m, box[None], (96, 96)) for m in (student[i], standardise(teacher)[i]))
+                expected.setdefault(str(label), []).append((i, *(functional.normalize(p, dim=1)[0] for p in pooled)))
+    assert sum(map(len, expected.values())) >= 3, "of several images"
+    found = term.banks[0].state()
+    assert found.keys() == expected.keys()
+    for label, rows in expected.items():
+        assert found[label][0].tolist() == [row[0] for row in rows]
+        for column in (1, 2):
+            assert torch.allclose(found[label][column], torch.stack([row[column] for row in rows]), atol=1e-5)
+
+
 def test_gkd_without_prototypes_says_so_once() -> None:
     pair = make_pair("equal")
     for min_side, silent in ((96.0, False), (10.0, True)):  # of the input; of the toy batch's objects

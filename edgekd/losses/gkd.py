@@ -48,6 +48,11 @@ def soften(scores: Tensor, temperature: float) -> Tensor:
     return p / p.sum(1, keepdim=True)
 
 
+def _share(cells: Tensor) -> Tensor:
+    """(B, H, W) bool to (B, H, W) float32: one over the number of cells of its image that are true, 0 in the others."""
+    return cells / cells.sum((1, 2), keepdim=True).clamp(min=1)
+
+
 class GKDTerm(LevelTerm):
     """Global knowledge distillation.
 
@@ -144,7 +149,7 @@ class GKDTerm(LevelTerm):
             for i, (gt, labels) in enumerate(zip(batch.targets.boxes_xyxy, batch.targets.labels, strict=True))
         ]
         total = batch.images.new_zeros(())
-        weights: list[list[Tensor]] = []
+        weights = total.new_ones(0)
         for maps in self.level_maps(batch):
             if maps.level_index == 0:
                 # Cosines in single precision, as the prototypes are: a weight is a difference of two of them.
@@ -156,64 +161,69 @@ class GKDTerm(LevelTerm):
         self.images += len(batch.images) * world_size()
         return self.fade * total
 
-    def _relate(self, maps: LevelMaps, batch: DistillBatch) -> tuple[list[list[Tensor]], Tensor]:
-        """Per image the objects' weights r, and the global term; feeds the bank on the way."""
-        prototypes, bank = self.prototypes[maps.teacher_index], self.banks[maps.teacher_index]
-        unknown = self.unknown[maps.teacher_index]
-        weights: list[list[Tensor]] = []
-        relation, count = maps.student.new_zeros(()), 0
-        for i, (gt, labels) in enumerate(zip(batch.targets.boxes_xyxy, batch.targets.labels, strict=True)):
-            # The raw student, before the adapter: prototypes live in each detector's own space.
-            s = functional.normalize(pool_boxes(maps.raw_student[i].float(), gt, self.input_hw), dim=1)
-            t = functional.normalize(pool_boxes(maps.teacher[i].float(), gt, self.input_hw), dim=1)
-            large = ((gt[:, 2:] - gt[:, :2]).amin(1) >= self.min_side) if len(gt) else gt.new_zeros(0)
-            own = []
-            for j, label in enumerate(labels.tolist()):
-                if bool(large[j]) and label not in unknown:
-                    bank.add(label, s[j], t[j], self.images + i * world_size() + rank())
-                known = prototypes.get(label)
-                if known is None:
-                    own.append(s.new_ones(()))
-                    continue
-                r = robust_weights(s[j : j + 1].detach(), t[j : j + 1], known)[0]
-                own.append(r)
-                relation = relation + functional.smooth_l1_loss(
-                    r * (s[j] @ known.student.T), r * (t[j] @ known.teacher.T), reduction="mean"
-                )
-                count += 1
-            weights.append(own)
+    def _relate(self, maps: LevelMaps, batch: DistillBatch) -> tuple[Tensor, Tensor]:
+        """The weight r of each object, image after image (N,), and the global term; feeds the bank on the way."""
+        # The raw student, before the adapter: prototypes live in each detector's own space.
+        s, t = self._pooled(maps.raw_student, batch), self._pooled(maps.teacher, batch)
+        self._feed_bank(maps.teacher_index, batch, s.detach(), t.detach())
+        labels = torch.cat(list(batch.targets.labels))
+        weights = s.new_ones(len(labels))
+        relation, count = s.new_zeros(()), 0
+        for label, known in self.prototypes[maps.teacher_index].items():
+            own = (labels == label).nonzero()[:, 0]
+            r = robust_weights(s[own].detach(), t[own], known)
+            weights[own] = r
+            theirs, target = (r[:, None] * (x[own] @ p.T) for x, p in ((s, known.student), (t, known.teacher)))
+            relation = relation + functional.smooth_l1_loss(theirs, target, reduction="none").mean(1).sum()
+            count += len(own)
         return weights, relation / normaliser(relation.new_tensor(count), least=1.0)
 
-    def _weighted_feature(self, maps: LevelMaps, batch: DistillBatch, weights: list[list[Tensor]]) -> Tensor:
+    def _pooled(self, features: Tensor, batch: DistillBatch) -> Tensor:
+        """(B, C, H, W) maps to every object's mean, image after image (N, C), L2-normalised, in single precision."""
+        boxes = batch.targets.boxes_xyxy
+        pooled = [pool_boxes(own.float(), gt, self.input_hw) for own, gt in zip(features, boxes, strict=True)]
+        return functional.normalize(torch.cat(pooled), dim=1)
+
+    def _feed_bank(self, index: int, batch: DistillBatch, student: Tensor, teacher: Tensor) -> None:
+        """Large objects of known classes, (N, C_s) and (N, C_t) of all images, into a teacher's bank."""
+        bank, unknown = self.banks[index], self.unknown[index]
+        counts = [len(labels) for labels in batch.targets.labels]
+        objects = zip(
+            batch.targets.boxes_xyxy, batch.targets.labels, student.split(counts), teacher.split(counts), strict=True
+        )
+        for i, (gt, labels, s, t) in enumerate(objects):
+            large = (gt[:, 2:] - gt[:, :2] >= self.min_side).all(1)
+            for j, (label, fits) in enumerate(zip(labels.tolist(), large.tolist(), strict=True)):
+                if fits and label not in unknown:
+                    bank.add(label, s[j], t[j], self.images + i * world_size() + rank())
+
+    def _weighted_feature(self, maps: LevelMaps, batch: DistillBatch, weights: Tensor) -> Tensor:
         grid_hw = (maps.student.shape[-2], maps.student.shape[-1])
-        owner = object_maps(list(batch.targets.boxes_xyxy), grid_hw, self.input_hw)
-        silent = self.silent_cells(owner, batch, maps.teacher_index)
-        weight = torch.full(owner.shape, 0.0, device=maps.student.device)
-        for i, own in enumerate(weights):
-            inside, outside = (owner[i] >= 0) & ~silent[i], owner[i] < 0
-            if own:
-                per_object = torch.stack(own)
-                weight[i][inside] = self.inside * per_object[owner[i][inside]] / inside.sum()
-            weight[i][outside] = self.outside / outside.sum().clamp(min=1)
+        boxes = list(batch.targets.boxes_xyxy)
+        owner = object_maps(boxes, grid_hw, self.input_hw)
+        inside, outside = owner >= 0, owner < 0
+        firsts = torch.tensor([0, *(len(b) for b in boxes[:-1])], device=owner.device).cumsum(0)
+        row = (owner + firsts[:, None, None]).masked_fill(outside, -1)  # the last is of no object
+        inside &= ~self.silent_cells(owner, batch, maps.teacher_index)
+        own = torch.cat([weights, weights.new_ones(1)])[row]
+        weight = self.inside * _share(inside) * own + self.outside * _share(outside)
         distance = (maps.student - maps.teacher).float().pow(2).mean(1)
         return (weight * distance).sum() / len(owner) / (self.inside + self.outside)
 
     def _response(
-        self, maps: LevelMaps, batch: DistillBatch, scores: Tensor, rows: list[Tensor], weights: list[list[Tensor]]
+        self, maps: LevelMaps, batch: DistillBatch, scores: Tensor, rows: list[Tensor], weights: Tensor
     ) -> Tensor:
         view, unknown = maps.view, self.unknown[maps.teacher_index]
-        total, count = scores.new_zeros(()), 0
+        shares = weights.split([len(labels) for labels in batch.targets.labels])
+        pairs = []
         for i, (gt, labels) in enumerate(zip(batch.targets.boxes_xyxy, batch.targets.labels, strict=True)):
             quality, theirs = object_quality(view.soft.boxes_xyxy[i], view.soft.class_probs[i], gt, labels)
             seen = (quality > 0) & (rows[i] >= 0) & ~torch.isin(labels, labels.new_tensor(unknown))
-            if not bool(seen.any()):
-                continue
-            student = soften(scores[i][rows[i][seen]].float(), self.temperature)
-            teacher = soften(view.soft.class_probs[i][theirs[seen]].float(), self.temperature)
-            kl = (teacher * (teacher.log() - student.log())).sum(1) * self.temperature**2
-            total = total + (torch.stack(weights[i])[seen] * kl).sum()
-            count += int(seen.sum())
-        return total / normaliser(total.new_tensor(count), least=1.0)
+            pairs.append((scores[i][rows[i][seen]], view.soft.class_probs[i][theirs[seen]], shares[i][seen]))
+        student, teacher, weight = (torch.cat(column).float() for column in zip(*pairs, strict=True))
+        student, teacher = soften(student, self.temperature), soften(teacher, self.temperature)
+        kl = (teacher * (teacher.log() - student.log())).sum(1) * self.temperature**2
+        return (weight * kl).sum() / normaliser(weight.new_tensor(len(weight)), least=1.0)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Banks and prototypes, so that a resumed run goes on exactly; called by all ranks."""

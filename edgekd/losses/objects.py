@@ -45,22 +45,25 @@ def object_map(boxes_xyxy: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int
 
     A box too small to cover half of any cell takes the cell of its centre, so that no object is lost on a coarse grid.
     """
-    owner = torch.full(grid_hw, -1, dtype=torch.int64, device=boxes_xyxy.device)
-    if not len(boxes_xyxy):
-        return owner
-    rows, columns = cell_overlaps(boxes_xyxy, grid_hw, input_hw)
-    covered = rows[:, :, None] * columns[:, None, :] >= 0.5
-    y, x = cells_of((boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2, grid_hw, input_hw)
-    covered[torch.arange(len(boxes_xyxy), device=boxes_xyxy.device), y, x] = True
-    area = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(-1)
-    for index in area.argsort(descending=True).tolist():
-        owner[covered[index]] = index
-    return owner
+    return object_maps([boxes_xyxy], grid_hw, input_hw)[0]
 
 
 def object_maps(boxes: Sequence[Tensor], grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> Tensor:
-    """`object_map` of each image: (B, H, W)."""
-    return torch.stack([object_map(b, grid_hw, input_hw) for b in boxes])
+    """`object_map` of each image: (B, H, W); together, since one by one most of the time is torch's own."""
+    flat = torch.cat(list(boxes))
+    rows, columns = cell_overlaps(flat, grid_hw, input_hw)
+    covered = rows[:, :, None] * columns[:, None, :] >= 0.5
+    y, x = cells_of((flat[:, :2] + flat[:, 2:]) / 2, grid_hw, input_hw)
+    covered[torch.arange(len(flat), device=flat.device), y, x] = True
+    areas = (flat[:, 2:] - flat[:, :2]).prod(-1)
+    owners = torch.full((len(boxes), *grid_hw), -1, dtype=torch.int64, device=flat.device)
+    counts = [len(b) for b in boxes]
+    for owner, own, area in zip(owners, covered.split(counts), areas.split(counts), strict=True):
+        if len(area):
+            by_size = area.argsort(descending=True)
+            smallest = torch.arange(len(area), device=flat.device)[:, None, None].where(own[by_size], -1).amax(0)
+            owner.copy_(by_size[smallest].masked_fill(smallest < 0, -1))
+    return owners
 
 
 def object_shares(owner: Tensor) -> Tensor:
