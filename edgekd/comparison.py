@@ -55,6 +55,7 @@ def summary(base: Workspace, recipes: Sequence[Recipe], runs: Sequence[Evaluated
         rows.append(row)
     return {
         "schema": SCHEMA,
+        "best": _best([[run for run in runs if run.method == method] for method in methods if method != ALONE]),
         "data": {
             "name": base.val.root.name,
             "train": base.train.split,
@@ -78,6 +79,17 @@ def summary(base: Workspace, recipes: Sequence[Recipe], runs: Sequence[Evaluated
     }
 
 
+def _best(methods: Sequence[Sequence[Evaluated]]) -> dict[str, Any] | None:
+    """The method with the highest mean AP50 over the seeds that all have, and its lead over each other; None of one method."""
+    shared = set.intersection(*({run.seed for run in own} for own in methods)) if len(methods) > 1 else set()
+    if not shared:
+        return None
+    paired = [sorted((run for run in own if run.seed in shared), key=lambda run: run.seed) for own in methods]
+    best = max(paired, key=lambda own: fmean(run.figures["ap50"] for run in own))
+    leads = {own[0].method: gain(best, own) for own in paired if own is not best}
+    return {"method": best[0].method, "seeds": sorted(shared), "ahead_of": leads}
+
+
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
     """Mean and standard deviation over seeds (None where a figure does not exist), and each value."""
     there = [value for value in values if value is not None]
@@ -87,7 +99,7 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated], resamples: int = 1000) -> dict[str, Any]:
-    """The paired difference in AP50, method minus alone, with two 95 % intervals that answer two questions.
+    """The paired difference in AP50, method minus alone, or another method, with two 95 % intervals that answer two questions.
 
     "seeds" (Student's t over the paired differences): would other seeds show it? "images" (bootstrap over images of the mean
     over seeds): would other images show it? A gain is shown when both exclude zero.
@@ -143,7 +155,9 @@ def table_markdown(data: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in data["rows"]:
-        cells = [row["method"], *(_mean_sd(row[key]) for key in ("ap50", "ap", "voc07"))]
+        own = len(row["seeds"])
+        name = row["method"] if own == seeds else f"{row['method']} ({own} seed{'s' if own != 1 else ''})"
+        cells = [name, *(_mean_sd(row[key]) for key in ("ap50", "ap", "voc07"))]
         if "gain" in row:
             g = row["gain"]
             cells += [f"{100 * g['ap50']:+.1f}", _interval(g["interval_seeds"]), _interval(g["interval_images"])]
@@ -151,6 +165,18 @@ def table_markdown(data: Mapping[str, Any]) -> str:
         else:
             cells += ["", "", "", ""]
         lines.append("| " + " | ".join(cells) + " |")
+    if best := data.get("best"):
+        lines += [
+            "",
+            f"{best['method']} has the highest mean of the methods (seeds {', '.join(map(str, best['seeds']))}). Its lead:",
+            "",
+            "| over | in AP50 | 95 % over seeds | 95 % over images | |",
+            "|---|---|---|---|---|",
+        ]
+        for method, lead in best["ahead_of"].items():
+            intervals = _interval(lead["interval_seeds"]), _interval(lead["interval_images"])
+            shown = "ahead" if lead["verdict"] == "gain" else lead["verdict"]
+            lines.append(f"| {method} | {100 * lead['ap50']:+.1f} | {' | '.join(intervals)} | {shown} |")
     sizes = [row for row in data["rows"] if "gain" in row]
     if sizes:
         lines += ["", "Gain in AP50 by object size and by class:", ""]

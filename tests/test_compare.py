@@ -16,7 +16,7 @@ from edgekd.cli import app
 from edgekd.cli.compare import _share
 from edgekd.cluster import MAX_TRIES, _Dispatcher
 from edgekd.compare import CompareJob, Run, _tasks, compare, one_by_one
-from edgekd.comparison import Evaluated, gain, spread, table_markdown
+from edgekd.comparison import Evaluated, gain, spread, summary, table_markdown
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import DataError, EdgeKDError, RecipeError, UserError
 from edgekd.recipe import Recipe
@@ -34,7 +34,7 @@ def evaluated(folder: Path, method: str, seed: int, shares: tuple[float, ...]) -
         boxes, labels = record.boxes_xyxy[keep], record.labels[keep]
         found.append(Detections(boxes, np.full(len(boxes), 0.9, np.float32), labels))
     figures = {
-        "ap50": shares[seed],
+        **dict.fromkeys(("ap50", "ap", "voc07"), shares[seed]),
         "per_class": {name: {"ap50": shares[seed]} for name in CLASSES},
         "by_size": {"small": {"ap50": None}, "large": {"ap50": shares[seed]}},
     }
@@ -62,6 +62,24 @@ def test_a_difference_is_told_for_what_it_is(
     assert result["interval_seeds"] == pytest.approx([differences.mean() - half, differences.mean() + half])
     assert result["interval_images"][0] < result["interval_images"][1]
     assert result["by_size"]["small"] is None
+
+
+def test_the_best_method_is_compared_with_the_others_over_the_seeds_that_all_have(tmp_path: Path) -> None:
+    shares = {"alone": (0.3, 0.32, 0.31), "a": (0.5, 0.52, 0.51), "b": (0.8, 0.82, 0.1), "c": (0.78, 0.83)}
+    runs = [evaluated(tmp_path, method, seed, own) for method, own in shares.items() for seed in range(len(own))]
+    runs.reverse()
+    recipe = Recipe.model_validate({"name": "a", "data": {"root": "x"}, "student": {"model": "yolo-nano"}})
+    work: Any = SimpleNamespace(train=toy_dataset(tmp_path / "t", 4), val=toy_dataset(tmp_path / "v", 4), device="cpu")
+    data = summary(work, [recipe], runs)
+    best = data["best"]
+    assert (best["method"], best["seeds"]) == ("b", [0, 1]), "its third seed, the worst, is not all methods'"
+    assert best["ahead_of"]["a"]["values"] == pytest.approx([0.3, 0.3])
+    assert best["ahead_of"]["c"]["verdict"] == "no difference shown"
+    text = table_markdown(data)
+    assert "b has the highest mean of the methods (seeds 0, 1)." in text
+    assert "| a | +30.0 |" in text
+    assert "| c (2 seeds) |" in text
+    assert summary(work, [recipe], [run for run in runs if run.method in ("alone", "a")])["best"] is None
 
 
 def test_the_interval_over_images_is_of_the_mean_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
