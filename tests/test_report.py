@@ -493,6 +493,19 @@ def test_each_kind_of_result_makes_a_page_alone(tmp_path: Path, name: str, answe
     assert "no result of edgekd bench among these files" in html
 
 
+def test_the_best_method_s_lead_is_in_the_page(tmp_path: Path) -> None:
+    data = samples()["comparison.json"]
+    gain = next(row["gain"] for row in data["rows"] if "gain" in row)
+    data["best"] = {
+        "method": "kd",
+        "seeds": [0, 1, 2],
+        "ahead_of": {"other": {**gain, "ap50": 0.03, "verdict": "gain"}},
+    }
+    html = write_report(written(tmp_path, {"comparison.json": data}), tmp_path / "page.html").read_text("utf-8")
+    said = " ".join(Page(html).text.split())
+    assert re.search(r"kd, the highest mean, ahead of.*other\+3\.0.*ahead Gain by class", plain(said))
+
+
 def test_several_folders_make_one_page(tmp_path: Path) -> None:
     parts = samples()
     folders = [written(tmp_path / str(i), {name: data}) for i, (name, data) in enumerate(parts.items())]

@@ -253,6 +253,15 @@ VIDEO = {
     "notes": [text],
 }
 SPREAD = {"mean": SHARE, "sd": SHARE, "values": [SHARE]}
+GAIN = {
+    "ap50": DIFFERENCE,
+    "values": [DIFFERENCE],
+    "interval_seeds": pair(within(-100, 100)),
+    "interval_images": pair(within(-100, 100)),
+    "verdict": text,
+    "per_class": Each(DIFFERENCE),
+    "by_size": Each(DIFFERENCE),
+}
 COMPARISON = {
     "schema": text,
     "data": {
@@ -271,17 +280,10 @@ COMPARISON = {
             "method": text,
             "seeds": [AMOUNT],
             **dict.fromkeys(("ap50", "ap", "voc07"), SPREAD),
-            "gain": {
-                "ap50": DIFFERENCE,
-                "values": [DIFFERENCE],
-                "interval_seeds": pair(within(-100, 100)),
-                "interval_images": pair(within(-100, 100)),
-                "verdict": text,
-                "per_class": Each(DIFFERENCE),
-                "by_size": Each(DIFFERENCE),
-            },
+            "gain": GAIN,
         }
     ],
+    "best": {"method": text, "seeds": [AMOUNT], "ahead_of": Each(GAIN)},
     "provenance": {"commit": text, "versions": Each(text), "device": plain},
 }
 
