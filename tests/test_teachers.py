@@ -249,6 +249,33 @@ def lazy():
     import my_helper
     sys.path.pop(0)
     return my_helper.make(Adapter)
+def network(form):
+    # Every cell of 32 pixels an object, its scores behind a batch norm; in train mode, as `load_state_dict` leaves it.
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
+    if form == "exported":
+        images = torch.zeros(2, 3, 64, 96)
+        program = torch.export.export(layers.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch", max=8)},))
+        return program.module()
+    return torch.jit.script(layers.train()) if form == "scripted" else layers.train()
+
+def answers_of(maps):
+    ys, xs = torch.meshgrid(torch.arange(2) * 32.0, torch.arange(3) * 32.0, indexing="ij")
+    corners = torch.stack([xs, ys, xs + 30, ys + 30], -1).reshape(-1, 4)
+    return [(corners, scores.flatten(1).T.sigmoid()) for scores in maps]
+
+class Plain:
+    preprocess, class_names = Adapter.preprocess, Adapter.class_names
+    def __init__(self, form): self.network = network(form)
+    def __call__(self, images): return answers_of(self.network(images))
+
+class Module(torch.nn.Module):
+    preprocess, class_names = Adapter.preprocess, Adapter.class_names
+    def __init__(self, form):
+        super().__init__()
+        self.network, self.dropout = network(form), torch.nn.Dropout(0.5)
+    def forward(self, images): return answers_of(self.dropout(self.network(images)))
+
 def exits(): raise SystemExit("usage: my_adapters.py --weights FILE")
 def refuses(): raise RuntimeError("no licence")
 def nothing(): return object()
@@ -289,6 +316,18 @@ def test_a_module_of_the_users_own(adapters: str) -> None:
     teacher.close()
     with pytest.raises(RuntimeFailure, match="closed"):
         teacher.respond(images)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("form", ["as it is", "scripted", "exported"])
+@pytest.mark.parametrize("adapter", ["Plain", "Module"])
+def test_a_torch_module_answers_in_eval_mode_however_it_is_held(adapters: str, adapter: str, form: str) -> None:
+    teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:{adapter}", args={"form": form}), NAMES)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 64, 96), dtype=np.uint8))
+    together = teacher.respond(images).soft.class_probs[0]
+    alone = teacher.respond(images[:1]).soft.class_probs[0]
+    torch.testing.assert_close(alone, together)
+    assert len(alone) == 6
 
 
 def test_taps_of_an_adapter(adapters: str) -> None:

@@ -304,10 +304,28 @@ def module_teacher(config: ModuleTeacher, class_names: Sequence[str], device: st
                 got=repr(specs)[:200],
                 expected='such as {"p3": TapSpec("p3", "neck", 256, (80, 80))}',
             )
-    if isinstance(adapter, torch.nn.Module):
-        adapter.to(device).eval().requires_grad_(False)
+    _still(adapter, device)
     facts = {"module": config.module, "args": dict(config.args)}
     return AdapterTeacher(config.name, adapter, class_names, config.class_map, device=device, facts=facts)
+
+
+def _still(adapter: ModuleAdapter, device: str) -> None:
+    """Put an adapter that is a torch module, or those that it holds, on the device, in eval mode and without gradients.
+
+    What `load_state_dict` has filled is still in train mode, in which each answer depends on the pictures beside it.
+    """
+    held = [adapter] if isinstance(adapter, torch.nn.Module) else getattr(adapter, "__dict__", {}).values()
+    for module in held:
+        if not isinstance(module, torch.nn.Module):
+            continue
+        module.to(device)
+        for parameter in module.parameters():  # TorchScript has no `requires_grad_`
+            parameter.requires_grad_(False)
+        try:
+            module.eval()
+        except NotImplementedError:  # an exported program in it, which has but the mode that it was exported in
+            for part in module.modules():
+                part.training = False
 
 
 _PREPROCESS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
