@@ -138,7 +138,8 @@ def teacher_entries(
             raise UserError(
                 f"{path} is no teacher that `edgekd init` knows",
                 expected="an .onnx file, or a checkpoint (.pt) or run folder of edgekd",
-                fix="`teachers` in recipes/template.yaml shows the other kinds, to be added by hand",
+                fix="export the detector to ONNX; or have it teach as a `module` that loads it (docs/teachers.md), added to "
+                "the recipe by hand",
             )
         place = os.path.abspath(path)
         of_run = Path(place).parent if path.suffix == ".pt" and path.stem in ("model", "best") else Path(place)

@@ -78,7 +78,7 @@ def check_reading(
     place = folder / teacher.name / "reading"
     inputs = {"teacher": dict(identity), "data": data_identity, "classes": list(dataset.class_names)}
     if not is_current(place, "reading", inputs):
-        # A module of the user's own prepares its pictures by code, which no key of the recipe could change.
+        # A module of the user's own prepares its pictures by code, which no key of the recipe could change; so are its boxes.
         searched = isinstance(config, OnnxTeacher)
         found = examine(dataset, f"teacher {teacher.name}", teacher.predictor, teacher.known, searched=searched)
         write_json(place / "reading.json", found)
@@ -122,6 +122,12 @@ def other_forms(now: OutputFormat) -> dict[str, OutputFormat]:
     return found
 
 
+def other_boxes(now: OutputFormat) -> dict[str, OutputFormat]:
+    """What a module of the user's own may give in place of the corners in pixels that it is asked for, by its name."""
+    formats = (cast(BoxFormat, f"{coding}{unit}") for unit in ("", "-normalised") for coding in _PLAIN)
+    return {box_format: replace(now, box_format=box_format) for box_format in formats if box_format != now.box_format}
+
+
 def to_declare(spec: PreprocessSpec, now: PreprocessSpec) -> str:
     """What a recipe says for `spec` where the teacher is read as `now`."""
     changes = []
@@ -142,7 +148,8 @@ def examine(
     Args:
         dataset: labelled. who: what messages call the detector.
         predictor: answering in the set's classes. knows: for each of them, whether it can be found at all.
-        searched: whether other ways to prepare pictures are tried.
+        searched: whether other ways to prepare pictures are tried, and of reading what a file may give; of a module's
+            answers other boxes alone.
 
     Returns:
         "says", a sentence, and "doubtful", whether it is a warning.
@@ -154,7 +161,8 @@ def examine(
         return {"doubtful": False, "says": f"{who}: no image shows a class that it knows"}
     records = telling[:: max(1, len(telling) // IMAGES)][:IMAGES]
     pictures = [load_image(record.path) for record in records]
-    spec, forms = predictor.preprocess, {"": predictor.form, **(other_forms(predictor.form) if searched else {})}
+    others_of = other_forms if searched else other_boxes
+    spec, forms = predictor.preprocess, {"": predictor.form, **others_of(predictor.form)}
     start = time.perf_counter()
     _answers(predictor, pictures[:FEWEST_IMAGES], spec, forms)
     per_image = (time.perf_counter() - start) / len(pictures[:FEWEST_IMAGES])
@@ -178,8 +186,12 @@ def examine(
     best = _better(tried, (spec, ""))
     if best is not None:
         declares = ", ".join(filter(None, (to_declare(best[0], spec), best[1])))
-        says = f"{who} may be read wrongly: {where}, but {100 * tried[best]:.1f} with `{declares}`; declare that for it"
-        says += " if it was trained so" if best[0] != spec else ""
+        if searched:
+            says = f"{who} may be read wrongly: {where}, but {100 * tried[best]:.1f} with `{declares}`; declare that for it"
+            says += " if it was trained so" if best[0] != spec else ""
+        else:
+            says = f"{who} may give other boxes than corners in pixels: {where}, but {100 * tried[best]:.1f} where they are "
+            says += f"read as {declares}; its adapter must give them as xyxy, in pixels of its input"
         found = _answers(predictor, pictures, best[0], forms)[best[1]]
         if called := called_otherwise(records, found, dataset.class_names, labels):
             says += f". Even so, {called}: check its class names, their order and its class map, too"

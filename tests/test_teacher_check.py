@@ -6,18 +6,20 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from edgekd.bench.entries import BenchArtifact
 from edgekd.cli import app
 from edgekd.cli.bench_entries import doubts
 from edgekd.errors import UserError
-from edgekd.recipe import OnnxTeacher
+from edgekd.recipe import ModuleTeacher, OnnxTeacher
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.teacher_check import (
     _better,
     called_otherwise,
     check_reading,
+    examine,
     other_colours,
     other_forms,
     other_sizes,
@@ -132,6 +134,35 @@ def test_a_class_that_no_picture_shows_proves_nothing(tmp_path: Path) -> None:
     notes, warnings = check(labelled(tmp_path), config, tmp_path / "answers")
     assert not warnings
     assert notes == ["teacher t: no image shows a class that it knows"]
+
+
+class Adapter:
+    """Finds the square, and says so in boxes of another format."""
+
+    preprocess = PreprocessSpec((64, 64), "stretch", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    class_names = ("square", "ring")
+    box = BOX
+
+    def __call__(self, images: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(np.array([self.box], np.float32), np.array([[0.9, 0.0]], np.float32)) for _ in images]
+
+
+@pytest.mark.parametrize(
+    ("box", "says"),
+    [
+        (BOX, "AP50 100.0 on 10 of the images of train"),
+        ((24.0, 24.0, 32.0, 32.0), "but 100.0 where they are read as cxcywh; its adapter must give them as xyxy"),
+        ((0.125, 0.125, 0.625, 0.625), "but 100.0 where they are read as xyxy-normalised"),
+        ((44.0, 0.0, 60.0, 16.0), "agrees with hardly any label"),
+    ],
+)
+def test_boxes_of_a_module_that_are_no_corners_in_pixels_are_found_out(
+    box: tuple[float, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Adapter, "box", box)
+    dataset = labelled(tmp_path)
+    teacher = build_teacher(ModuleTeacher(name="t", module=f"{__name__}:Adapter"), dataset.class_names)
+    assert says in examine(dataset, "teacher t", teacher.predictor, teacher.known, searched=False)["says"]
 
 
 def test_what_was_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,9 @@ class Adapter:
             return []
         if self.fault == "none":
             return None
+        if self.fault == "shares":
+            rows = torch.rand(3, 4) * 0.4 + torch.tensor([0, 0, 0.5, 0.5])
+            return [(rows, torch.full((3, 2), 0.5)) for _ in images]
         if self.fault == "dictionaries":
             return [{"boxes": torch.zeros(1, 4), "labels": torch.ones(1), "scores": torch.ones(1)} for _ in images]
         box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
@@ -388,6 +391,7 @@ def test_an_adapter_whose_preprocessing_is_written_in_lists(adapters: str) -> No
         ("count", UserError, "not of the adapter's form"),
         ("none", UserError, "NoneType"),
         ("dictionaries", UserError, "labels instead of class_probs"),
+        ("shares", UserError, "pixels of its input, 96 wide and 64 high"),
     ],
 )
 def test_an_adapter_that_answers_wrongly(adapters: str, fault: str, error: type[Exception], words: str) -> None:

@@ -17,17 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekd.artifact import sha256_file
+from edgekd.boxes import have_extent
 from edgekd.detectors.base import TapSpec
 from edgekd.errors import RuntimeFailure, UserError
 from edgekd.predictor import Predictor
 from edgekd.preprocess import normalisation
 from edgekd.recipe import ModuleTeacher, mean_of_shares, std_of_shares
-from edgekd.runtimes.output_format import OutputFormat
+from edgekd.runtimes.output_format import NORMALISED_BELOW, OutputFormat
 from edgekd.teachers.base import TeacherOutput
-from edgekd.teachers.predicted import PredictorTeacher, soft_targets_from
+from edgekd.teachers.predicted import ANSWER_THRESHOLD, PredictorTeacher, soft_targets_from
 from edgekd.types import Channels, FloatArray, PreprocessSpec, ResizeMode
 
 _ROUNDING = 1e-3
+_FEWEST_SHARES = 3
+"""Boxes that show of which unit they are: a lone one may lie in the corner."""
 AdapterAnswer = Sequence[tuple[Any, Any]]
 """One (boxes_xyxy (n, 4) input pixels, class_probs (n, classes) in [0, 1]) an image, as tensors or arrays."""
 
@@ -165,6 +168,15 @@ class AdapterRuntime:
                     got=f"{scores.min():g} to {scores.max():g}",
                     expected="0 to 1",
                     fix="apply the detector's own sigmoid or softmax, or divide percentages by 100",
+                )
+            told = boxes[have_extent(boxes) & (scores.max(1, initial=0.0) > ANSWER_THRESHOLD)]
+            if len(told) >= _FEWEST_SHARES and told.max() <= NORMALISED_BELOW:
+                height, width = self.input_shape[2:]
+                raise UserError(
+                    f"{self.label}: its boxes are shares of the picture, it seems",
+                    got=f"{len(told)} boxes that all end at {told.max():g} or before",
+                    expected=f"x1, y1, x2, y2 in pixels of its input, {width} wide and {height} high",
+                    fix="multiply them by the input's width and height",
                 )
         return [{"boxes": boxes, "scores": scores.clip(0, 1)} for boxes, scores in found]
 
