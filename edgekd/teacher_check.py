@@ -112,6 +112,9 @@ def other_forms(now: OutputFormat) -> dict[str, OutputFormat]:
         start: Background = "none" if now.background == "first" else "first"
         found[f"background: {start}"] = replace(now, background=start)
         others = tuple(other for other in _PLAIN if other != coding) if coding in _PLAIN else ()
+    if now.kind == "boxes-scores" and now.activation == "sigmoid" and now.background != "none":  # a column never used
+        end: Background = "last" if now.background == "first" else "first"
+        found[f"background: {end}"] = replace(now, background=end)
     if now.box_format == "grid-anchors":  # sizes of one's own under the name of another family
         family = "yolov3" if now.anchors_squared else "yolov5"
         other_set = replace(now, anchors_squared=not now.anchors_squared, centre_scales=())

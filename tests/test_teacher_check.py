@@ -323,6 +323,9 @@ def test_readings_that_only_labels_can_tell_apart() -> None:
     assert found["background: none"].box_format == "xyxy-normalised"
     assert list(other_forms(OutputFormat("boxes-scores", ("b", "s"), 3, "yxyx"))) == ["box_format: xyxy"]
     assert other_forms(OutputFormat("yolo", ("o",), 3, "grid-distances")) == {}
+    detr = OutputFormat("boxes-scores", ("dets", "labels"), 3, "cxcywh-normalised", "sigmoid", "last")
+    assert other_forms(detr)["background: first"] == replace(detr, background="first")
+    assert list(other_forms(replace(detr, activation="softmax"))) == ["box_format: xywh-normalised"]
     assert list(other_forms(OutputFormat("yolo", ("o",), 3, "cxcywh"))) == ["box_format: xywh"]
     raw = OutputFormat("yolo-objectness", ("a", "b"), 3, "grid-anchors", anchors=(1.0, 2.0), anchors_squared=True)
     assert other_forms(raw) == {"anchors: {yolov3: [...]}": replace(raw, anchors_squared=False)}
