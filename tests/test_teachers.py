@@ -196,6 +196,8 @@ class Adapter:
             return []
         if self.fault == "none":
             return None
+        if self.fault == "empty":
+            return [(torch.tensor([]), []) for _ in images]
         if self.fault == "shares":
             rows = torch.rand(3, 4) * 0.4 + torch.tensor([0, 0, 0.5, 0.5])
             return [(rows, torch.full((3, 2), 0.5)) for _ in images]
@@ -381,6 +383,14 @@ def test_an_adapter_whose_preprocessing_is_written_in_lists(adapters: str) -> No
     args = {"input_hw": [64, 96], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:Prepared", args=args), NAMES)
     assert len(Ensemble([teacher, teacher], EnsembleConfig()).detect(IMAGE)) > 0
+
+
+def test_an_adapter_may_say_nothing_in_no_shape(adapters: str) -> None:
+    teacher = build_teacher(ModuleTeacher(name="t", module=f"{adapters}:Adapter", args={"fault": "empty"}), NAMES)
+    assert len(teacher.answer(IMAGE)) == 0
+    assert [
+        len(probs) for probs in teacher.respond(torch.zeros((2, 3, 64, 96), dtype=torch.uint8)).soft.class_probs
+    ] == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,8 @@ class AdapterRuntime:
         try:
             for answer in answers:
                 boxes, scores = map(_as_array, answer)
+                if boxes.shape == scores.shape == (0,):  # torch.tensor([]) of an image that shows nothing
+                    boxes, scores = boxes.reshape(0, 4), scores.reshape(0, self._classes)
                 if boxes.shape != (len(boxes), 4) or scores.shape != (len(boxes), self._classes):
                     return None
                 pairs.append((boxes, scores))
