@@ -271,8 +271,8 @@ def answers_of(maps):
 
 class Plain:
     preprocess, class_names = Adapter.preprocess, Adapter.class_names
-    def __init__(self, form): self.network = network(form)
-    def __call__(self, images): return answers_of(self.network(images))
+    def __init__(self, form): self.networks = {"first": [network(form)]}
+    def __call__(self, images): return answers_of(self.networks["first"][0](images))
 
 class Module(torch.nn.Module):
     preprocess, class_names = Adapter.preprocess, Adapter.class_names

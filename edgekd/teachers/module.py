@@ -328,10 +328,7 @@ def _still(adapter: ModuleAdapter, device: str) -> None:
 
     What `load_state_dict` has filled is still in train mode, in which each answer depends on the pictures beside it.
     """
-    held = [adapter] if isinstance(adapter, torch.nn.Module) else getattr(adapter, "__dict__", {}).values()
-    for module in held:
-        if not isinstance(module, torch.nn.Module):
-            continue
+    for module in _modules(adapter if isinstance(adapter, torch.nn.Module) else getattr(adapter, "__dict__", {})):
         module.to(device)
         for parameter in module.parameters():  # TorchScript has no `requires_grad_`
             parameter.requires_grad_(False)
@@ -340,6 +337,14 @@ def _still(adapter: ModuleAdapter, device: str) -> None:
         except NotImplementedError:  # an exported program in it, which has but the mode that it was exported in
             for part in module.modules():
                 part.training = False
+
+
+def _modules(value: Any) -> Iterator[torch.nn.Module]:
+    if isinstance(value, torch.nn.Module):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _modules(part)
 
 
 _PREPROCESS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
