@@ -115,8 +115,13 @@ def bench(
     across_conditions: AcrossOption = False,
     summary: GateSummaryOption = None,
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score that counts for mAP.")] = 0.001,
-    iou: Annotated[float, typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes.")] = 0.5,
-    max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most an image.")] = 100,
+    iou: Annotated[
+        float,
+        typer.Option(
+            "--iou", min=0, max=1, help="NMS: of two boxes that overlap by more, the one of lower score goes."
+        ),
+    ] = 0.5,
+    max_detections: Annotated[int, typer.Option("--max-detections", min=1, help="Most boxes an image.")] = 100,
     box_voting: BoxVotingOption = None,
     threads: ThreadsOption = None,
     runtime: Annotated[

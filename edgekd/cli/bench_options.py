@@ -68,11 +68,11 @@ BatchOption = Annotated[
 ]
 MlperfOption = Annotated[
     Literal["SingleStream", "MultiStream"] | None,
-    _protocol("--mlperf", help="Also by MLPerf's rules for a scenario."),
+    _protocol("--mlperf", help="Also measure by MLPerf's rules for this scenario."),
 ]
 MlperfSecondsOption = Annotated[
     float,
-    _protocol("--mlperf-seconds", min=0.1, help="Of each; the rules want 600, less is told."),
+    _protocol("--mlperf-seconds", min=0.1, help="How long, for each; the rules want 600, and less is told."),
 ]
 ExecutionOption = Annotated[
     Literal["sequential", "parallel", "both"],
@@ -96,11 +96,11 @@ BaselineFilesOption = Annotated[
 ]
 MaxSlowdownOption = Annotated[
     str | None,
-    _gate("--max-slowdown", help="Of median latency, such as 5%.", metavar="PERCENT"),
+    _gate("--max-slowdown", help="Most that the median latency may rise, such as 5%.", metavar="PERCENT"),
 ]
 MaxMapDropOption = Annotated[
     float | None,
-    _gate("--max-map-drop", min=0, help="Of AP50, in points of 100.", metavar="POINTS"),
+    _gate("--max-map-drop", min=0, help="Most that AP50 may fall, in points of 100.", metavar="POINTS"),
 ]
 AcrossOption = Annotated[
     bool,

@@ -52,10 +52,15 @@ def predict(
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score shown.")] = 0.3,
     iou: Annotated[
         float | None,
-        typer.Option("--iou", min=0, max=1, help="Overlap at which the worse of two goes; the file's own, or 0.5."),
+        typer.Option(
+            "--iou",
+            min=0,
+            max=1,
+            help="NMS: of two boxes that overlap by more, the one of lower score goes; the file's own, or 0.5.",
+        ),
     ] = None,
     max_detections: Annotated[
-        int | None, typer.Option("--max-detections", min=1, help="Most an image; the file's own, or 100.")
+        int | None, typer.Option("--max-detections", min=1, help="Most boxes an image; the file's own, or 100.")
     ] = None,
     box_voting: BoxVotingOption = None,
     threads: ThreadsOption = None,
