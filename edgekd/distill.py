@@ -8,10 +8,10 @@ own input size, so every map covers the same part of the image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -145,12 +145,15 @@ class Distiller(nn.Module):
     def update_ratio_weights(self, detection_norm: float, term_norms: Sequence[float | None]) -> None:
         """Move ratio weights towards their targets, given gradient norms of the unweighted losses."""
         for index, (entry, norm) in enumerate(zip(self.terms, term_norms, strict=True)):
-            if entry.gradient_ratio is None or norm is None or norm <= 0 or detection_norm <= 0:
+            if entry.gradient_ratio is None or norm is None:
+                continue
+            # bf16 on CPUs has given gradients that are not finite: the loop leaves such a step out, and so must a weight.
+            if not (0 < norm < math.inf and 0 < detection_norm < math.inf):
                 continue
             wanted = entry.gradient_ratio * entry.term.fade * detection_norm / norm
             old = float(self.ratio_weights[index])
             # The geometric mean, since a weight is a ratio: half-way each time damps the noise of one batch.
-            self.ratio_weights[index] = wanted if old == 0 else float(np.sqrt(old * wanted))
+            self.ratio_weights[index] = wanted if old == 0 else math.sqrt(old * wanted)
 
     def adversary_parameters(self) -> list[nn.Parameter]:
         """Parameters of discriminators, which have an optimiser of their own."""

@@ -167,7 +167,10 @@ def record_views(work: Workspace, distiller: Distiller, identities: Sequence[Map
     plan = ViewPlan(work.train, recipe.augment, student, seed, recipe.train.epochs, config.views)
     distiller.plan = plan
     if not distiller.online:
-        work.terminal.note("teacher cache: not needed, the answers to whole images serve every view")
+        work.terminal.note(
+            "teacher cache: nothing to keep, since the answers to whole images serve every view; training shows "
+            f"{config.views} views of each image all the same, and new ones each epoch without `distill.cache`"
+        )
         return
     root = Path(os.path.expanduser(config.folder)) if config.folder is not None else folder
     members = zip(distiller.set.teachers, distiller.wanted, identities, strict=True)

@@ -149,6 +149,7 @@ class _Trainer:
         self.notes = [
             *_start_of(job.model, pretrained),
             *self._precision_note(),
+            *self._mosaic_note(),
             *self._selection_note(),
             *(distiller.matched if distiller is not None else ()),
         ]
@@ -404,6 +405,11 @@ class _Trainer:
         if not without_bf16(self.cfg, self.fabric.device.type == "cuda"):
             return []
         return ["this processor has no bf16 and would emulate it, many times slower: the run goes in fp32"]
+
+    def _mosaic_note(self) -> list[str]:
+        if not self.job.augment.mosaic or self.cfg.epochs > (last := self.job.augment.close_mosaic_epochs):
+            return []
+        return [f"no mosaics: the last {last} epochs go without (augment.close_mosaic_epochs), and there are no more"]
 
     def _selection_note(self) -> list[str]:
         if self.cfg.select != "best" or self.job.val is None:

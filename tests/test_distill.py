@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,9 @@ def test_a_ratio_that_cannot_be_measured_leaves_the_terms_own_weight() -> None:
     assert distiller.weight_of(0) == 2e-5
     distiller.update_ratio_weights(2.0, [4.0])
     assert distiller.weight_of(0) == 0.125
+    for detection, norm in ((2.0, math.nan), (2.0, math.inf), (math.nan, 4.0), (math.inf, 4.0)):
+        distiller.update_ratio_weights(detection, [norm])
+        assert distiller.weight_of(0) == 0.125
 
 
 def test_a_gradient_ratio_fades_as_its_term_does() -> None:

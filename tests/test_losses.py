@@ -20,7 +20,7 @@ from edgekd.losses.base import DistillBatch
 from edgekd.losses.cwd import CWDTerm
 from edgekd.losses.decoupled import DecoupledTerm, background_kl, background_rows, choose_teachers
 from edgekd.losses.feature import standardise
-from edgekd.losses.fgd import focal_masks
+from edgekd.losses.fgd import GlobalContext, focal_masks
 from edgekd.losses.gkd import GKDTerm, robust_weights
 from edgekd.losses.information_map import backbone_information, confidence_on_grid
 from edgekd.losses.masked import AMDTerm, attention_mask, random_mask, spatial_attention
@@ -299,7 +299,7 @@ def test_equal_outputs_cost_nothing() -> None:
 def test_amd_masks_the_cells_of_highest_attention() -> None:
     torch.manual_seed(0)
     features = torch.randn(3, 4, 5, 6)
-    attention, mask = spatial_attention(features, 0.5), attention_mask(features, 0.4, 0.5)
+    attention, mask = spatial_attention(features, 0.5), attention_mask(features, 0.4)
     for image in range(3):
         hidden = mask[image, 0] == 0
         assert int(hidden.sum()) == round(0.4 * 30)
@@ -311,7 +311,7 @@ def test_mgd_masks_at_random_and_amd_does_not() -> None:
     features = torch.randn(2, 4, 30, 30)
     assert float((random_mask(features, 0.65) == 0).float().mean()) == pytest.approx(0.65, abs=0.05)
     assert not torch.equal(random_mask(features, 0.65), random_mask(features, 0.65))
-    assert torch.equal(attention_mask(features, 0.65, 0.5), attention_mask(features, 0.65, 0.5))
+    assert torch.equal(attention_mask(features, 0.65), attention_mask(features, 0.65))
 
 
 def test_amd_is_mgd_with_a_gate_and_another_mask() -> None:
@@ -371,6 +371,11 @@ def test_fgd_masks_share_a_boxs_weight_over_its_cells() -> None:
 
 
 # -- information map -------------------------------------------------------------------------------------------------
+
+
+def test_fgd_s_context_begins_as_the_identity() -> None:
+    features = torch.randn(2, 8, 5, 5)
+    assert torch.equal(GlobalContext(8)(features), features)
 
 
 def test_information_is_highest_where_the_teacher_is_strongest() -> None:
@@ -655,6 +660,14 @@ def test_gkd_without_prototypes_says_so_once() -> None:
         assert told == [True, silent, True]
 
 
+def test_gkd_that_was_given_no_batch_blames_no_object_for_it() -> None:
+    """As with `weight: 0`, for which no term is computed."""
+    term = build_term(TermConfig(loss="gkd"), make_pair("equal"))
+    for epoch in range(2):
+        term.begin_epoch(epoch, 3)
+    assert term.warning() is None
+
+
 def test_gkd_goes_on_in_bf16_once_it_has_prototypes() -> None:
     pair = make_pair("equal")
     term = build_term(TermConfig(loss="gkd", params={"min_side": 10.0}), pair)
@@ -715,6 +728,13 @@ def test_standardised_maps_have_no_scale() -> None:
     torch.manual_seed(0)
     a = torch.randn(2, 3, 5, 5)
     assert torch.allclose(standardise(a), standardise(a * 7 + 3), atol=1e-3)
+
+
+def test_large_maps_in_fp16_keep_their_signal() -> None:
+    """Their squares pass fp16's largest number: the variance would be infinite, and every cell 0."""
+    torch.manual_seed(0)
+    a = 400 * torch.randn(2, 3, 5, 5)
+    assert torch.allclose(standardise(a.half()), standardise(a), atol=1e-2)
 
 
 @pytest.mark.parametrize("name", sorted(TERMS))

@@ -16,6 +16,7 @@ from edgekd.detectors.base import SoftTargets
 from edgekd.losses import DistillBatch, Pair, Term, build_term
 from edgekd.losses.decoupled import DecoupledTerm
 from edgekd.losses.feature import LevelTerm
+from edgekd.losses.fgd import GlobalContext
 from edgekd.losses.gkd import GKDTerm
 from edgekd.recipe import TermConfig
 from tests.toy import ToyTeacher, toy_batch, toy_detector
@@ -169,6 +170,8 @@ def test_fgd(pair: Pair) -> None:
     """With factors that let every part count."""
     factors = {"foreground": 0.5, "background": 0.25, "attention": 2.0, "relation": 0.125}
     term, batch = built(pair, "fgd", **factors)
+    for block in (m for m in term.modules() if isinstance(m, GlobalContext)):
+        nn.init.normal_(block.expand.weight)  # else they are still the identity
     expected = 0.0
     for t, i, share, student, teacher in levels_of(term, batch):
         grid = (student.shape[2], student.shape[3])

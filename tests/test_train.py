@@ -425,6 +425,14 @@ def test_what_a_backbone_begins_with_is_told_once(tmp_path: Path, width: float, 
     assert words is None or words in told
 
 
+def test_a_run_too_short_for_mosaics_says_so(tmp_path: Path) -> None:
+    job = make_job(tmp_path, epochs=1)
+    job = replace(job, augment=job.augment.model_copy(update={"mosaic": 0.5}))
+    train_detector(job)
+    (told,) = [record["message"] for record in read_log(job.out) if record["event"] == "note"]
+    assert "close_mosaic_epochs" in told
+
+
 def test_a_backbone_from_nothing_is_not_frozen(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="mobilenetv2-ssd-lite without `weights`"):
         train_detector(make_job(tmp_path, freeze_stride=4))

@@ -2,7 +2,7 @@
 
 Source: C. Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021, eq. 2-4: every channel's map
 becomes a distribution over positions by a softmax at temperature T; KL(teacher || student), times T^2, mean over channels.
-Deviation: the teacher's maps are standardised first, as in `LevelTerm`, so that one temperature carries over between models.
+Deviation: the teacher's maps are always standardised first (see `LevelTerm`), so that one temperature carries over.
 """
 
 from __future__ import annotations

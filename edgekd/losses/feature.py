@@ -23,11 +23,12 @@ from edgekd.ranks import mean_over_ranks
 Normalise = Literal["channel", "none"]
 
 
-def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
-    """(B, C, H, W) to zero mean and unit variance per channel over the whole batch and its positions."""
+def standardise(features: Tensor) -> Tensor:
+    """(B, C, H, W) to float32 of zero mean and unit variance per channel, over the whole batch and its positions."""
+    features = features.float()  # squares of VGG's maps pass fp16's largest number
     centred = features - mean_over_ranks(features.mean((0, 2, 3), keepdim=True))
     variance = mean_over_ranks(centred.square().mean((0, 2, 3), keepdim=True))
-    return centred / (variance + eps).sqrt()
+    return centred / (variance + 1e-5).sqrt()
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class LevelMaps:
 
 class LevelTerm(Term):
     """Base of the terms that compare feature maps level by level: matching, 1x1 adapters, alignment.
+
+    Deviations from the public codes of CWD, MGD, FGD and PKD: levels are averaged, not added up, so that a weight does not
+    depend on their number; teacher maps are standardised unless `normalise` is "none"; every level has an adapter.
 
     Args:
         pair: student and teachers; every teacher must offer taps.

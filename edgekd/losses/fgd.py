@@ -3,7 +3,9 @@
 Source: Z. Yang et al., "Focal and Global Knowledge Distillation for Detectors", CVPR 2022, eq. 2-11. Focal: foreground and
 background cells apart, each weighted by the teacher's spatial and channel attention; cells of a box share its weight
 1 / (h w). Global: a GC block (Y. Cao et al., 2019) on each side relates pixels. Public defaults for one-stage detectors:
-foreground 1e-3, background 5e-4, attention 1e-3, relation 5e-6, temperature 0.5.
+foreground 1e-3, background 5e-4, attention 1e-3, relation 5e-6, temperature 0.5. As in the public code, a GC block begins as
+the identity. Deviations: a cell belongs to the smallest box that covers half of it, and h w counts the cells that a box has so;
+and those of `LevelTerm`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ class GlobalContext(nn.Module):
         self.reduce = nn.Conv2d(channels, hidden, 1)
         self.norm = nn.LayerNorm([hidden, 1, 1])
         self.expand = nn.Conv2d(hidden, channels, 1)
+        nn.init.zeros_(self.expand.weight)
+        assert self.expand.bias is not None
+        nn.init.zeros_(self.expand.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""

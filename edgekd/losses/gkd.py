@@ -127,8 +127,8 @@ class GKDTerm(LevelTerm):
                     )
                     for label, (_, student, teacher) in instances.items()
                 }
+        self._lacks_prototypes = self.images > 0 and not any(self.prototypes)
         self.images = 0
-        self._lacks_prototypes = epoch > 0 and not any(self.prototypes)
 
     def warning(self) -> str | None:
         """Said once, where an epoch has brought no prototype, so that only the plain feature and response parts are left."""

@@ -4,8 +4,9 @@ Sources: Z. Yang et al., "Masked Generative Distillation", ECCV 2022 (MGD): alph
 G = conv3x3, ReLU, conv3x3; public code masks a share of 0.65 for one-stage detectors, alpha 2e-5. "AMD: Adaptive Masked
 Distillation for Object Detection", arXiv 2301.13538 (AMD): the mask follows the teacher's spatial attention, and a small
 gate makes the student's channels adaptive.
-Reading (ours): attention A = HW * softmax(mean_c |T| / tau), tau 0.5; the mask drops the quarter of cells of highest A, so
-that one setting carries over between models; the gate is squeeze-and-excitation, reduction 4.
+Reading (ours): the mask drops the quarter of cells of highest attention mean_c |T|, a share, so that one setting carries over
+between models (the temperature of the paper's softmax over positions changes no order, so there is none here); the gate is
+squeeze-and-excitation, reduction 4. Deviation of both: see `LevelTerm`.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def spatial_attention(features: Tensor, temperature: float) -> Tensor:
     return (energy.shape[1] * (energy / temperature).softmax(1)).view(-1, *features.shape[-2:])
 
 
-def attention_mask(features: Tensor, share: float, temperature: float) -> Tensor:
+def attention_mask(features: Tensor, share: float) -> Tensor:
     """(B, 1, H, W) of 0 and 1: 0 on the round(share * HW) cells of highest attention of each image."""
-    attention = spatial_attention(features, temperature).flatten(1)
+    attention = features.abs().mean(1).flatten(1)
     count = round(share * attention.shape[1])
     mask = torch.ones_like(attention)
     mask.scatter_(1, attention.topk(count, dim=1).indices, 0.0)
@@ -122,7 +123,6 @@ class AMDTerm(MGDTerm):
         pair: student and teachers.
         masked_share: share of cells, those of highest teacher attention, that are dropped. Not MGD's 0.65: those would be
             all the objects' cells, and what is left tells the generation block nothing of them (measured: benchmarks/).
-        attention_temperature: tau of the attention's softmax.
         student_taps: see `LevelTerm`.
         teacher_taps: see `LevelTerm`.
         normalise: see `LevelTerm`.
@@ -135,7 +135,6 @@ class AMDTerm(MGDTerm):
         pair: Pair,
         *,
         masked_share: float = 0.25,
-        attention_temperature: float = 0.5,
         student_taps: TapChoice = "auto",
         teacher_taps: TapChoice = "auto",
         normalise: Normalise = "channel",
@@ -147,12 +146,11 @@ class AMDTerm(MGDTerm):
             teacher_taps=teacher_taps,
             normalise=normalise,
         )
-        self.attention_temperature = attention_temperature
         self.gates = self.per_level(ChannelGate)
 
     def mask(self, maps: LevelMaps) -> Tensor:
         """0 on the cells of highest teacher attention."""
-        return attention_mask(maps.teacher, self.masked_share, self.attention_temperature)
+        return attention_mask(maps.teacher, self.masked_share)
 
     def gated(self, maps: LevelMaps) -> Tensor:
         """The student's map with its channels weighted."""

@@ -21,4 +21,4 @@ class PKDTerm(LevelTerm):
 
     def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> Tensor:
         """Half the squared distance of the standardised maps."""
-        return 0.5 * functional.mse_loss(standardise(maps.student.float()), standardise(maps.teacher.float()))
+        return 0.5 * functional.mse_loss(standardise(maps.student), standardise(maps.teacher))
