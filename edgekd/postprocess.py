@@ -124,7 +124,6 @@ def soft_nms(
     *,
     sigma: float = 0.5,
     score_threshold: float = 0.001,
-    limit: int | None = None,
 ) -> tuple[IntArray, FloatArray]:
     """Gaussian soft-NMS (Bodla et al., ICCV 2017, eq. 3), class-wise: (kept rows, their decayed scores), best first.
 
@@ -136,7 +135,7 @@ def soft_nms(
     left_scores = scores[rows].astype(np.float32)
     chosen: list[int] = []
     chosen_scores: list[float] = []
-    while len(rows) and (limit is None or len(chosen) < limit):
+    while len(rows):
         best = int(left_scores.argmax())
         row = rows[best]
         chosen.append(int(row))

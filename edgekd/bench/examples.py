@@ -20,6 +20,7 @@ SCHEMA = "edgekd.examples/1"
 SHOWN_SCORE = 0.3
 """Detections from this score on are drawn, and count for the choice."""
 
+_COUNT = 18
 _SIDE_PX = 480
 _JPEG_QUALITY = 82
 
@@ -29,7 +30,6 @@ def choose_examples(
     reference: Sequence[Detections],
     student: Sequence[Detections],
     *,
-    count: int = 18,
     seed: int = 0,
 ) -> list[tuple[int, str]]:
     """(image index, why) of images worth showing.
@@ -47,12 +47,12 @@ def choose_examples(
     chosen: dict[int, str] = {}
     ranked = np.argsort(-lead, kind="stable").tolist()
     for order, sign, why in ((ranked, 1, "reference ahead"), (ranked[::-1], -1, "student ahead")):
-        for index in order[: max(1, count // 3)]:
+        for index in order[: _COUNT // 3]:
             if lead[index] * sign > 0:
                 chosen[index] = why
     with_objects = [i for i, record in enumerate(records) if len(record.labels)] or list(range(len(records)))
     for index in rng.permutation(with_objects).tolist():
-        if len(chosen) >= count:
+        if len(chosen) >= _COUNT:
             break
         chosen.setdefault(index, "random")
     return list(chosen.items())

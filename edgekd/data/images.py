@@ -75,13 +75,13 @@ def examine_image(path: Path | str) -> Examined:
     return _decode(_read(path), path)
 
 
-def decode_image(data: bytes, path: Path | str = "image") -> ImageArray:
-    """An image file's bytes as (H, W, 3) uint8 RGB, upright; `path` is for messages.
+def decode_image(data: bytes) -> ImageArray:
+    """An image file's bytes as (H, W, 3) uint8 RGB, upright.
 
     Raises:
         DataError: the bytes are empty, cut off, damaged, no image, or of one larger than `MAX_PIXELS`.
     """
-    return _decode(data, Path(path)).pixels
+    return _decode(data, Path("image")).pixels
 
 
 def _decode(data: bytes, path: Path) -> Examined:

@@ -175,8 +175,8 @@ def _escape(code: int) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
-def raise_if_stopped(problems: Sequence[Problem], what: str, shown: int = 10, fix: str | None = None) -> None:
-    """Raise for the problems that reading cannot pass over, naming the first `shown`; `fix`, where `data check` knows none.
+def raise_if_stopped(problems: Sequence[Problem], what: str, fix: str | None = None) -> None:
+    """Raise for the problems that reading cannot pass over, naming the first ten; `fix`, where `data check` knows none.
 
     Raises:
         DataError: at least one problem's rule says `stops`.
@@ -185,7 +185,7 @@ def raise_if_stopped(problems: Sequence[Problem], what: str, shown: int = 10, fi
     if not stopping:
         return
     lines = [f"{what}: {len(stopping)} problem{'s' * (len(stopping) > 1)} that must be mended first"]
-    lines += [f"  {problem}" for problem in stopping[:shown]]
-    if len(stopping) > shown:
-        lines.append(f"  ... and {len(stopping) - shown} more")
+    lines += [f"  {problem}" for problem in stopping[:10]]
+    if len(stopping) > 10:
+        lines.append(f"  ... and {len(stopping) - 10} more")
     raise DataError("\n".join(lines), fix=fix or "`edgekd data check` lists every problem of the data set")

@@ -198,14 +198,14 @@ def require_class_names(names: Sequence[str], root: str) -> None:
         raise DataError(f"{root}: class names that are no text", got=", ".join(map(repr, odd)))
 
 
-def _reasons(source: Source, shown: int = 5) -> str:
+def _reasons(source: Source) -> str:
     """The annotations that are not found or not understood, where there is no class: the classes may stand in those."""
     problems: list[Problem] = []
     for split in source.splits():
         source.scan(split, problems)
     bad = [problem for problem in problems if problem.kind in UNREAD_ANNOTATIONS]
-    lines = [f", for {len(bad)} annotation{'s' * (len(bad) > 1)} cannot be read", *map(str, bad[:shown])]
-    lines += [f"... and {len(bad) - shown} more"] if len(bad) > shown else []
+    lines = [f", for {len(bad)} annotation{'s' * (len(bad) > 1)} cannot be read", *map(str, bad[:5])]
+    lines += [f"... and {len(bad) - 5} more"] if len(bad) > 5 else []
     return "\n  ".join(lines) if bad else ""
 
 

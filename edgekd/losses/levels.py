@@ -13,6 +13,8 @@ from edgekd.detectors.base import TapKind, TapSpec
 from edgekd.errors import DistillationSetupError
 
 TapChoice = Sequence[str] | Literal["auto"]
+MAX_RESIZE = 2.5
+"""How many times larger or smaller a grid may be than the one that it is matched with."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,13 @@ def match_levels(
     student_taps: TapChoice = "auto",
     teacher_taps: TapChoice = "auto",
     kinds: Sequence[TapKind] = ("neck", "backbone"),
-    max_resize: float = 2.5,
     who: str = "",
 ) -> list[LevelPair]:
     """Pair the levels of two detectors.
 
     Named taps are paired in the order given. Where one side is named, each of its taps has to find a partner on the other:
-    an equal grid, or the nearest within `max_resize` times. "auto" on both takes, for the first kind in `kinds` that both
-    sides have, every student map whose grid a teacher map has too; failing any equal grid, the nearest within `max_resize`.
+    an equal grid, or the nearest within `MAX_RESIZE` times. "auto" on both takes, for the first kind in `kinds` that both
+    sides have, every student map whose grid a teacher map has too; failing any equal grid, the nearest within `MAX_RESIZE`.
 
     Raises:
         DistillationSetupError: an unknown tap, or one that was named finds no partner, or nothing matches; lists both sides'
@@ -78,7 +79,7 @@ def match_levels(
     named = [tap.name for tap in chosen_student if student_taps != "auto"]
     named += [tap.name for tap in chosen_teacher if teacher_taps != "auto"]
     alone = named
-    for limit in (1.0, max_resize):
+    for limit in (1.0, MAX_RESIZE):
         for student_kind, teacher_kind in kinds_to_try:
             pairs = _by_grid(
                 [t for t in chosen_student if t.kind == student_kind or student_taps != "auto"],
@@ -97,7 +98,7 @@ def match_levels(
         if alone
         else f"{who}: no student level finds a partner among the teacher's",
         got=f"student taps: {describe_taps(student)}\n            teacher taps: {describe_taps(teacher)}",
-        expected=f"grids that are equal or within {max_resize:g}x of each other",
+        expected=f"grids that are equal or within {MAX_RESIZE:g}x of each other",
         fix="name student_taps and teacher_taps in the term, or choose input sizes whose grids agree",
     )
 

@@ -28,10 +28,10 @@ def number(value: float | None, decimals: int = 1, unit: float = 1.0) -> str:
     return f"{value / unit:,.{decimals}f}".replace("-", MINUS)
 
 
-def signed(value: float, decimals: int = 1) -> str:
-    """A difference with its sign; a zero has none."""
-    rounded = round(value, decimals) + 0.0
-    return f"{rounded:+,.{decimals}f}".replace("-", MINUS) if rounded else f"{0:.{decimals}f}"
+def signed(value: float) -> str:
+    """A difference with its sign and one decimal; a zero has no sign."""
+    rounded = round(value, 1) + 0.0
+    return f"{rounded:+,.1f}".replace("-", MINUS) if rounded else "0.0"
 
 
 def points(value: float | None) -> str:

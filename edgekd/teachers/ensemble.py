@@ -291,12 +291,11 @@ def learn_weights(
     accuracy: AccuracyOf,
     *,
     known: Sequence[Any] | None = None,
-    rounds: int = 3,
 ) -> tuple[float, ...]:
     """Weights that make the fused answers most accurate on held-out images, by a small deterministic search.
 
-    From equal weights, each round tries every step of `WEIGHT_STEPS` for every teacher and takes the best single change;
-    it ends when none gains. A gain of less than 0.0005 counts as none, so that noise leaves the weights equal.
+    From equal weights, each of three rounds tries every step of `WEIGHT_STEPS` for every teacher and takes the best single
+    change; it ends when none gains. A gain of less than 0.0005 counts as none, so that noise leaves the weights equal.
 
     Args:
         answers: one sequence a teacher, one answer an image.
@@ -304,7 +303,6 @@ def learn_weights(
         config: how answers are fused.
         accuracy: such as AP50, injected since measuring lies above this layer.
         known: one (classes,) bool a teacher.
-        rounds: changes at most.
 
     Returns:
         One weight a teacher, summing to 1.
@@ -316,7 +314,7 @@ def learn_weights(
 
     best = [1.0] * len(answers)
     best_score = score(best)
-    for _ in range(rounds if len(answers) > 1 else 0):
+    for _ in range(3 if len(answers) > 1 else 0):
         tried = []
         for teacher in range(len(answers)):
             for step in WEIGHT_STEPS:
