@@ -14,6 +14,10 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 DEMO ?= runs/demo
 
+# Where a shell has Python keep no bytecode, each process of the tests and of the demonstration, of which there are hundreds,
+# would compile all of torch and the rest that it imports anew: twice what importing takes otherwise.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
