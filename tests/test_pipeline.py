@@ -60,7 +60,9 @@ def recipe(home: Path, *overrides: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def chain(home: Path) -> ChainResult:
-    return run_recipe(recipe(home), home / "run", quiet=True, jobs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgekd.pipeline.run_side_by_side", None)  # one job starts no processes
+        return run_recipe(recipe(home), home / "run", quiet=True, jobs=1)
 
 
 @pytest.fixture
