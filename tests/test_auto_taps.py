@@ -17,6 +17,7 @@ from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.auto_taps import shared_maps, taps_by_stride
 from edgekd.runtimes.onnx_file import open_onnx
 from edgekd.teachers import build_teacher
+from tests.export_double import traced
 from tests.toy_onnx import write_constant_detector
 
 
@@ -31,7 +32,10 @@ def test_a_yolos_neck_is_found(yolo11n_onnx: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_what_the_heads_of_our_own_exports_read_is_found(checkpoint: Path, tmp_path: Path, precision: str) -> None:
+def test_what_the_heads_of_our_own_exports_read_is_found(
+    checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgekd.export.onnx.trace", traced)
     detector = load_detector(checkpoint)
     pictures = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(v)[:, None, None] for v in (detector.spec.preprocess.mean, detector.spec.preprocess.std))

@@ -293,8 +293,9 @@ def test_what_onnx_runtime_fails_at_while_running_is_an_error_of_edgekd(made: Bu
 
 def test_every_precision_of_a_checkpoint(tmp_path: Path, data: ExportData, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgekd.export import job
-    from tests.export_double import ToyDetector
+    from tests.export_double import ToyDetector, traced
 
+    monkeypatch.setattr(job, "trace", traced)
     monkeypatch.setattr(job, "load_detector", lambda source: ToyDetector())
     monkeypatch.setattr(job, "checkpoint_facts", lambda source: {})
     checkpoint = tmp_path / "best.pt"

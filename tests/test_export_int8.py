@@ -26,7 +26,7 @@ from edgekd.export.precision import has_vnni, to_int8, weight_limit
 from edgekd.export.qdq import activation_parameters, quantise
 from edgekd.export.sensitivity import rank_layers
 from edgekd.recipe import ExportConfig, ModelConfig
-from tests.export_double import CLASSES, ToyDetector
+from tests.export_double import CLASSES, ToyDetector, traced
 
 IMAGES = [np.random.default_rng(seed).normal(size=(1, 3, 64, 64)).astype(np.float32) for seed in range(6)]
 TARGETS = ("x86", "tensorrt")
@@ -34,7 +34,7 @@ TARGETS = ("x86", "tensorrt")
 
 @pytest.fixture(scope="module")
 def base() -> onnx.ModelProto:
-    return trace(ToyDetector())
+    return traced(ToyDetector())
 
 
 @pytest.fixture(scope="module")
@@ -471,7 +471,7 @@ def test_linter_wants_kept_layers_listed(base: onnx.ModelProto):
 
 
 @cache
-def traced(name: str, width: float) -> onnx.ModelProto:
+def whole(name: str, width: float) -> onnx.ModelProto:
     config = ModelConfig(model=name, input_size=96, width=width)
     return trace(build_detector(spec_for(config, CLASSES)).eval())
 
@@ -500,8 +500,8 @@ def first_convolutions(name: str, width: float) -> onnx.ModelProto:
 @pytest.mark.parametrize(
     ("make", "name", "width", "target", "convolutions"),
     [
-        (traced, "mobilenetv2-ssd-lite", 0.35, "x86", 3),  # 16, 16 and 8 channels; the next one has 48
-        (traced, "mobilenetv2-ssd-lite", 0.35, "tensorrt", 0),
+        (whole, "mobilenetv2-ssd-lite", 0.35, "x86", 3),  # 16, 16 and 8 channels; the next one has 48
+        (whole, "mobilenetv2-ssd-lite", 0.35, "tensorrt", 0),
         (first_convolutions, "mobilenetv2-ssd-lite", 1.0, "x86", 0),  # 32 channels from the start
         (first_convolutions, "vgg11-ssd", 0.25, "x86", 0),  # 16 channels, but at the image's own resolution
     ],

@@ -22,12 +22,11 @@ from edgekd.export import ExportData, export_run
 from edgekd.export.graph import copy_of, metadata_of, open_session
 from edgekd.export.job import complete_path
 from edgekd.export.lint import INT8_KEY, lint_qdq
-from edgekd.export.onnx import trace
 from edgekd.export.parity import TOLERANCES, compare, match_detections, onnx_run, torch_run, with_map, worst_layer
 from edgekd.recipe import ExportConfig
 from edgekd.selection import Selection
 from edgekd.types import Detections
-from tests.export_double import ToyDetector
+from tests.export_double import ToyDetector, traced
 
 IMAGES = [np.random.default_rng(seed).normal(size=(1, 3, 64, 64)).astype(np.float32) for seed in range(3)]
 NAMES = ["one.png", "two.png", "three.png"]
@@ -146,7 +145,7 @@ def spoil(model: onnx.ModelProto, position: int, factor: float) -> str:
 
 def test_worst_layer_is_found():
     detector = ToyDetector()
-    reference = trace(detector)
+    reference = traced(detector)
     broken = copy_of(reference)
     tensor = spoil(broken, 2, 3.0)
     worst = worst_layer(reference, broken, IMAGES[0])
@@ -178,17 +177,11 @@ def toy() -> ToyDetector:
     return ToyDetector()
 
 
-@pytest.fixture(scope="module")
-def traced(toy: ToyDetector) -> onnx.ModelProto:
-    return trace(toy)
-
-
 @pytest.fixture
-def checkpoint(tmp_path: Path, toy: ToyDetector, traced: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkpoint(tmp_path: Path, toy: ToyDetector, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder with the toy in it; tracing, which takes seconds, is done once."""
     monkeypatch.setattr(edgekd.checkpoint, "build_detector", lambda spec: ToyDetector())
-    copy = lambda *_, **__: type(traced).FromString(traced.SerializeToString())  # noqa: E731
-    monkeypatch.setattr(edgekd.export.job, "trace", copy)
+    monkeypatch.setattr(edgekd.export.job, "trace", traced)
     folder = tmp_path / "run"
     save_detector(folder / "model.pt", toy, {"seed": 3, "metrics": {"ap50": 0.5}})
     return folder
@@ -254,9 +247,9 @@ def test_without_data_generated_scenes_serve_and_it_says_so(checkpoint: Path, tm
 
 
 def test_a_failing_gate_leaves_nothing_and_names_the_worst(
-    checkpoint: Path, traced: onnx.ModelProto, data: ExportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, toy: ToyDetector, data: ExportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    broken = type(traced).FromString(traced.SerializeToString())
+    broken = traced(toy)
     spoil(broken, 1, 1.5)
     monkeypatch.setattr(edgekd.export.job, "trace", lambda *_, **__: broken)
     out = tmp_path / "out" / "toy.onnx"

@@ -32,7 +32,7 @@ from edgekd.detectors.complexity import count_macs  # noqa: E402
 from edgekd.errors import ParityError  # noqa: E402
 from edgekd.recipe import ModelConfig  # noqa: E402
 from edgekd.recipe_file import load_recipe  # noqa: E402
-from tests.export_double import CLASSES, ToyDetector  # noqa: E402
+from tests.export_double import CLASSES, ToyDetector, traced  # noqa: E402
 from tests.fake_tensorrt import ORIN, FakeTensorRT  # noqa: E402
 from tests.host_buffers import HostBuffers  # noqa: E402
 
@@ -73,6 +73,7 @@ def bundled(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = folder / "best.pt"
     checkpoint.write_bytes(b"stands for a checkpoint")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "trace", traced)
         patch.setattr(job, "load_detector", lambda source: ToyDetector())
         patch.setattr(job, "checkpoint_facts", lambda source: {})
         teachers = [folder / "one.onnx", folder / "two.onnx"]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from edgekd.export.onnx import Precision, export_onnx
 from edgekd.predictor import load_predictor
 from edgekd.types import DetectorSpec, PreprocessSpec
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, SIDE, make_dataset, write_detector
+from tests.export_double import traced
 
 
 def node(name: str, ms: float, op: str = "Conv") -> dict[str, Any]:
@@ -95,10 +97,14 @@ def test_an_open_size_of_channels_last_is_filled_in_its_place(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_every_convolution_of_a_student_is_counted(tmp_path: Path, precision: Precision) -> None:
+def test_every_convolution_of_a_student_is_counted(
+    tmp_path: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ReLU6 behind a convolution, and the sum of a residual, give the fused layer their name."""
     spec = DetectorSpec("mobilenetv2-ssd-lite", ("a",), PreprocessSpec((64, 64)), width=0.35)
     images = [np.random.default_rng(0).random((1, 3, 64, 64), np.float32)] * 2
+    torch.manual_seed(0)
+    monkeypatch.setattr("edgekd.export.onnx.trace", traced)
     file = export_onnx(build_detector(spec), tmp_path / "a.onnx", precision=precision, calibration=images)
     with load_predictor(file, threads=1) as predictor:
         found = profile_predictor(predictor, file, images, 1, runs=2)

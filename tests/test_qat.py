@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +21,6 @@ from edgekd.errors import ExportError
 from edgekd.export.calibration import collect
 from edgekd.export.capture import Program
 from edgekd.export.graph import open_session, raw_tensors, with_outputs
-from edgekd.export.onnx import trace
 from edgekd.export.placement import Target, int8_nodes, tensors_to_quantise
 from edgekd.export.precision import to_int8, weight_limit
 from edgekd.export.qat import FACTS_KEY, learned_ranges, unused_ranges
@@ -36,31 +34,19 @@ from edgekd.export.simulation import (
 )
 from edgekd.recipe import ExportConfig
 from edgekd.types import DetectorSpec, PreprocessSpec
-from tests.export_double import CLASSES, ToyDetector
+from tests.export_double import CLASSES, ToyDetector, traced
 
 IMAGES = [np.random.default_rng(seed).normal(size=(1, 3, 64, 64)).astype(np.float32) for seed in range(3)]
 
 
-_traces: dict[tuple[Any, ...], bytes] = {}
-
-
-def _traced(detector: Detector, **options: Any) -> onnx.ModelProto:
-    """What `trace` gives, made once: it takes seconds, and the same detector has the same graph."""
-    values = (value.numpy().tobytes() for value in detector.state_dict().values())
-    key = (type(detector), str(detector.spec), *options.items(), *values)
-    if key not in _traces:
-        _traces[key] = trace(detector, **options).SerializeToString()
-    return onnx.load_model_from_string(_traces[key])
-
-
 @pytest.fixture(autouse=True)
 def _simulation_traces_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekd.export.simulation.trace", _traced)
+    monkeypatch.setattr("edgekd.export.simulation.trace", traced)
 
 
 @pytest.fixture(scope="module")
 def base() -> onnx.ModelProto:
-    return _traced(ToyDetector())
+    return traced(ToyDetector())
 
 
 @cache
@@ -131,7 +117,7 @@ def test_it_rounds_every_tensor_as_the_exported_file_does(family: str, target: T
     and Split as well as Adds.
     """
     detector = _lively(family)
-    base, images = _traced(detector), _images(detector)
+    base, images = traced(detector), _images(detector)
     model, quantised = _as_calibrated(base, images, target), QuantisedDetector(detector, images, target)
     tensors = scaled_tensors(base, target)
     names = [f"{name}_dequantised" for name in tensors]
@@ -172,7 +158,7 @@ def test_the_export_rounds_as_was_learned(base: onnx.ModelProto, target: Target,
 
 def test_ranges_have_the_same_names_in_every_trace(base: onnx.ModelProto) -> None:
     inputs = {"stem.0", "depthwise.0", "pointwise.0", "down.0", "cls", "box"}
-    for model in (base, _traced(ToyDetector(), opset=18), _traced(ToyDetector(), dynamic_batch=True)):
+    for model in (base, traced(ToyDetector(), opset=18), traced(ToyDetector(), dynamic_batch=True)):
         assert set(range_keys(model, "tensorrt")) == inputs
         assert set(range_keys(model, "x86")) == inputs | {"output of pointwise.0", "output of cls", "output of box"}
 

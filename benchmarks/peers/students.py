@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,9 +16,11 @@ from edgekd.checkpoint import load_detector
 from edgekd.data.images import decode_image
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector
-from edgekd.export import export_onnx
+from edgekd.export.graph import copy_of
+from edgekd.export.onnx import Precision, describe, detections_form, trace, write_model
+from edgekd.export.precision import convert
 from edgekd.preprocess import prepare
-from edgekd.recipe import ModelConfig
+from edgekd.recipe import ExportConfig, ModelConfig
 from edgekd.selection import Selection
 
 FAMILY = "mobilenetv2-ssd-lite"
@@ -66,13 +67,14 @@ def export(detector: Detector, trained: bool, folder: Path, thresholds: Selectio
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{stem}.{kind}.onnx" for kind in ("fp32", "int8", "finished")]
     calibration = [prepare(decode_image(data), detector.spec.preprocess)[0] for data in images[:CALIBRATION_IMAGES]]
-    settings: list[dict[str, Any]] = [
-        {},
-        {"precision": "int8", "calibration": calibration},
-        {"nms": True, "thresholds": thresholds},
-    ]
-    for file, setting in zip(files, settings, strict=True):
-        if not file.is_file():
-            print(f"  exporting {file.name}", file=sys.stderr)
-            export_onnx(detector, file, **setting)
+    if not all(file.is_file() for file in files):
+        print(f"  exporting {stem}", file=sys.stderr)
+        traced, config = trace(detector), ExportConfig()
+        precisions: list[Precision] = ["fp32", "int8", "fp32"]
+        for file, precision in zip(files, precisions, strict=True):
+            model, finished = copy_of(traced), file == files[-1]
+            used = thresholds if finished else Selection()
+            describe(model, detector, precision=precision, target=config.target, thresholds=used)
+            model = convert(model, precision, config, calibration)
+            write_model(detections_form(model, used) if finished else model, file)
     return Student(detector, trained, *files)

@@ -59,6 +59,7 @@ def trace(detector: Detector, *, opset: int = 17, dynamic_batch: bool = False) -
     h, w = detector.spec.preprocess.input_hw
     module = _Deployed(copy.deepcopy(detector).float().cpu().eval())
     _fold_batch_norms(module)
+    _write_over_nothing(module)
     images = torch.zeros(2 if dynamic_batch else 1, 3, h, w)  # 2, since the exporter takes a 1 for a constant
     with torch.no_grad():
         raw = ["cls_logits", "bbox_regression", "objectness"][: len(module(images)) - 2]
@@ -101,6 +102,13 @@ def _fold_batch_norms(module: nn.Module) -> None:
             if isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
                 setattr(parent, first, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, second, nn.Identity())
+
+
+def _write_over_nothing(module: nn.Module) -> None:
+    """Activations make new tensors: those in place, which the exporter takes apart first, are a fifth of an export's time."""
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
 
 
 def _finish(model: ModelProto, opset: int, raw: Mapping[str, str]) -> ModelProto:
