@@ -24,6 +24,7 @@ from edgekd.plan.search import Search
 from edgekd.plan.table import plan_text
 from edgekd.recipe import DataConfig, Recipe
 from edgekd.recipe_file import load_recipe
+from tests.export_double import traced
 from tests.sshd import running_sshd
 
 SSD, NANO = "mobilenetv2-ssd-lite", "yolo-nano"
@@ -350,7 +351,8 @@ def test_the_text_says_what_matters(tmp_path: Path, meter: Made) -> None:
 ONE = ("--models", SSD, "--widths", "0.35", "--input-sizes", "96", "--threads", "1")
 
 
-def test_real_candidates_here(scenes: Path, tmp_path: Path) -> None:
+def test_real_candidates_here(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekd.export.onnx.trace", traced)
     base_recipe(scenes, tmp_path)
     out = tmp_path / "plan"
     words = ("plan", "--max-latency-ms", 1e6, "--teachers", tmp_path / "base.yaml", "--out", out, *ONE)
@@ -391,7 +393,8 @@ def test_mistakes_exit_2(tmp_path: Path) -> None:
         assert message in done.stderr
 
 
-def test_on_a_device(scenes: Path, tmp_path: Path) -> None:
+def test_on_a_device(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgekd.export.onnx.trace", traced)
     with running_sshd(tmp_path) as server:
         target = f"ssh://{getpass.getuser()}@127.0.0.1:{server.port}"
         there = ("--target", target, "--target-python", sys.executable, "--ssh-config", server.config, "--host-ms", 2)
