@@ -225,7 +225,7 @@ def test_a_distillation_resumes_step_for_step(tmp_path: Path, loss: str, monkeyp
     config = DistillConfig(terms=(TermConfig(loss=loss, params={"min_side": 8.0} if loss == "gkd" else {}),))
 
     def job(out: str) -> TrainJob:
-        return distilling(make_job(tmp_path, out, epochs=3, checkpoint_every=1), config)
+        return distilling(make_job(tmp_path, out, epochs=2, checkpoint_every=1), config)
 
     train_detector(job("whole"))
     _stop_after(4, monkeypatch)

@@ -135,11 +135,10 @@ LARGE = ("vgg16-ssd", "yolov3")
     [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DETECTORS if n not in LARGE],
 )
 def test_native_detectors_agree_with_torch(name: str):
-    size = 300 if name.startswith("vgg") else 96
     torch.manual_seed(0)
-    detector = build_detector(spec_for(ModelConfig(model=name, input_size=size), [f"class {i}" for i in range(20)]))
+    detector = build_detector(spec_for(ModelConfig(model=name, input_size=96), [f"class {i}" for i in range(20)]))
     model = trace(detector)
-    images = [noise((size, size), seed=seed) for seed in range(2)]
+    images = [noise((96, 96), seed=seed) for seed in range(2)]
     report = compare(
         torch_run(detector),
         onnx_run(model),
@@ -150,8 +149,6 @@ def test_native_detectors_agree_with_torch(name: str):
         thresholds=Selection(),
     )
     assert report.ok, report.failures
-    if name == "vgg11-ssd":
-        assert onnx_run(model)(images[0])["scores"].shape[1] == 8732
 
 
 # -- NMS inside ------------------------------------------------------------------------------------------------------
