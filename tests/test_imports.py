@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -135,13 +136,35 @@ def cpu_seconds(code: str, *arguments: str) -> float:
 BARE_APP = "import typer; app = typer.Typer(); app.command()(lambda: None); app()"
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "edgekd")
+@pytest.mark.parametrize("command", [[], ["bench"]], ids=["edgekd", "bench"])
 def test_help_prints_quickly_with_only_typer(command: list[str]) -> None:
+    """Importing `edgekd.cli` imports what all commands' helps take: two show the time of each."""
     for _ in range(3):
         taken = cpu_seconds("from edgekd.cli import main; main()", *command)
         if taken < HELP_LIMIT_S or taken < HELP_OVER_BARE * cpu_seconds(BARE_APP):
             return
     pytest.fail(f"--help took {taken:.2f} s")
+
+
+def test_every_help_prints_with_only_typer() -> None:
+    code = """
+import contextlib, io, json, sys
+from edgekd.cli import main
+before, printed = set(sys.modules), []
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = [*words, "--help"]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        main()
+    printed.append(shown.getvalue())
+print(json.dumps({"printed": printed, "imported": sorted(name for name in set(sys.modules) - before if "edgekd" in name)}))
+"""
+    done = run_blocked(code, HEAVY, json.dumps(COMMANDS))
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    for command, text in zip(COMMANDS, told["printed"], strict=True):
+        assert " ".join(["Usage: edgekd", *command, "[OPTIONS]"]) in text
+    assert told["imported"] == [], "no help takes more than is imported for all"
 
 
 def test_every_command_is_in_the_list_above() -> None:
