@@ -97,6 +97,18 @@ def test_the_exporter_is_silent_and_leaves_the_callers_detector_as_it_was(capfd:
     assert all(module.inplace for module in activations)
 
 
+def test_the_exporter_is_given_no_activation_in_place(monkeypatch: pytest.MonkeyPatch):
+    """Which it would take apart first: a tenth of an export's time and more."""
+    given: list[nn.Module] = []
+    monkeypatch.setattr(torch.onnx, "export", lambda module, *_, **__: given.append(module))
+    config = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
+    detector = build_detector(spec_for(config, CLASSES))
+    with pytest.raises(ExportError, match="gave nothing"):
+        trace(detector)
+    assert [getattr(module, "inplace", False) for module in detector.modules()].count(True) > 50
+    assert not any(getattr(module, "inplace", False) for module in given[0].modules())
+
+
 @pytest.mark.parametrize("opset", [18, 20])
 def test_other_opsets(toy: ToyDetector, opset: int):
     model = trace(toy, opset=opset)
