@@ -188,9 +188,8 @@ class GKDTerm(LevelTerm):
         """Large objects of known classes, (N, C_s) and (N, C_t) of all images, into a teacher's bank."""
         bank, unknown = self.banks[index], self.unknown[index]
         counts = [len(labels) for labels in batch.targets.labels]
-        objects = zip(
-            batch.targets.boxes_xyxy, batch.targets.labels, student.split(counts), teacher.split(counts), strict=True
-        )
+        pooled = (torch.split(side, counts) for side in (student, teacher))
+        objects = zip(batch.targets.boxes_xyxy, batch.targets.labels, *pooled, strict=True)
         for i, (gt, labels, s, t) in enumerate(objects):
             large = (gt[:, 2:] - gt[:, :2] >= self.min_side).all(1)
             for j, (label, fits) in enumerate(zip(labels.tolist(), large.tolist(), strict=True)):
@@ -214,7 +213,7 @@ class GKDTerm(LevelTerm):
         self, maps: LevelMaps, batch: DistillBatch, scores: Tensor, rows: list[Tensor], weights: Tensor
     ) -> Tensor:
         view, unknown = maps.view, self.unknown[maps.teacher_index]
-        shares = weights.split([len(labels) for labels in batch.targets.labels])
+        shares = torch.split(weights, [len(labels) for labels in batch.targets.labels])
         pairs = []
         for i, (gt, labels) in enumerate(zip(batch.targets.boxes_xyxy, batch.targets.labels, strict=True)):
             quality, theirs = object_quality(view.soft.boxes_xyxy[i], view.soft.class_probs[i], gt, labels)

@@ -58,7 +58,7 @@ def object_maps(boxes: Sequence[Tensor], grid_hw: tuple[int, int], input_hw: tup
     areas = (flat[:, 2:] - flat[:, :2]).prod(-1)
     owners = torch.full((len(boxes), *grid_hw), -1, dtype=torch.int64, device=flat.device)
     counts = [len(b) for b in boxes]
-    for owner, own, area in zip(owners, covered.split(counts), areas.split(counts), strict=True):
+    for owner, own, area in zip(owners, torch.split(covered, counts), torch.split(areas, counts), strict=True):
         if len(area):
             by_size = area.argsort(descending=True)
             smallest = torch.arange(len(area), device=flat.device)[:, None, None].where(own[by_size], -1).amax(0)
