@@ -689,7 +689,7 @@ def test_the_global_term_is_on_and_can_be_turned_off() -> None:
         term = build_term(TermConfig(loss="gkd", params={"min_side": 10.0, "global_weight": weight}), pair)
         run_term(term, pair)
         term.begin_epoch(1, 4)
-        values.append(float(run_term(term, pair, epoch=1)[0]))
+        values.append(run_term(term, pair, epoch=1)[0].item())
     assert values[0] > values[1]
 
 
