@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -192,10 +192,18 @@ class PreprocessSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PreprocessSpec:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing, or is not what it should be.
+        """
         h, w = data["input_hw"]
         mean, std = (tuple(float(v) for v in data[key]) for key in ("mean", "std"))
         channels = data.get("channels", "rgb")  # files written before there was a choice
+        if data["resize"] not in get_args(ResizeMode) or channels not in get_args(Channels):
+            raise ValueError(f"resize {data['resize']!r}, channels {channels!r}: not known here")
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(f"mean {mean}, std {std}: not three each, or a std that is not positive")
         return cls((int(h), int(w)), data["resize"], mean, std, int(data["pad_value"]), channels)  # type: ignore[arg-type]
 
 

@@ -106,6 +106,29 @@ def test_accuracy_and_comparisons(bench: tuple[dict, Path, Dataset]) -> None:
     assert result["reference"] == "ensemble"
 
 
+def test_a_batch_fixed_in_the_file_is_said_and_one_image_of_it_counted(tmp_path: Path) -> None:
+    one = write_detector(tmp_path / "one.onnx", GOOD_BOXES, GOOD_SCORES)
+    model = onnx.load(one)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    mean = next(node for node in model.graph.node if node.op_type == "ReduceMean")
+    mean.attribute.remove(next(a for a in mean.attribute if a.name == "axes"))  # over the batch as well
+    onnx.save(model, tmp_path / "eight.onnx")
+    result = bench_artifacts(
+        [BenchArtifact(one, "one"), BenchArtifact(tmp_path / "eight.onnx", "eight")],
+        make_dataset(tmp_path / "data"),
+        config=CONFIG,
+        out=tmp_path / "result.json",
+        memory=False,
+        energy_seconds=0,
+    )
+    alone, fixed = result["rows"]
+    assert alone["macs"] == fixed["macs"] == 4 * 64 * 64 * 3 * 9
+    said = [text for text in result["warnings"] if "batch is fixed" in text]
+    assert len(said) == 1
+    assert said[0].startswith("eight: its batch is fixed at 8")
+    assert said[0] in result["unfit_to_publish"]
+
+
 def test_speed_ups_and_differences_are_of_the_right_way_round(tmp_path: Path) -> None:
     """A reference of 10 ms: the quicker way to run the ensemble. A student of 2 ms is 5 times as fast, not a fifth."""
     dataset = make_dataset(tmp_path)

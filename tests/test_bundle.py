@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -215,6 +216,40 @@ def test_energy_where_there_is_a_rail(made: Bundle, monkeypatch: pytest.MonkeyPa
     assert result["rows"][0]["energy_mj"] == energy["gross_mj"] > 0
     assert energy["above_idle_mj"] == 0.0
     assert result["settings"]["energy_seconds"] == 0.1
+
+
+def test_what_killed_processes_left_is_taken_up_or_removed(made: Bundle, data: ExportData, tmp_path: Path) -> None:
+    dead, living, theirs = (tmp_path / f".out.{name}" for name in ("dead0000", "living00", "notes000"))
+    for folder in (dead, living):
+        (folder / "new").mkdir(parents=True)
+        (folder / "new" / "half.onnx").touch()
+    shutil.copytree(made.folder, dead / "old")  # killed between two renames, with engines that took minutes
+    (dead / "old" / "engines").mkdir()
+    (dead / "old" / "engines" / "0.engine").touch()
+    theirs.mkdir()
+    (theirs / "notes.txt").touch()
+    held = os.open(living, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        make_bundle([BenchArtifact(made.folder.parent / "s.onnx", "s")], tmp_path / "out", data=data)
+    finally:
+        os.close(held)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.living00", ".out.notes000", "out"]
+    assert (tmp_path / "out" / "engines" / "0.engine").is_file()
+    assert list(theirs.iterdir()) == [theirs / "notes.txt"]
+
+
+def test_a_process_holds_the_bundle_that_it_writes(made: Bundle, data: ExportData, tmp_path: Path) -> None:
+    source = [BenchArtifact(made.folder.parent / "s.onnx", "s")]
+
+    def say(text: str) -> None:
+        if first:
+            first.clear()
+            make_bundle(source, tmp_path / "out", data=data)  # as of another process, in the midst of this one
+
+    first = ["not yet"]
+    make_bundle(source, tmp_path / "out", data=data, say=say)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_earlier_bundle_is_replaced_and_nothing_else(made: Bundle, data: ExportData, tmp_path: Path) -> None:

@@ -19,13 +19,15 @@ from edgekd.data import read_dataset
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import ArtifactError, DataError, ParityError, UserError
 from edgekd.export import ExportData, export_run
+from edgekd.export.gate import MapMeter
 from edgekd.export.graph import copy_of, metadata_of, open_session
 from edgekd.export.job import complete_path
 from edgekd.export.lint import INT8_KEY, lint_qdq
 from edgekd.export.parity import TOLERANCES, compare, match_detections, onnx_run, torch_run, with_map, worst_layer
 from edgekd.recipe import ExportConfig
 from edgekd.selection import Selection
-from edgekd.types import Detections
+from edgekd.types import Detections, PreprocessSpec
+from tests.bench_doubles import make_dataset
 from tests.export_double import ToyDetector, traced
 
 IMAGES = [np.random.default_rng(seed).normal(size=(1, 3, 64, 64)).astype(np.float32) for seed in range(3)]
@@ -128,6 +130,19 @@ def test_map_budget(precision: str, lost: float, budget: float, ok: bool):
     if not ok:
         with pytest.raises(ParityError, match=f"{100 * lost:.2f} AP50 points lost on 50 images"):
             report.check()
+
+
+def test_scores_that_change_places_by_rounding_fail_no_export(tmp_path: Path):
+    """As of a student that has hardly been trained: 24 objects on 12 images, and no score above 0.0051."""
+    dataset = make_dataset(tmp_path, images=12)
+    meter = MapMeter(dataset, PreprocessSpec((64, 64)), Selection())
+    objects = [sum(record.labels.tolist().count(label) for record in dataset.records) for label in (0, 1)]
+    assert meter.one_object == pytest.approx(100 / (2 * min(objects)))
+    lost = 0.9 * meter.one_object / 100
+    assert not with_map(judge(), 0.5, 0.5 - lost, 12, 1.0).ok
+    assert with_map(judge(), 0.5, 0.5 - lost, 12, 1.0, meter.one_object).ok
+    assert not with_map(judge(), 0.5, 0.5 - 2 * lost, 12, 1.0, meter.one_object).ok
+    assert not with_map(judge(precision="int8"), 0.5, 0.5 - lost, 12, 1.0, meter.one_object).ok, "a budget is the user's"
 
 
 def test_another_shape_is_an_error():

@@ -180,6 +180,17 @@ def test_everything_but_the_result_is_optional(run_folder: Path, tmp_path: Path,
     assert ("Nothing was measured." in text) == (left == "no rows")
 
 
+def test_detections_of_another_benchmark_are_not_drawn(run_folder: Path, tmp_path: Path) -> None:
+    """A benchmark that was killed while it wrote, or a file copied over another."""
+    copy = shutil.copytree(run_folder / "bench", tmp_path / "bench")
+    assert collect([copy]).saved is not None
+    with np.load(copy / "detections.npz") as saved:
+        np.savez(copy / "detections.npz", **{**saved, "0/scores": saved["0/scores"] / 2})
+    found = collect([copy])
+    assert found.saved is None
+    assert found.problems == ["pictures: detections.npz is not the file that result.json was written with"]
+
+
 def test_no_result(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nothing to report"):
         write_report(tmp_path)
@@ -325,7 +336,9 @@ def test_figures_of_an_earlier_recipe_are_told_from_those_of_this_one(tmp_path: 
     written(bench, {"result.json": make_result(schema="edgekd.result/1", created="by hand, later")})
     assert "before this recipe" not in "".join(report())
     (bench / "manifest.json").write_text("{")
-    assert "before this recipe" not in "".join(report())
+    said, html = report()
+    assert "before this recipe" not in said + html
+    assert "bench/manifest.json is damaged" in html
 
 
 def test_what_was_not_measured_is_no_figure(tmp_path: Path) -> None:

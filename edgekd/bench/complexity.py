@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -145,5 +145,11 @@ def _graph_counts(model: Any, input_hw: tuple[int, int] | None) -> _Counts:
             if position < len(node.input) and node.input[position] in stored:
                 learnt[node.input[position]] = prod(stored[node.input[position]])
     macs = [layer.macs for layer in graph_layers(graph)]
-    total = None if None in macs else sum(count for count in macs if count is not None)
+    total = None if None in macs else sum(count for count in macs if count is not None) // _fixed_batch(graph, stored)
     return sum(learnt.values()) or None, total or None, "graph"
+
+
+def _fixed_batch(graph: Any, stored: Collection[str]) -> int:
+    """How many images the graph always computes at once; 1 where it leaves that open."""
+    shapes = (info.type.tensor_type.shape.dim for info in graph.input if info.name not in stored)
+    return next((shape[0].dim_value or 1 for shape in shapes if len(shape) == 4), 1)

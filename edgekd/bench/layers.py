@@ -25,7 +25,7 @@ class Layer:
 
     Attributes:
         names: its node's name, its output's, and those of what a runtime may fuse behind it: runtimes keep one of them.
-        macs: multiply-accumulates for one image. None where a shape is open.
+        macs: multiply-accumulates of one inference. None where a shape is open.
         bytes: least traffic: weights once, input read, output written, all as wide as the weights are stored.
     """
 

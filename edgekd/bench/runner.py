@@ -101,6 +101,7 @@ def bench_artifacts(
     comparisons = compare(rows, dataset, found.answers, found.latencies, reference, student, seed)
     settings = _settings(config, threads, plan, found, energy_seconds)
     warnings = warnings_of(rows, found.contention, found.conditions["throttled"])
+    warnings += [f"{s.name}: {said}" for s in subjects for said in _about_batch(s)]
     if not accuracies[0].objects:
         warnings.append(
             f"split {dataset.split!r} has no object: accuracy cannot be measured on it (`edgekd data check`)"
@@ -205,6 +206,15 @@ def _about_thresholds(subject: Subject) -> list[str]:
     own, used = answering.own_selection(), answering.selection.to_dict()
     other = [f"{OPTIONS[key]} {value:g}" for key, value in own.items() if used[key] != value]
     return [f"its own recipe measures it with {' '.join(other)}"] if other and not answering.form.is_finished else []
+
+
+def _about_batch(subject: Subject) -> list[str]:
+    """What a batch fixed in the file costs; members of ensembles have rows of their own."""
+    runtime: Any = subject.members[0].predictor.runtime
+    batch = int(runtime.input_shape[0])
+    if len(subject.members) > 1 or batch == 1 or getattr(runtime, "dynamic_batch", False):
+        return []
+    return [f"its batch is fixed at {batch}, so that each image waits for an inference of {batch}: export it with a batch of 1"]
 
 
 def _chosen_on(subject: Subject) -> str | None:

@@ -7,6 +7,8 @@ is tested here is what runs there.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import re
@@ -92,6 +94,7 @@ def make_bundle(
         ParityError: an export does not agree with its original. EdgeKDError: the disk is full.
     """
     out = Path(out)
+    _clear_killed(out)
     _refuse_foreign(out)
     if not sources:
         raise UserError("there is nothing to bundle", expected="a run folder, a checkpoint or ONNX files")
@@ -170,7 +173,10 @@ def _folder_in_place(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place on success."""
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    held = os.open(work, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks: what is left behind stays
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         folder = work / "new"
         folder.mkdir()
         yield folder
@@ -184,9 +190,29 @@ def _folder_in_place(out: Path) -> Iterator[Path]:
             raise refusal(error, out) from error
         raise
     finally:
-        if (work / "old").exists() and not out.exists():
-            os.replace(work / "old", out)
-        shutil.rmtree(work, ignore_errors=True)
+        _put_back(work, out)
+        os.close(held)
+
+
+def _put_back(work: Path, out: Path) -> None:
+    """Remove a temporary folder, and bring back the bundle in it where nothing has taken its place."""
+    if (work / "old").exists() and not out.exists():
+        os.replace(work / "old", out)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _clear_killed(out: Path) -> None:
+    """Remove what processes that were killed have left beside `out`; a living one holds its folder."""
+    for work in out.parent.glob(f".{glob.escape(out.name)}.????????"):
+        with contextlib.suppress(OSError):  # a file, another's folder, or one whose process lives
+            if work.is_symlink() or not {path.name for path in work.iterdir()} <= {"new", "old"}:
+                continue
+            held = os.open(work, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _put_back(work, out)
+            finally:
+                os.close(held)
 
 
 def _exported(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgekd.data.image_cache import ResizedImages
 from edgekd.data.images import evenly_spread
 from edgekd.errors import ParityError
@@ -30,13 +32,16 @@ class MapMeter:
     """AP50 on (part of) a split of whatever runs; images are read and resized once.
 
     Attributes:
-        images: how many the figures are from.
+        images: how many the figures are from. one_object: AP50 points that one object of the rarest class is worth.
     """
 
     def __init__(self, dataset: Dataset, preprocess: PreprocessSpec, thresholds: Selection) -> None:
         step = max(1, len(dataset) // MAP_IMAGES)
         self._records, self._class_names = dataset.records[::step][:MAP_IMAGES], dataset.class_names
         self.images = len(self._records)
+        objects = np.bincount(np.concatenate([record.labels[record.trainable] for record in self._records]))
+        there = objects[objects > 0]
+        self.one_object = 100.0 / (len(there) * int(there.min())) if len(there) else 0.0
         self._preprocess, self._thresholds = preprocess, thresholds
         self._resized = ResizedImages(self._records, preprocess, _CACHE_MIB)
 
@@ -86,7 +91,7 @@ class Gate:
         report = self._compare(torch_run(self.detector), onnx_run(model), "fp32", "torch")
         if measure_map and self.meter is not None:
             pair = self.meter.of(torch_run(self.detector)), self.meter.of_model(model)
-            report = with_map(report, *pair, self.meter.images, self.map_budget)
+            report = with_map(report, *pair, self.meter.images, self.map_budget, self.meter.one_object)
         self._pass(report)
 
     def against_fp32(

@@ -214,7 +214,7 @@ RESULT = {
             "difference_shown": flag,
         }
     ],
-    "files": {"detections": text, "examples": text},
+    "files": dict.fromkeys(("detections", "detections_sha256", "examples"), text),
 }
 DEVICE_RESULT = {**MEASURED, "bundle": text}
 AGREEMENT = dict.fromkeys(("both", "reference", "student", "neither"), AMOUNT)

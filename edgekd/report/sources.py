@@ -86,7 +86,10 @@ def collect(paths: Sequence[Path]) -> Sources:
     if recipe.is_file():
         found.recipe = recipe.read_text(encoding="utf-8", errors="replace")[:_MOST_RECIPE_CHARACTERS]
         if (found.folder / "bench" / "result.json").resolve() in seen:
-            found.outdated = _outdated(found.folder, recipe)
+            try:
+                found.outdated = _outdated(found.folder, recipe)
+            except ArtifactError as error:
+                found.problems.append(_in_one_line(error, found.folder))
     return found
 
 
@@ -94,11 +97,11 @@ def _outdated(folder: Path, recipe: Path) -> str | None:
     """Whether a chain's benchmark was measured before its recipe, or before a run that is not finished yet.
 
     Nothing is said of a result that is not the chain's own, since no manifest speaks of it.
+
+    Raises:
+        ArtifactError: the manifest that would tell is damaged.
     """
-    try:
-        manifest = read_manifest(folder / "bench")
-    except ArtifactError:
-        return None
+    manifest = read_manifest(folder / "bench")
     if manifest is None or manifest.files.get("result.json") != sha256_file(folder / "bench" / "result.json"):
         return None
     measured_with = manifest.facts.get("recipe")
@@ -162,6 +165,8 @@ def _take_pictures(found: Sources, file: Path) -> None:
     examples = file.parent / (listed.parent.name.strip(".") or "examples") / listed.name
     try:
         if detections.is_file():
+            if names["detections_sha256"] not in (None, sha256_file(detections)):
+                raise ArtifactError(f"{detections.name} is not the file that {file.name} was written with")
             found.saved = read_saved(detections)
         if examples.is_file():
             found.examples = examples.parent, fit(read_examples(examples), EXAMPLES)

@@ -180,6 +180,9 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
         kind = json.loads(metadata["edgekd.output"])["kind"]
         provenance = dict(json.loads(metadata.get("edgekd.provenance", "{}")))
         thresholds = dict(json.loads(metadata.get("edgekd.thresholds", "{}")))
+        provenance["run"] = dict(provenance.get("run") or {})
+        if not all(value is None or isinstance(value, (int, float)) for value in thresholds.values()):
+            raise TypeError(f"thresholds {thresholds}: not numbers")
     except (KeyError, TypeError, ValueError, ArtifactError) as error:
         said = error.got if isinstance(error, ArtifactError) else f"{type(error).__name__}: {error}"
         raise ArtifactError(f"{path}: its metadata is damaged", got=said) from error
@@ -189,6 +192,12 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
             f"{path}: its outputs are not what its metadata says",
             got=f"kind {kind!r}, outputs {', '.join(runtime.output_names)}",
             expected="boxes and scores, or boxes, scores and labels",
+        )
+    if kind == "boxes-scores" and (said := _columns_of(runtime, "scores")) not in (None, len(spec.class_names)):
+        raise ArtifactError(
+            f"{path}: its outputs are not what its metadata says",
+            got=f"scores of {said} classes",
+            expected=f"of {len(spec.class_names)}: {', '.join(spec.class_names)}",
         )
     form = OutputFormat(kind, names, len(spec.class_names))
     height, width = runtime.input_shape[2:]
@@ -210,6 +219,12 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
     taps = _tapped(declared)
     arrays = runtime.run(normalise(probe_picture(input_hw), preprocess)) if taps else {}
     return OnnxDetector(runtime, class_names, preprocess, form, facts, _tap_grids(path, arrays, taps))
+
+
+def _columns_of(runtime: OnnxRuntime, output: str) -> int | None:
+    """The extent of an output's last axis; None where the graph leaves it open."""
+    shape = next(info.shape for info in runtime.outputs if info.name == output)
+    return shape[-1] if shape else None
 
 
 def _open_foreign(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], declared: OnnxTeacher) -> OnnxDetector:
