@@ -204,7 +204,7 @@ class PreprocessSpec:
             raise ValueError(f"resize {data['resize']!r}, channels {channels!r}: not known here")
         if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
             raise ValueError(f"mean {mean}, std {std}: not three each, or a std that is not positive")
-        return cls((int(h), int(w)), data["resize"], mean, std, int(data["pad_value"]), channels)  # type: ignore[arg-type]
+        return cls((int(h), int(w)), data["resize"], mean, std, int(data["pad_value"]), channels)
 
 
 @dataclass(frozen=True)

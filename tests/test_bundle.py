@@ -283,11 +283,12 @@ def test_an_earlier_bundle_is_replaced_and_nothing_else(made: Bundle, data: Expo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])  # EFBIG: `ulimit -f`, or 4 GB on a USB stick
 def test_a_full_disk_is_not_the_source_s_fault(
-    made: Bundle, data: ExportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Bundle, data: ExportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def full(source: Path, target: Path) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
 
     monkeypatch.setattr("edgekd.device.bundle.shutil.copyfile", full)
     source = made.folder.parent / "s.onnx"

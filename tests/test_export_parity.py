@@ -142,7 +142,9 @@ def test_scores_that_change_places_by_rounding_fail_no_export(tmp_path: Path):
     assert not with_map(judge(), 0.5, 0.5 - lost, 12, 1.0).ok
     assert with_map(judge(), 0.5, 0.5 - lost, 12, 1.0, meter.one_object).ok
     assert not with_map(judge(), 0.5, 0.5 - 2 * lost, 12, 1.0, meter.one_object).ok
-    assert not with_map(judge(precision="int8"), 0.5, 0.5 - lost, 12, 1.0, meter.one_object).ok, "a budget is the user's"
+    assert not with_map(judge(precision="int8"), 0.5, 0.5 - lost, 12, 1.0, meter.one_object).ok, (
+        "a budget is the user's"
+    )
 
 
 def test_another_shape_is_an_error():

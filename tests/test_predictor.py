@@ -51,7 +51,9 @@ def ours(path: Path, kind: str = "boxes-scores", **changes: str) -> Path:
 
 def changed_spec(preprocess: tuple[str, object] | None = None, **changes: object) -> str:
     spec = DetectorSpec("mobilenetv2-ssd-lite", ("cat", "dog"), PreprocessSpec((64, 96), "letterbox")).to_dict()
-    return json.dumps({**spec, **changes, "preprocess": {**spec["preprocess"], **dict([preprocess] if preprocess else [])}})
+    return json.dumps(
+        {**spec, **changes, "preprocess": {**spec["preprocess"], **dict([preprocess] if preprocess else [])}}
+    )
 
 
 def test_a_foreign_yolo_file_from_metadata_alone(tmp_path: Path) -> None:
@@ -217,7 +219,10 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, name, content, kwargs, e
         ({"edgekd.output": '{"kind": "masks"}'}, "not what its metadata says"),
         ({"edgekd.output": '{"kind": "detections"}'}, "not what its metadata says"),
         ({"edgekd.spec": changed_spec(class_names=["cat"])}, r"m\.onnx: its outputs are not what its metadata says"),
-        ({"edgekd.spec": changed_spec(preprocess=("resize", "crop"))}, "metadata is damaged"),  # of a later version, say
+        (
+            {"edgekd.spec": changed_spec(preprocess=("resize", "crop"))},
+            "metadata is damaged",
+        ),  # of a later version, say
         ({"edgekd.spec": changed_spec(preprocess=("std", [0, 1, 1]))}, "metadata is damaged"),
         ({"edgekd.thresholds": '{"nms_iou": "x"}'}, "metadata is damaged"),
         ({"edgekd.provenance": '{"run": 3}'}, "metadata is damaged"),

@@ -309,6 +309,10 @@ def test_another_student_is_not_called_the_same(changes: dict, differs: str) -> 
         "what distillation brings. One training of each: the interval is over images, not over seeds."
     )
     assert plain(words.gain(measured(result, RESULT))) == plain(words.gain(result))
+    result["data"] |= {"images": 12}
+    assert str(words.gain(result)).endswith(
+        "not over seeds. On so few images (12) the interval over images is too narrow."
+    )
 
 
 def test_figures_of_an_earlier_recipe_are_told_from_those_of_this_one(tmp_path: Path) -> None:
@@ -335,6 +339,10 @@ def test_figures_of_an_earlier_recipe_are_told_from_those_of_this_one(tmp_path: 
     assert "student is being trained again" in report()[1]
     written(bench, {"result.json": make_result(schema="edgekd.result/1", created="by hand, later")})
     assert "before this recipe" not in "".join(report())
+    (tmp_path / "student" / "manifest.json").write_text("")
+    written(bench, {"result.json": make_result(schema="edgekd.result/1")})
+    write_manifest(bench, "bench", {}, ["result.json"], {"recipe": sha256_file(recipe)})
+    assert "student/manifest.json is damaged" in report()[1]
     (bench / "manifest.json").write_text("{")
     said, html = report()
     assert "before this recipe" not in said + html

@@ -214,7 +214,9 @@ def _about_batch(subject: Subject) -> list[str]:
     batch = int(runtime.input_shape[0])
     if len(subject.members) > 1 or batch == 1 or getattr(runtime, "dynamic_batch", False):
         return []
-    return [f"its batch is fixed at {batch}, so that each image waits for an inference of {batch}: export it with a batch of 1"]
+    return [
+        f"its batch is fixed at {batch}, so that each image waits for an inference of {batch}: export it with a batch of 1"
+    ]
 
 
 def _chosen_on(subject: Subject) -> str | None:

@@ -57,7 +57,9 @@ def compare_engine(
             return report, ["no data set at hand: the engine was compared on generated scenes"]
         if dataset.class_names == manifest.class_names:
             meter = MapMeter(dataset, manifest.preprocess_spec, thresholds)
-            report = with_map(report, meter.of(reference), meter.of(candidate), meter.images, map_budget, meter.one_object)
+            report = with_map(
+                report, meter.of(reference), meter.of(candidate), meter.images, map_budget, meter.one_object
+            )
     return report, []
 
 

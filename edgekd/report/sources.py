@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import MANIFEST_NAME, read_manifest, sha256_file
+from edgekd.artifact import read_manifest, sha256_file
 from edgekd.bench.examples import read_examples
 from edgekd.bench.saved import Saved, read_saved
 from edgekd.errors import ArtifactError
@@ -99,7 +99,7 @@ def _outdated(folder: Path, recipe: Path) -> str | None:
     Nothing is said of a result that is not the chain's own, since no manifest speaks of it.
 
     Raises:
-        ArtifactError: the manifest that would tell is damaged.
+        ArtifactError: a manifest that would tell is damaged.
     """
     manifest = read_manifest(folder / "bench")
     if manifest is None or manifest.files.get("result.json") != sha256_file(folder / "bench" / "result.json"):
@@ -119,7 +119,7 @@ def _outdated(folder: Path, recipe: Path) -> str | None:
 
 
 def _is_finished(run: Path) -> bool:
-    return (run / MANIFEST_NAME).is_file()
+    return read_manifest(run) is not None
 
 
 def _candidates(folder: Path) -> list[Path]:

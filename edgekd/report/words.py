@@ -144,7 +144,11 @@ def gain(result: Mapping[str, Any]) -> str | None:
     for comparison in result["comparisons"]:
         if comparison["a"] == student["name"] and comparison["b_role"] == "student":
             brought = _brought(comparison, student, find(rows, comparison["b"]))
-            return f"{brought}. One training of each: the interval is over images, not over seeds."
+            found = [
+                f"{brought}. One training of each: the interval is over images, not over seeds.",
+                *_too_few(result),
+            ]
+            return " ".join(found)
     return None
 
 
@@ -192,11 +196,17 @@ _FEW_IMAGES = 20
 normal differences, in 28 % of cases on 3 images and in 17 % on 5, instead of 5 %."""
 
 
+def _too_few(result: Mapping[str, Any]) -> list[str]:
+    """A sentence where an interval over the images of a benchmark or comparison cannot be believed."""
+    count = result["data"]["images"]
+    if count is None or count >= _FEW_IMAGES:
+        return []
+    return [f"On so few images ({count}) the interval over images is too narrow."]
+
+
 def caveats(comparison: Mapping[str, Any]) -> list[str]:
     """What else than the method differs between the student alone and the others, or makes the figures look better."""
-    settings, found = comparison["train"], []
-    if (count := comparison["data"]["images"]) is not None and count < _FEW_IMAGES:
-        found.append(f"On so few images ({count}) the interval over images is too narrow.")
+    settings, found = comparison["train"], _too_few(comparison)
     if settings.get("select") == "best":
         found.append(
             "Every figure is of the best of several evaluations on these images (train.select: best): optimistic."
