@@ -193,10 +193,10 @@ def _open_ours(path: Path, runtime: OnnxRuntime, metadata: Mapping[str, str], de
             got=f"kind {kind!r}, outputs {', '.join(runtime.output_names)}",
             expected="boxes and scores, or boxes, scores and labels",
         )
-    if kind == "boxes-scores" and (said := _columns_of(runtime, "scores")) not in (None, len(spec.class_names)):
+    if kind == "boxes-scores" and (columns := _columns_of(runtime, "scores")) not in (None, len(spec.class_names)):
         raise ArtifactError(
             f"{path}: its outputs are not what its metadata says",
-            got=f"scores of {said} classes",
+            got=f"scores of {columns} classes",
             expected=f"of {len(spec.class_names)}: {', '.join(spec.class_names)}",
         )
     form = OutputFormat(kind, names, len(spec.class_names))
