@@ -19,7 +19,7 @@ from edgekd.data import read_dataset
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import ArtifactError, DataError, ParityError, UserError
 from edgekd.export import ExportData, export_run
-from edgekd.export.gate import MapMeter
+from edgekd.export.gate import MapMeter, make_gate
 from edgekd.export.graph import copy_of, metadata_of, open_session
 from edgekd.export.job import complete_path
 from edgekd.export.lint import INT8_KEY, lint_qdq
@@ -145,6 +145,18 @@ def test_scores_that_change_places_by_rounding_fail_no_export(tmp_path: Path):
     assert not with_map(judge(precision="int8"), 0.5, 0.5 - lost, 12, 1.0, meter.one_object).ok, (
         "a budget is the user's"
     )
+
+
+def test_images_without_objects_measure_no_map(tmp_path: Path):
+    detector, dataset = ToyDetector(), make_dataset(tmp_path, images=2)
+    empty = tuple(
+        replace(record, **{name: getattr(record, name)[:0] for name in ("boxes_xyxy", "labels", "difficult", "crowd")})
+        for record in dataset.records
+    )
+    dataset = replace(dataset, class_names=detector.spec.class_names, records=empty)
+    gate = make_gate(detector, dataset, Selection(), 1.0)
+    assert gate.meter is None
+    assert gate.notes == ["mAP was not compared: there is no object on the images to compare on"]
 
 
 def test_another_shape_is_an_error():

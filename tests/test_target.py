@@ -93,6 +93,13 @@ def test_command_line(sshd: Sshd, bundle: Bundle, tmp_path: Path) -> None:
     assert json.loads(out.read_text(encoding="utf-8"))["bundle"] == bundle.sha256
 
 
+def test_a_bundle_is_measured_as_it_is(bundle: Bundle, tmp_path: Path) -> None:
+    command = ["bench", bundle.folder, "--target", "ssh://nowhere", "--precision", "int8", "--out", tmp_path / "r.json"]
+    done = CliRunner().invoke(app, [str(part) for part in command])
+    assert done.exit_code == 2
+    assert "--precision does nothing here" in done.stderr
+
+
 def test_unknown_host(sshd: Sshd, bundle: Bundle, tmp_path: Path) -> None:
     config = tmp_path / "config"
     text = sshd.config.read_text(encoding="utf-8").replace(str(sshd.known_hosts), str(tmp_path / "none"))

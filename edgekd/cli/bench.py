@@ -67,7 +67,7 @@ from edgekd.cli.bundle import (
     precisions_of,
 )
 from edgekd.cli.predict import VIDEO, MaxFramesOption, RealtimeOption, measure_video
-from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, session_of
+from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SeedOption, refuse_idle, session_of
 
 Given = TypeVar("Given")
 
@@ -175,8 +175,11 @@ def bench(
     limits = limits_of(baseline, max_slowdown, max_map_drop)
     check_out(out, baseline, table, summary)
     if target is not None:
+        from edgekd.device.bundle import is_bundle
         from edgekd.device.target import parse_target
 
+        if len(entries) == 1 and is_bundle(entries[0].path):
+            refuse_idle(context, {"a run, checkpoint or ONNX file": {"data", "split", "format", "precision"}})
         given_target = parse_target(target, python=target_python, ssh_config=ssh_config)
         images = None if data is None else export_data(data, split, format)
         on_device = {

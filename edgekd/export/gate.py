@@ -32,7 +32,8 @@ class MapMeter:
     """AP50 on (part of) a split of whatever runs; images are read and resized once.
 
     Attributes:
-        images: how many the figures are from. one_object: AP50 points that one object of the rarest class is worth.
+        images: how many the figures are from. one_object: AP50 points that one object of the rarest class is worth; 0
+            where there is none, and no AP50.
     """
 
     def __init__(self, dataset: Dataset, preprocess: PreprocessSpec, thresholds: Selection) -> None:
@@ -163,7 +164,11 @@ def make_gate(detector: Detector, dataset: Dataset | None, thresholds: Selection
     if dataset is None or generated:
         gate.notes.append("no data set at hand: compared on generated scenes, which says less than real images")
     elif dataset.class_names == spec.class_names:
-        gate.meter = MapMeter(dataset, spec.preprocess, thresholds)
+        meter = MapMeter(dataset, spec.preprocess, thresholds)
+        if meter.one_object:
+            gate.meter = meter
+        else:  # else int8 would choose its calibration by an AP50 of zero everywhere
+            gate.notes.append("mAP was not compared: there is no object on the images to compare on")
     else:
         gate.notes.append("mAP was not compared: the data set's classes are not the detector's")
     return gate
