@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from edgekd.bench.entries import BenchArtifact
+from edgekd.cli.bench_entries import doubts
 from edgekd.errors import ArtifactError
 from edgekd.export.onnx import write_model
 from edgekd.predictor import load_predictor
 from edgekd.runtimes.onnx_seal import CHANGED, SEAL_KEY
-from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, write_detector
+from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, make_dataset, write_detector
 
 onnx = pytest.importorskip("onnx")
 
@@ -64,3 +66,6 @@ def test_a_file_that_another_tool_has_changed_is_used_and_said_to_be(sealed: Pat
     onnx.save(model, str(sealed))
     with load_predictor(sealed) as predictor:
         assert predictor.taken_for_granted() == (CHANGED,)
+    told: list[str] = []
+    assert doubts([BenchArtifact(sealed, "student")], make_dataset(sealed.parent / "data"), told.append) == []
+    assert told == [f"student: {CHANGED}"]

@@ -29,7 +29,7 @@ def doubts(entries: list[BenchArtifact], dataset: Dataset, note: Callable[[str],
 
     Args:
         entries: what is to be measured. dataset: labelled.
-        note: is told what was recognised or guessed of each.
+        note: is told what was recognised or guessed of each, and of our own what a tool has changed.
     """
     from edgekd.predictor import load_predictor
     from edgekd.teacher_check import examine
@@ -37,10 +37,10 @@ def doubts(entries: list[BenchArtifact], dataset: Dataset, note: Callable[[str],
     found = []
     for entry in {entry.path: entry for entry in reversed(entries) if is_onnx(entry.path)}.values():
         with load_predictor(entry.path, options=entry.options) as predictor:
-            if predictor.facts.get("model") is not None:
-                continue
             for taken in predictor.taken_for_granted():
                 note(f"{entry.name}: {taken}")
+            if predictor.facts.get("model") is not None:
+                continue
             mapped = predictor.with_classes(dataset.class_names, entry.class_map)
             knows = [True] * len(dataset.class_names) if mapped.class_map is None else mapped.class_map.known.tolist()
             outcome = examine(dataset, entry.name, mapped, knows)

@@ -14,7 +14,9 @@ from edgekd.errors import ArtifactError
 
 SEAL_KEY = "edgekd.seal"
 """Metadata: the file's size in bytes, 12 digits, and its digest."""
-CHANGED = "not as edgekd wrote it: changed by another tool, or damaged; if no tool was meant to, export it again"
+CHANGED = (
+    "this file is not as edgekd wrote it: changed by another tool, or damaged; if no tool was meant to, export it again"
+)
 """What is said of a file whose length has changed too."""
 _SIZE_DIGITS, _DIGEST_DIGITS = 12, 64
 _BLANK = "0" * _DIGEST_DIGITS
