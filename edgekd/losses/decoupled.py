@@ -63,8 +63,9 @@ class DecoupledTerm(LevelTerm):
         background_weight: w; 0 leaves the background out. With 1, and cells for objects, nothing was gained on blood cells
             (benchmarks/).
         foreground_mean: "objects" counts each object once, "cells" each of its cells.
-        student_taps: see `LevelTerm`.
-        teacher_taps: see `LevelTerm`.
+        student_taps: see `LevelTerm`, but that "auto" looks at backbones first: with the neck's maps a small anchor-free YOLO
+            lost (benchmarks/).
+        teacher_taps: the same.
         normalise: see `LevelTerm`.
     """
 
@@ -81,7 +82,13 @@ class DecoupledTerm(LevelTerm):
         teacher_taps: TapChoice = "auto",
         normalise: Normalise = "none",
     ) -> None:
-        super().__init__(pair, student_taps=student_taps, teacher_taps=teacher_taps, normalise=normalise)
+        super().__init__(
+            pair,
+            student_taps=student_taps,
+            teacher_taps=teacher_taps,
+            kinds=("backbone", "neck"),
+            normalise=normalise,
+        )
         self.student = [pair.student]
         self.background_weight, self.foreground_mean = background_weight, foreground_mean
         self._objects, self._gated = 0, 0
