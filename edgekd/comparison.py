@@ -168,7 +168,7 @@ def table_markdown(data: Mapping[str, Any]) -> str:
     if best := data.get("best"):
         lines += [
             "",
-            f"{best['method']} has the highest mean of the methods (seeds {', '.join(map(str, best['seeds']))}). Its lead:",
+            f"{best['method']} has the highest mean of the methods ({_seeds(best['seeds'])}). Its lead:",
             "",
             "| over | in AP50 | 95 % over seeds | 95 % over images | |",
             "|---|---|---|---|---|",
@@ -190,6 +190,10 @@ def table_markdown(data: Mapping[str, Any]) -> str:
     if said := caveats(data):
         lines += ["", " ".join(said)]
     return "\n".join(lines) + "\n"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _mean_sd(value: Mapping[str, Any]) -> str:

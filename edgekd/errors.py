@@ -136,7 +136,10 @@ def refusal(error: OSError, path: Path | str | None = None) -> EdgeKDError:
     else:
         what, got = f"{path} cannot be written", said
     if error.errno in _FULL:
-        return EdgeKDError(what, got=got, fix="free some space there, or choose another place")
+        room = (
+            "raise the limit on a file's size (`ulimit -f`)" if error.errno == errno.EFBIG else "free some space there"
+        )
+        return EdgeKDError(what, got=got, fix=f"{room}, or choose another place")
     if error.errno in _NOT_ALLOWED:
         return UserError(what, got=got, fix="choose another place, or give yourself the right to this one")
     return EdgeKDError(what, got=got)

@@ -132,10 +132,11 @@ def test_a_picture_that_is_cut_off_never_gets_its_name(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(EdgeKDError, match=r"x\.jpg cannot be written") as caught:
             _write_picture(tmp_path / "x.jpg", pixels)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "ulimit" in (caught.value.fix or "")
     assert not list(tmp_path.iterdir())
 
 

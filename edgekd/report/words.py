@@ -211,13 +211,16 @@ def caveats(comparison: Mapping[str, Any]) -> list[str]:
         found.append(
             "Every figure is of the best of several evaluations on these images (train.select: best): optimistic."
         )
+    shown: dict[int, list[str]] = {}
     for name, method in comparison.get("methods", {}).items():
         views = (method["distill"].get("cache") or {}).get("views")
         if views and settings["epochs"] and views < settings["epochs"]:
-            shown = f"{views} view{'s' if views != 1 else ''}"
-            found.append(
-                f"{name} was shown {shown} of each image (distill.cache), the student alone a new one each epoch."
-            )
+            shown.setdefault(views, []).append(name)
+    for views, names in shown.items():
+        found.append(
+            f"{', '.join(names)} {'were' if len(names) > 1 else 'was'} shown {views} view{'s' if views != 1 else ''} of each "
+            "image (distill.cache), the student alone a new one each epoch."
+        )
     return found
 
 
