@@ -514,6 +514,14 @@ def test_each_kind_of_result_makes_a_page_alone(tmp_path: Path, name: str, answe
     assert "no result of edgekd bench among these files" in html
 
 
+def test_a_gain_that_is_shown_is_told_before_a_larger_one_that_is_not(tmp_path: Path) -> None:
+    data = samples()["comparison.json"]
+    row = next(row for row in data["rows"] if "gain" in row)
+    data["rows"].append({**row, "method": "sure", "gain": {**row["gain"], "ap50": 0.005, "verdict": "gain"}})
+    html = write_report(written(tmp_path, {"comparison.json": data}), tmp_path / "page.html").read_text("utf-8")
+    assert "sure brings +0.5 AP50 points" in plain(html)
+
+
 def test_the_best_method_s_lead_is_in_the_page(tmp_path: Path) -> None:
     data = samples()["comparison.json"]
     gain = next(row["gain"] for row in data["rows"] if "gain" in row)

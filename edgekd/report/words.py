@@ -176,11 +176,12 @@ def method_gain(row: Row) -> str:
 
 
 def comparison_answer(comparison: Mapping[str, Any]) -> str:
-    """What came of `edgekd compare`, in one sentence about its best method."""
+    """What came of `edgekd compare`, in one sentence about its best method: of those whose gain is shown, if there are any."""
     methods = [row for row in comparison["rows"] if row["gain"]["ap50"] is not None]
     if not methods:
         return "No method was compared."
-    best = max(methods, key=lambda row: float(row["gain"]["ap50"]))
+    shown = [row for row in methods if row["gain"]["verdict"] == "gain"]
+    best = max(shown or methods, key=lambda row: float(row["gain"]["ap50"]))
     verdicts = {
         "gain": f"{best['method']} brings {method_gain(best)}",
         "loss": f"No method gains: the best, {best['method']}, changes accuracy by {method_gain(best)}",
