@@ -64,7 +64,7 @@ class DecoupledTerm(LevelTerm):
             (benchmarks/).
         foreground_mean: "objects" counts each object once, "cells" each of its cells.
         student_taps: see `LevelTerm`, but that "auto" looks at backbones first: with the neck's maps a small anchor-free YOLO
-            lost (benchmarks/).
+            lost more (benchmarks/).
         teacher_taps: the same.
         normalise: see `LevelTerm`.
     """
