@@ -24,7 +24,7 @@ from edgekd.losses.fgd import GlobalContext, focal_masks
 from edgekd.losses.gkd import GKDTerm, robust_weights
 from edgekd.losses.information_map import backbone_information, confidence_on_grid
 from edgekd.losses.masked import AMDTerm, attention_mask, random_mask, spatial_attention
-from edgekd.losses.objects import object_map, object_quality, object_shares, pool_boxes
+from edgekd.losses.objects import object_maps, object_quality, object_shares, pool_boxes
 from edgekd.losses.pkd import PKDTerm
 from edgekd.losses.prototypes import Prototypes, density, joint_matching_pursuit, search_prototypes
 from edgekd.losses.response import dense_response_losses
@@ -528,7 +528,7 @@ def test_the_foreground_against_a_plain_loop(mean: str) -> None:
         grid = tuple(maps.student.shape[-2:])
         total, weight = 0.0, 0.0
         for image, gt in enumerate(batch.targets.boxes_xyxy):
-            owner = object_map(gt, grid, term.input_hw)
+            owner = object_maps([gt], grid, term.input_hw)[0]
             for index in owner.unique().tolist():
                 if index < 0:
                     continue
@@ -707,7 +707,7 @@ def test_pooling_over_a_box_against_a_fine_average() -> None:
 
 def test_cells_belong_to_the_smallest_box_and_no_object_is_lost() -> None:
     boxes = torch.tensor([[0.0, 0, 40, 40], [10, 10, 20, 20], [33, 33, 35, 35]])
-    owner = object_map(boxes, (4, 4), (40, 40))
+    owner = object_maps([boxes], (4, 4), (40, 40))[0]
     expected = torch.zeros(4, 4, dtype=torch.int64)
     expected[1, 1], expected[3, 3] = 1, 2
     assert torch.equal(owner, expected)

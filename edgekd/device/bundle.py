@@ -205,7 +205,8 @@ def _clear_killed(out: Path) -> None:
     """Remove what processes that were killed have left beside `out`; a living one holds its folder."""
     for work in out.parent.glob(f".{glob.escape(out.name)}.????????"):
         with contextlib.suppress(OSError):  # a file, another's folder, or one whose process lives
-            if work.is_symlink() or not {path.name for path in work.iterdir()} <= {"new", "old"}:
+            names = {path.name for path in work.iterdir()}
+            if work.is_symlink() or not names or not names <= {"new", "old"}:  # empty: about to be held
                 continue
             held = os.open(work, os.O_RDONLY)
             try:

@@ -17,7 +17,7 @@ from edgekd.losses.base import DistillBatch, Pair
 from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise, at
 from edgekd.losses.levels import TapChoice
 from edgekd.losses.masked import spatial_attention
-from edgekd.losses.objects import object_maps, object_shares
+from edgekd.losses.objects import cell_shares, object_maps, object_shares
 
 
 class GlobalContext(nn.Module):
@@ -51,8 +51,7 @@ def channel_attention(features: Tensor, temperature: float) -> Tensor:
 def focal_masks(boxes: list[Tensor], grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(foreground, background), each (B, H, W): 1 / cells of the owning box inside boxes, 1 / background cells outside."""
     owner = object_maps(boxes, grid_hw, input_hw)
-    background = (owner < 0).float()
-    return object_shares(owner), background / background.sum((1, 2), keepdim=True).clamp(min=1)
+    return object_shares(owner), cell_shares(owner < 0)
 
 
 class FGDTerm(LevelTerm):

@@ -23,7 +23,7 @@ from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair
 from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise
 from edgekd.losses.levels import TapChoice
-from edgekd.losses.objects import object_maps, object_quality, pool_boxes
+from edgekd.losses.objects import cell_shares, object_maps, object_quality, pool_boxes
 from edgekd.losses.prototypes import InstanceBank, Prototypes, search_prototypes
 from edgekd.ranks import normaliser, rank, world_size
 
@@ -46,11 +46,6 @@ def soften(scores: Tensor, temperature: float) -> Tensor:
     nothing = 1 - scores.amax(1, keepdim=True)
     p = torch.cat([scores, nothing], 1).clamp(min=_EPS).pow(1 / temperature)
     return p / p.sum(1, keepdim=True)
-
-
-def _share(cells: Tensor) -> Tensor:
-    """(B, H, W) bool to (B, H, W) float32: one over the number of cells of its image that are true, 0 in the others."""
-    return cells / cells.sum((1, 2), keepdim=True).clamp(min=1)
 
 
 class GKDTerm(LevelTerm):
@@ -205,7 +200,7 @@ class GKDTerm(LevelTerm):
         row = (owner + firsts[:, None, None]).masked_fill(outside, -1)  # the last is of no object
         inside &= ~self.silent_cells(owner, batch, maps.teacher_index)
         own = torch.cat([weights, weights.new_ones(1)])[row]
-        weight = self.inside * _share(inside) * own + self.outside * _share(outside)
+        weight = self.inside * cell_shares(inside) * own + self.outside * cell_shares(outside)
         distance = (maps.student - maps.teacher).float().pow(2).mean(1)
         return (weight * distance).sum() / len(owner) / (self.inside + self.outside)
 

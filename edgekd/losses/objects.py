@@ -40,16 +40,12 @@ def cells_of(points: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int, int]
     return y, x
 
 
-def object_map(boxes_xyxy: Tensor, grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> Tensor:
-    """(H, W) int64: for each cell the index of the smallest box that covers at least half a cell of it, -1 for none.
-
-    A box too small to cover half of any cell takes the cell of its centre, so that no object is lost on a coarse grid.
-    """
-    return object_maps([boxes_xyxy], grid_hw, input_hw)[0]
-
-
 def object_maps(boxes: Sequence[Tensor], grid_hw: tuple[int, int], input_hw: tuple[int, int]) -> Tensor:
-    """`object_map` of each image: (B, H, W); together, since one by one most of the time is torch's own."""
+    """(B, H, W) int64: for each cell the index of its image's smallest box that covers at least half a cell of it, -1 for none.
+
+    A box too small to cover half of any cell takes the cell of its centre, so that no object is lost on a coarse grid. All
+    images together, since one by one most of the time is torch's own.
+    """
     flat = torch.cat(list(boxes))
     rows, columns = cell_overlaps(flat, grid_hw, input_hw)
     covered = rows[:, :, None] * columns[:, None, :] >= 0.5
@@ -74,6 +70,11 @@ def object_shares(owner: Tensor) -> Tensor:
         cells = torch.bincount(owners[inside])
         image[inside] = 1.0 / cells[owners[inside]]
     return shares
+
+
+def cell_shares(cells: Tensor) -> Tensor:
+    """(B, H, W) bool to (B, H, W) float32: one over the number of cells of its image that are true, 0 in the others."""
+    return cells / cells.sum((1, 2), keepdim=True).clamp(min=1)
 
 
 def object_quality(boxes: Tensor, scores: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> tuple[Tensor, Tensor]:
