@@ -63,6 +63,7 @@ class WeightedTerm:
     term: Term
     weight: float
     gradient_ratio: float | None
+    fades: bool
 
 
 class Distiller(nn.Module):
@@ -85,6 +86,7 @@ class Distiller(nn.Module):
         self.modules_of_terms = nn.ModuleList(entry.term for entry in self.terms)
         # Weights of terms that follow a gradient ratio: part of the state, so that a resumed run goes on with them.
         self.register_buffer("ratio_weights", torch.zeros(len(self.terms)))
+        self.left = 1.0  # of training, at the batch in hand: what remains of the pull of terms that fade
         self.online = config.answers == "online" or any(entry.term.needs_online_teachers for entry in self.terms)
         self.needs_answers = any(entry.term.needs_answers for entry in self.terms)
         self.answers_from_images = self.needs_answers and config.answers != "online"
@@ -138,9 +140,10 @@ class Distiller(nn.Module):
     def weight_of(self, index: int) -> float:
         """The present multiplier of a term."""
         entry = self.terms[index]
-        if entry.gradient_ratio is None:
-            return entry.weight
-        return float(self.ratio_weights[index]) or entry.weight  # 0: it has had no gradient to be measured yet
+        weight = entry.weight
+        if entry.gradient_ratio is not None:
+            weight = float(self.ratio_weights[index]) or weight  # 0: it has had no gradient to be measured yet
+        return weight * self.left if entry.fades else weight
 
     def update_ratio_weights(self, detection_norm: float, term_norms: Sequence[float | None]) -> None:
         """Move ratio weights towards their targets, given gradient norms of the unweighted losses."""
@@ -150,7 +153,7 @@ class Distiller(nn.Module):
             # bf16 on CPUs has given gradients that are not finite: the loop leaves such a step out, and so must a weight.
             if not (0 < norm < math.inf and 0 < detection_norm < math.inf):
                 continue
-            wanted = entry.gradient_ratio * entry.term.fade * detection_norm / norm
+            wanted = entry.gradient_ratio * detection_norm / norm
             old = float(self.ratio_weights[index])
             # The geometric mean, since a weight is a ratio: half-way each time damps the noise of one batch.
             self.ratio_weights[index] = wanted if old == 0 else math.sqrt(old * wanted)
@@ -201,6 +204,7 @@ class Distiller(nn.Module):
             DistillationSetupError: a term gives a loss that does not depend on the student, or compares maps that nothing
                 can change.
         """
+        self.left = 1 - batch.epoch / batch.epochs
         losses: list[Tensor | None] = []
         for entry in self.terms:
             if entry.gradient_ratio is None and entry.weight == 0:
@@ -283,9 +287,10 @@ def _weighted_terms(config: DistillConfig, pair: Pair) -> list[WeightedTerm]:
         term = build_term(term_config, pair)
         used = sum(entry.term.name == term.name for entry in entries)
         label = term.name if not used else f"{term.name}-{used + 1}"
-        default = TERMS[term_config.loss].default_weight
-        weight = default if term_config.weight is None else term_config.weight
-        entries.append(WeightedTerm(label, term, weight, term_config.gradient_ratio))
+        usual = TERMS[term_config.loss]
+        weight = usual.default_weight if term_config.weight is None else term_config.weight
+        fades = usual.fades if term_config.fade is None else term_config.fade
+        entries.append(WeightedTerm(label, term, weight, term_config.gradient_ratio, fades))
     return entries
 
 

@@ -340,6 +340,10 @@ class TermConfig(_Section):
         gt=0,
         description="Instead of weight: target gradient norm as a share of the detection loss's.",
     )
+    fade: bool | None = Field(
+        None,
+        description="Let the pull fall to nothing over training, by 1 - epoch / epochs; if left out, gkd's does, as published.",
+    )
     student_taps: tuple[str, ...] | Literal["auto"] = Field(
         "auto", description="The student's maps that learn, for terms that read maps; auto matches both sides by grid."
     )

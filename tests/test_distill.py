@@ -118,18 +118,34 @@ def test_a_ratio_that_cannot_be_measured_leaves_the_terms_own_weight() -> None:
         assert distiller.weight_of(0) == 0.125
 
 
-def test_a_gradient_ratio_fades_as_its_term_does() -> None:
+def test_a_term_that_fades_weighs_what_is_left_of_training(tmp_path: Path) -> None:
+    config = DistillConfig(terms=(TermConfig(loss="feature", fade=True), TermConfig(loss="response")))
+    job = distilling(make_job(tmp_path, epochs=4), config)
+    train_detector(job)
+    steps = [record for record in read_log(job.out) if record["event"] == "step"]
+    assert {record["epoch"] for record in steps} == {0, 1, 2, 3}
+    for record in steps:
+        losses = record["losses"]
+        expected = losses["det"] + (1 - record["epoch"] / 4) * losses["feature"] + losses["response"]
+        assert losses["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_gradient_ratio_fades_unless_the_recipe_says_otherwise() -> None:
     teachers = (ToyTeacher(toy_detector(seed=9)),)
-    config = DistillConfig(terms=(TermConfig(loss="gkd", gradient_ratio=0.25),))
-    distiller = Distiller(toy_detector(), TeacherSet(teachers, (1.0,), lambda found: found[0], ({},), {}), config)
-    pulls = []
-    for epoch in (0, 2, 3):
-        distiller.terms[0].term.fade = 1 - epoch / 4  # as its `forward` sets it, and scales its loss by
-        norm = 5.0 * distiller.terms[0].term.fade
-        distiller.ratio_weights.zero_()
-        distiller.update_ratio_weights(2.0, [norm])
-        pulls.append(distiller.weight_of(0) * norm)
-    assert pulls == pytest.approx([0.5, 0.25, 0.125])
+    student = toy_detector()
+    given = TeacherSet(teachers, (1.0,), lambda found: found[0], ({},), {})
+    terms = (
+        TermConfig(loss="gkd", gradient_ratio=0.25),
+        TermConfig(loss="gkd", gradient_ratio=0.25, fade=False),
+        TermConfig(loss="response", gradient_ratio=0.25),
+    )
+    distiller = Distiller(student, given, DistillConfig(terms=terms))
+    norm, pulls = 5.0, []
+    for epoch in (0, 1, 2, 3):
+        distiller(toy_batch(student, teachers, distiller.student_taps, epoch))
+        distiller.update_ratio_weights(2.0, [norm] * 3)
+        pulls.append([distiller.weight_of(index) * norm for index in range(3)])
+    assert np.array(pulls) == pytest.approx(np.array([[0.5, 0.375, 0.25, 0.125], [0.5] * 4, [0.5] * 4]).T)
 
 
 def test_which_maps_teach_which_is_told(tmp_path: Path) -> None:

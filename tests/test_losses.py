@@ -605,7 +605,7 @@ def test_robust_weight_is_one_where_both_spaces_agree() -> None:
     assert float(robust_weights(both, -both, prototypes)) == 0.0, "below 0 it would push the student away"
 
 
-def test_gkd_finds_prototypes_after_the_first_epoch_and_fades() -> None:
+def test_gkd_finds_prototypes_after_the_first_epoch() -> None:
     pair = make_pair("equal")
     term = build_term(TermConfig(loss="gkd", params={"min_side": 10.0}), pair)
     assert isinstance(term, GKDTerm)
@@ -620,10 +620,7 @@ def test_gkd_finds_prototypes_after_the_first_epoch_and_fades() -> None:
     now, _ = run_term(term, pair, epoch=1)
     again, _ = run_term(copy, pair, epoch=1)
     assert now.item() == pytest.approx(again.item())
-    last, _ = run_term(term, pair, epoch=3)
-    assert last.item() == pytest.approx(now.item() * (1 / 4) / (3 / 4), rel=1e-4)
-    assert (term.fade, copy.fade) == (1 / 4, 3 / 4)
-    assert first.item() != pytest.approx(now.item() / 0.75, rel=1e-4), "prototypes change nothing"
+    assert first.item() != pytest.approx(now.item(), rel=1e-4), "prototypes change nothing"
 
 
 def test_gkd_s_bank_holds_each_large_object_under_its_own_features() -> None:

@@ -27,10 +27,11 @@ __all__ = ["TERMS", "DistillBatch", "Pair", "TeacherView", "Term", "TermEntry", 
 
 @dataclass(frozen=True)
 class TermEntry:
-    """A term's class and the weight it gets when a recipe gives none."""
+    """A term's class, the weight it gets when a recipe gives none, and whether its pull fades unless a recipe says so."""
 
     build: Callable[..., Term]
     default_weight: float
+    fades: bool = False
 
 
 TERMS: dict[str, TermEntry] = {
@@ -40,7 +41,7 @@ TERMS: dict[str, TermEntry] = {
     "adversarial": TermEntry(AdversarialTerm, 1.0),
     "information_map": TermEntry(InformationMapTerm, 1.0),
     "amd": TermEntry(AMDTerm, 2e-5),
-    "gkd": TermEntry(GKDTerm, 1.0),
+    "gkd": TermEntry(GKDTerm, 1.0, fades=True),  # as published
     "decoupled": TermEntry(DecoupledTerm, 1.0),
     # Baselines that the field compares with.
     "cwd": TermEntry(CWDTerm, 1.0),

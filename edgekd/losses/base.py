@@ -79,10 +79,8 @@ class Term(nn.Module):
         teacher_taps: for each teacher, the taps that `forward` reads.
         needs_dense: whether `TeacherView.dense` must be there (the teachers then run online).
         needs_answers: whether `forward` reads boxes: `TeacherView.soft` or `DistillBatch.fused`, which are empty otherwise.
-        fade: what the term's own schedule leaves of its last loss, in (0, 1]: a gradient ratio fades by the same.
     """
 
-    fade: float = 1.0
     name: str = ""
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[tuple[str, ...], ...] = ()

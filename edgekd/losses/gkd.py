@@ -3,7 +3,8 @@
 Source: S. Tang et al., "Distilling Object Detectors With Global Knowledge", ECCV 2022, arXiv 2210.09022; public code
 DAVAR-Lab-ML. Published: a box's weight is r = 1 - |max cos(s, P_s) - max cos(t, P_t)|; feature loss weighted by r inside
 boxes (weight 1) and outside (weight 4); KL at temperature 2 weighted by r; global term SmoothL1 between r cos(s, P_s) and
-r cos(t, P_t), factor 5; all scaled by 1 - epoch / epochs. The public configuration leaves the global term off; here it is on.
+r cos(t, P_t), factor 5; all scaled by 1 - epoch / epochs (a recipe's `fade`). The public configuration leaves the global term
+off; here it is on.
 Reading and deviations (ours): instances are gathered from the steps of the epoch before instead of a pass of their own, so the
 refresh costs only the search, and the first epoch goes without weights; objects are pooled on the finest matched level; the
 KL compares the class distributions of the rows that see each object best, so that detectors of unlike priors, and black boxes
@@ -58,7 +59,6 @@ class GKDTerm(LevelTerm):
         inside: weight of the feature loss in boxes. outside: weight elsewhere.
         response_weight: of the weighted KL. temperature: of the KL.
         global_weight: factor of the relation to the prototypes; 0 turns it off, as the public configuration does.
-        decay: scale everything by 1 - epoch / epochs.
         student_taps: see `LevelTerm`.
         teacher_taps: see `LevelTerm`.
         normalise: see `LevelTerm`.
@@ -83,7 +83,6 @@ class GKDTerm(LevelTerm):
         response_weight: float = 1.0,
         temperature: float = 2.0,
         global_weight: float = 5.0,
-        decay: bool = True,
         student_taps: TapChoice = "auto",
         teacher_taps: TapChoice = "auto",
         normalise: Normalise = "channel",
@@ -102,7 +101,7 @@ class GKDTerm(LevelTerm):
         self.count, self.percentile, self.min_side = prototypes, percentile, min_side
         self.inside, self.outside = inside, outside
         self.response_weight, self.temperature = response_weight, temperature
-        self.global_weight, self.decay = global_weight, decay
+        self.global_weight = global_weight
         classes = len(pair.student.spec.class_names)
         self.banks = [InstanceBank(classes, instances) for _ in pair.teachers]
         self.images = 0
@@ -136,8 +135,7 @@ class GKDTerm(LevelTerm):
         )
 
     def forward(self, batch: DistillBatch) -> Tensor:
-        """Feature, response and global parts, scaled by what is left of training."""
-        self.fade = 1 - batch.epoch / batch.epochs if self.decay else 1.0
+        """Feature, response and global parts."""
         boxes, scores = self.student[0].decode(batch.output)
         rows = [
             object_quality(boxes[i].detach(), scores[i].detach(), gt, labels)[1]
@@ -154,7 +152,7 @@ class GKDTerm(LevelTerm):
                 total = total + maps.view.weight * (self.global_weight * relation + self.response_weight * response)
             total = total + maps.share * self._weighted_feature(maps, batch, weights)
         self.images += len(batch.images) * world_size()
-        return self.fade * total
+        return total
 
     def _relate(self, maps: LevelMaps, batch: DistillBatch) -> tuple[Tensor, Tensor]:
         """The weight r of each object, image after image (N,), and the global term; feeds the bank on the way."""
