@@ -155,8 +155,9 @@ class Distiller(nn.Module):
                 continue
             wanted = entry.gradient_ratio * detection_norm / norm
             old = float(self.ratio_weights[index])
-            # The geometric mean, since a weight is a ratio: half-way each time damps the noise of one batch.
-            self.ratio_weights[index] = wanted if old == 0 else math.sqrt(old * wanted)
+            # The geometric mean, since a weight is a ratio: half-way each time damps the noise of one batch, which is less
+            # than a factor of four. What pulls still harder has changed, and would drown detection until the next time.
+            self.ratio_weights[index] = wanted if old == 0 else min(math.sqrt(old * wanted), 2 * wanted)
 
     def adversary_parameters(self) -> list[nn.Parameter]:
         """Parameters of discriminators, which have an optimiser of their own."""

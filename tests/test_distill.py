@@ -22,7 +22,7 @@ from edgekd.runlog import read_log
 from edgekd.teachers.answers import collect_answers
 from edgekd.teachers.base import TeacherOutput
 from edgekd.teaching import hear_teachers
-from edgekd.train import TrainJob, train_detector
+from edgekd.train import TrainJob, is_measured, train_detector
 from edgekd.training_setup import frozen_layers
 from edgekd.types import Dataset, SoftDetections
 from edgekd.workspace import Workspace
@@ -88,6 +88,16 @@ def test_a_gradient_ratio_is_met_whatever_the_scale(tmp_path: Path) -> None:
     assert first["pull"]["amd"] == pytest.approx(0.25 * first["pull"]["det"], rel=1e-3)
 
 
+def test_gradients_are_measured_often_while_they_change_by_the_step(tmp_path: Path) -> None:
+    config = DistillConfig(terms=(TermConfig(loss="amd", gradient_ratio=0.25),))
+    job = distilling(make_job(tmp_path, epochs=4), config)
+    train_detector(job)
+    steps = [record for record in read_log(job.out) if record["event"] == "step"]
+    assert 9 <= len(steps) <= 16
+    assert [record["step"] for record in steps if "pull" in record] == [0, 1, 2, 4, 8]
+    assert [step for step in range(160) if is_measured(step)] == [0, 1, 2, 4, 8, 16, 24, 32, 40, 48, 50, 100, 150]
+
+
 def test_a_gradient_ratio_holds_from_the_first_batch_of_an_accumulated_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +109,7 @@ def test_a_gradient_ratio_holds_from_the_first_batch_of_an_accumulated_step(
         return weights[-1]
 
     monkeypatch.setattr(Distiller, "weight_of", noted)
+    monkeypatch.setattr("edgekd.train.is_measured", lambda step: step == 0)
     config = DistillConfig(terms=(TermConfig(loss="amd", gradient_ratio=0.25),))
     train_detector(distilling(make_job(tmp_path, epochs=1, accumulate=2), config))
     assert len(weights) > 2
@@ -113,6 +124,12 @@ def test_a_ratio_that_cannot_be_measured_leaves_the_terms_own_weight() -> None:
     assert distiller.weight_of(0) == 2e-5
     distiller.update_ratio_weights(2.0, [4.0])
     assert distiller.weight_of(0) == 0.125
+    distiller.update_ratio_weights(2.0, [16.0])
+    assert distiller.weight_of(0) == 0.0625, "half-way between 1/8 and 1/32"
+    distiller.update_ratio_weights(2.0, [512.0])
+    assert distiller.weight_of(0) == 2 / 1024, "never more than twice what was measured to be too much"
+    distiller.update_ratio_weights(2.0, [2.0**-4])
+    assert distiller.weight_of(0) == 0.125, "up half-way, however far it is"
     for detection, norm in ((2.0, math.nan), (2.0, math.inf), (math.nan, 4.0), (math.inf, 4.0)):
         distiller.update_ratio_weights(detection, [norm])
         assert distiller.weight_of(0) == 0.125
