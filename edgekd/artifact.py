@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from edgekd.errors import ArtifactError, EdgeKDError, UserError, is_refusal, ref
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = "edgekd.manifest/1"
+_UNFINISHED = ".unfinished"
 _FULL_BYTES = 1 << 16
 """Free bytes below which a writer that failed has filled the disk."""
 
@@ -108,21 +110,47 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path` and move it into place on success; on any error, nothing is left.
 
+    What a process that was killed has left of the same folder is removed first: it may be a copy of a whole data set.
+
     Raises:
         UserError: there can be no such folder. EdgeKDError: the disk is full.
         OSError: the system refuses it later, such as where `path` is a folder with something in it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
+            if (alone := _held(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(alone)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent))
     except OSError as error:
         raise _refused_place(error, path) from error
+    held = _held(folder)
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())
         os.replace(folder, path)
     finally:
+        if held is not None:
+            os.close(held)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _held(folder: Path) -> int | None:
+    """A descriptor that holds the folder against other processes until it is closed, or its process ends; None where
+    another one holds it, or nothing can be held."""
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -167,3 +168,17 @@ def test_a_folder_that_can_never_be_is_the_users_mistake(tmp_path: Path) -> None
     for place in (tmp_path / "file/x", Path("/proc/edgekd")):  # some folders take none, whoever asks
         with pytest.raises(UserError, match="cannot be written"), atomic_folder(place):
             pass
+
+
+def test_what_a_killed_process_has_left_of_a_folder_is_removed(tmp_path: Path) -> None:
+    """A copy of a data set may be many GB; of one that still writes, nothing is touched, nor of the user's own folders."""
+    code = "import os, sys, pathlib; from edgekd.artifact import atomic_folder\n"
+    code += "with atomic_folder(pathlib.Path(sys.argv[1])) as folder: (folder / 'a').touch(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / ".out.original").mkdir()
+    with atomic_folder(tmp_path / "out") as first:
+        with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "out"):
+            raise OSError("full")
+        assert first.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.original"}
