@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from edgekd.errors import PeerError
+from edgekd.errors import PeerError, UserError
 
 PATIENCE = timedelta(hours=12)
 """How long ranks wait for one that is busy alone, such as with teachers' answers. One that has died is noticed at once."""
@@ -38,9 +38,20 @@ def world_size() -> int:
 
 
 def join(on_gpu: bool) -> None:
-    """Meet the other processes, if torchrun started any."""
+    """Meet the other processes, if torchrun started any.
+
+    Raises:
+        UserError: something else has set WORLD_SIZE.
+    """
     if not launched() or _joined():
         return
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            "the environment speaks of several processes, but not as torchrun does",
+            got=f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}",
+            fix="start them with torchrun (docs/cluster.md), or `unset WORLD_SIZE` for one process",
+        )
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else None
     if device is not None:
         torch.cuda.set_device(device)

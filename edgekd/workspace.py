@@ -161,7 +161,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder} cannot be written to", got=error.strerror) from error
     with stream:
-        if "RANK" in os.environ and os.environ["RANK"] != "0":  # torchrun's other processes belong to the first
+        if ranks.launched() and os.environ.get("RANK", "0") != "0":  # torchrun's other processes belong to the first
             yield
             return
         try:

@@ -14,9 +14,12 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from edgekd import ranks
 from edgekd.cli import app
 from edgekd.data.scenes import SCENE_CLASSES, make_scenes
+from edgekd.errors import UserError
 from edgekd.runlog import read_log
+from edgekd.workspace import locked
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, STEPS = 2, 6
@@ -107,3 +110,19 @@ def test_commands_for_one_process_say_so(monkeypatch: pytest.MonkeyPatch) -> Non
     told = CliRunner().invoke(app, ["run", "recipe.yaml", "--out", "out"])
     assert told.exit_code == 2
     assert "edgekd run is for one process" in told.stderr
+
+
+def test_a_rank_alone_is_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts of job arrays set RANK too: the command still speaks, and still holds its folder against others."""
+    monkeypatch.setenv("RANK", "1")
+    told = CliRunner().invoke(app, ["recipe", "schema"])
+    assert told.exit_code == 0 and told.stdout
+    with locked(tmp_path), pytest.raises(UserError, match="another edgekd process"), locked(tmp_path):
+        pass
+
+
+def test_a_number_of_processes_without_torchrun_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="not as torchrun does") as told, ranks.joined(on_gpu=False):
+        pass
+    assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT" in str(told.value)

@@ -88,7 +88,8 @@ class Session:
     @property
     def rank(self) -> int:
         """Which of the processes that torchrun started this is; the first one speaks for all."""
-        return int(os.environ.get("RANK", "0"))
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # a RANK alone is somebody else's
+        return int(os.environ.get("RANK", "0")) if several else 0
 
     def finish(self, result: Mapping[str, Any], show: Callable[[], None]) -> None:
         """End a command: its result as JSON when asked for, and else for a person, unless that one wants quiet."""
