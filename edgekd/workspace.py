@@ -17,6 +17,7 @@ from edgekd import ranks
 from edgekd.artifact import read_manifest, sha256_file
 from edgekd.console import Terminal
 from edgekd.data import read_dataset
+from edgekd.data.images import evenly_spread, grey_spans, lost_greys
 from edgekd.errors import ArtifactError, DataError, UserError
 from edgekd.labels import some_of
 from edgekd.recipe import Recipe
@@ -24,6 +25,9 @@ from edgekd.training_setup import uses_gpu
 from edgekd.types import LABELLED_BY_TEACHERS, Dataset
 
 LOCK_FILE = ".edgekd.lock"
+
+_LOOKED_AT = 8
+"""Training images that are looked at for greys that 8 bits lose."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def doubts_about(train: Dataset, val: Dataset) -> list[str]:
             f"{both} of the {len(val)} images of split {val.split!r} are trained on as well: figures on them say nothing "
             "of new images (`data.val`; `edgekd data split` draws splits)"
         )
+    if lost := lost_greys(grey_spans(evenly_spread(train.records, _LOOKED_AT))):
+        doubts.append(f"split {train.split!r}: {lost}; stretch them, or save 8 bits (`edgekd data check`)")
     if val.by_teachers:
         doubts.append(f"split {val.split!r} {LABELLED_BY_TEACHERS}")
     if not has_objects(val):

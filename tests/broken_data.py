@@ -410,8 +410,15 @@ def jpeg_with(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return spoil
 
 
-def of_12_bits(path: Path) -> None:
-    Image.fromarray(np.full((40, 60), 4000, np.uint16)).save(path)
+def of_16_bits(low: int, high: int) -> Callable[[Path], object]:
+    """A picture between two values, as a sensor gives it, with a dead and a hot pixel."""
+
+    def spoil(path: Path) -> None:
+        pixels = np.linspace(low, high, 40 * 60).astype(np.uint16).reshape(40, 60)
+        pixels[0, 0], pixels[1, 1] = 0, 65535
+        Image.fromarray(pixels).save(path)
+
+    return spoil
 
 
 def heic(form: str) -> Spoil:
@@ -429,7 +436,8 @@ IMAGE_CASES: dict[str, tuple[Spoil, str, str]] = {
         "extraneous",
     ),
     "JPEG with padding": (jpeg_with(lambda data: data[:-2] + bytes(40) + b"\xff\xd9"), "odd-pixels", "extraneous"),
-    "image of 12 bits": (of_12_bits, "dark-images", "exceeds 4000 of 65535"),
+    "image of 12 bits": (of_16_bits(0, 4000), "few-greys", "at most 16 of 256 greys in the 1"),
+    "image of a thermal camera": (of_16_bits(7000, 9000), "few-greys", "at most 9 of 256 greys in the 1"),
     "image of Git LFS": (lambda path: path.write_text("version https://git-lfs"), "bad-image", "git-lfs"),
     "image again": (lambda path: shutil.copy(path, path.with_name("b.png")), "duplicate-image", "b.png"),
 }

@@ -17,7 +17,8 @@ from edgekd.data import read_dataset
 from edgekd.data.check import check_dataset, write_contact_sheet
 from edgekd.data.problems import RULES
 from edgekd.errors import DataError
-from tests.broken_data import BROKEN, DOG, MAKERS, boxes, voc, yolo
+from edgekd.workspace import doubts_about
+from tests.broken_data import BROKEN, DOG, MAKERS, boxes, of_16_bits, voc, yolo
 from tests.data_layouts import make_voc, make_yolo, picture, voc_xml
 
 
@@ -301,3 +302,11 @@ def test_boxes_that_are_drawn_a_little_beyond_one_side_are_read(tmp_path: Path) 
     codes = {problem.kind for problem in report.problems}
     assert "boxes-of-other-numbers" not in codes
     assert "clipped-box" in codes
+
+
+@pytest.mark.parametrize(("high", "told"), [(4000, True), (40000, False)])
+def test_training_is_warned_of_greys_that_eight_bits_lose(tmp_path: Path, high: int, told: bool) -> None:
+    make_voc(tmp_path, {split: {split: [("cat", (7, 5, 30, 20))]} for split in ("train", "val")})
+    of_16_bits(0, high)(tmp_path / "JPEGImages" / "train.png")
+    doubts = doubts_about(read_dataset(tmp_path, "train"), read_dataset(tmp_path, "val"))
+    assert any("spans at most 16 of 256 greys" in doubt for doubt in doubts) == told

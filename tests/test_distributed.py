@@ -116,7 +116,8 @@ def test_a_rank_alone_is_somebody_elses(tmp_path: Path, monkeypatch: pytest.Monk
     """Scripts of job arrays set RANK too: the command still speaks, and still holds its folder against others."""
     monkeypatch.setenv("RANK", "1")
     told = CliRunner().invoke(app, ["recipe", "schema"])
-    assert told.exit_code == 0 and told.stdout
+    assert told.exit_code == 0
+    assert told.stdout
     with locked(tmp_path), pytest.raises(UserError, match="another edgekd process"), locked(tmp_path):
         pass
 

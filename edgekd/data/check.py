@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edgekd.data.check_report import CheckReport, SplitSummary, summarise
 from edgekd.data.contact_sheet import write_contact_sheet
-from edgekd.data.images import Oddity, examine_image
+from edgekd.data.images import Oddity, examine_image, grey_span, lost_greys
 from edgekd.data.layout import Source, find_split
 from edgekd.data.problems import Problem, printable
 from edgekd.data.reading import NO_CLASS, UNREAD_ANNOTATIONS, class_names_of, detect_format, open_source
@@ -24,7 +24,6 @@ from edgekd.types import ImageRecord
 
 __all__ = ["CheckReport", "SplitSummary", "check_dataset", "write_contact_sheet"]
 
-_BRIGHTEST_OF_12_BITS = 4095
 _UNIONS = frozenset({"trainval", "all", "traintest", "trainvaltest"})
 
 
@@ -122,36 +121,38 @@ def pixel_digests(
         for path in found:
             splits_of.setdefault(path, split)
     digests: dict[Path, str] = {}
-    brightest: dict[str, list[int]] = {}
+    spans: dict[str, list[int]] = {}
     with ThreadPoolExecutor(max_workers=min(8, usable_threads())) as pool:
         for done, (path, examined) in enumerate(zip(splits_of, pool.map(_digest, splits_of), strict=True), 1):
             if isinstance(examined, DataError):
                 message = str(examined).replace("\n", ";")
                 problems.append(Problem("broken-pixels", path, message, split=splits_of[path]))
             else:
-                digests[path], oddity, value = examined
-                if value is not None:
-                    brightest.setdefault(splits_of[path], []).append(value)
+                digests[path], oddity, span = examined
+                if span is not None:
+                    spans.setdefault(splits_of[path], []).append(span)
                 if oddity is not None:
                     kind = "damaged-pixels" if oddity.is_damage else "odd-pixels"
                     problems.append(Problem(kind, path, oddity.text, split=splits_of[path]))
             if progress:
                 progress(done, len(splits_of))
-    for split, values in brightest.items():
-        if max(values) <= _BRIGHTEST_OF_12_BITS:
+    for split, of_split in spans.items():
+        if lost := lost_greys(of_split):
             first = next(path for path in splits_of if splits_of[path] == split)
-            message = f"no pixel of the {len(values)} 16-bit images of split {split!r} exceeds {max(values)} of 65535"
-            problems.append(Problem("dark-images", first.parent, message, split=split))
+            problems.append(
+                Problem("few-greys", first.parent, f"{lost} in the {len(of_split)} of split {split!r}", split=split)
+            )
     return digests
 
 
 def _digest(path: Path) -> tuple[str, Oddity | None, int | None] | DataError:
+    """Hash of an image's pixels, what is odd about its file, and the greys that it spans where it has 16 bits."""
     try:
-        pixels, oddity, brightest = examine_image(path)
+        pixels, oddity, is_16bit = examine_image(path)
     except DataError as error:
         return error
     digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
-    return digest, oddity, brightest
+    return digest, oddity, grey_span(pixels) if is_16bit else None
 
 
 def _unions(records: Mapping[str, list[ImageRecord]], digests: Mapping[Path, str]) -> dict[str, frozenset[str]]:

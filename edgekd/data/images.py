@@ -7,6 +7,7 @@ animations the first frame is read. A file that is cut off is an error, never ha
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ from edgekd.types import ImageArray, ImageRecord
 
 MAX_PIXELS = 89_000_000
 """Larger images are refused: just below the size at which Pillow suspects a decompression bomb."""
+
+FEW_GREYS = 32
+"""Grey values, of 256, up to which a 16-bit image has lost what is to be seen: sensors of 12 bits, or thermal ones of 14."""
 
 _MAX_BYTES = 1 << 30
 _EXIF_ORIENTATION = 0x0112
@@ -57,12 +61,35 @@ class Examined(NamedTuple):
     Attributes:
         pixels: (H, W, 3) uint8 RGB, upright, as `load_image` gives it.
         oddity: what the decoder finds odd, if anything.
-        brightest_16bit: the largest value of a 16-bit greyscale image, of which `pixels` have the high byte.
+        is_16bit: it is a greyscale image of 16 bits, of which `pixels` have the high byte.
     """
 
     pixels: ImageArray
     oddity: Oddity | None = None
-    brightest_16bit: int | None = None
+    is_16bit: bool = False
+
+
+def grey_span(pixels: ImageArray) -> int:
+    """How many of the 256 grey values an image spans; dead and hot pixels, a thousandth at each end, do not count."""
+    shares = np.bincount(pixels[..., 0].reshape(-1), minlength=256).cumsum() / (pixels.size // pixels.shape[-1])
+    return int(np.searchsorted(shares, 0.999) - np.searchsorted(shares, 0.001, "right")) + 1
+
+
+def grey_spans(paths: Sequence[Path]) -> list[int]:
+    """`grey_span` of the 16-bit images among these; others are not decoded, and broken ones left to whoever needs them."""
+    spans = []
+    for path in paths:
+        with contextlib.suppress(DataError, OSError), Image.open(path) as image:
+            if image.mode.startswith("I") and (examined := examine_image(path)).is_16bit:
+                spans.append(grey_span(examined.pixels))
+    return spans
+
+
+def lost_greys(spans: Sequence[int]) -> str:
+    """What to say of 16-bit images whose grey values span so few that a picture of 8 bits shows little of them, if anything."""
+    if not spans or max(spans) > FEW_GREYS:
+        return ""
+    return f"16-bit images are read by their high byte alone, which spans at most {max(spans)} of 256 greys"
 
 
 def examine_image(path: Path | str) -> Examined:
@@ -91,14 +118,14 @@ def _decode(data: bytes, path: Path) -> Examined:
             orientation = _orientation(image)
             plain = image.format == "JPEG" and image.mode in ("RGB", "L")
             pixels, oddity = _jpeg_pixels(data) if plain else (None, None)
-            brightest = None
+            is_16bit = False
             if pixels is None:
-                pixels, brightest = _pillow_pixels(image)
+                pixels, is_16bit = _pillow_pixels(image)
     except DataError:
         raise
     except Exception as error:  # decoders raise nearly anything on hostile bytes; to the user it is one thing
         raise _unreadable(path, error) from error
-    return Examined(np.ascontiguousarray(_upright(pixels, orientation)), oddity, brightest)
+    return Examined(np.ascontiguousarray(_upright(pixels, orientation)), oddity, is_16bit)
 
 
 def image_hw(path: Path | str) -> tuple[int, int]:
@@ -243,18 +270,17 @@ def _runs_on(data: bytes, warning: str) -> bool:
     return len(set(data[max(0, end - int(found[1])) : end])) > 1
 
 
-def _pillow_pixels(image: Image.Image) -> tuple[ImageArray, int | None]:
-    """Pixels, and the largest value of what has 16 bits."""
+def _pillow_pixels(image: Image.Image) -> tuple[ImageArray, bool]:
+    """Pixels, and whether they are the high bytes of 16 bits."""
     image.load()
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64)
-        brightest = int(wide.max(initial=0))
         # Mode "I" also holds 8-bit values in some formats; only what exceeds them is taken as 16-bit.
-        is_wide = image.mode != "I" or brightest > 255
+        is_wide = image.mode != "I" or int(wide.max(initial=0)) > 255
         gray = np.clip(wide >> 8 if is_wide else wide, 0, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=2), brightest if is_wide else None
+        return np.repeat(gray[..., None], 3, axis=2), is_wide
     if image.mode == "F":
         raise ValueError("floating-point images have no agreed range; save it as 8 or 16 bits")
     if image.mode in ("P", "PA", "LA", "La", "RGBa"):
         image = image.convert("RGBA")
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"), np.uint8), None
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"), np.uint8), False

@@ -50,8 +50,10 @@ RULES: dict[str, Rule] = {
     "broken-pixels": Rule("error", False, "the header is sound, the pixels are not: found by check, stops in training"),
     "damaged-pixels": Rule("error", False, "the JPEG is damaged, a part of the picture is wrong: read as it is"),
     "odd-pixels": Rule("warning", False, "the JPEG is unusual: have a look at it"),
-    "dark-images": Rule(
-        "warning", False, "16-bit images that use 12 bits or fewer are read nearly black: stretch them, or save 8 bits"
+    "few-greys": Rule(
+        "warning",
+        False,
+        "16-bit images whose high byte, which alone is read, tells little apart: stretch them, save 8 bits",
     ),
     "duplicate-id": Rule("error", True, "two images claim one id: reading stops"),
     "repeated-image": Rule("warning", False, "the split lists an image twice: read once"),
