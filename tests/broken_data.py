@@ -347,6 +347,12 @@ YOLO_CASES = {
         "unlabelled-split",
         "labels/train/a.txt: no image of",
     ),
+    "images without labels": Case(
+        "yolo",
+        lambda root: picture(root / "images" / "train" / "c.png"),
+        "sparse-labels",
+        "c.txt: 1 of the 3 images of split 'train' have no label file",
+    ),
     "names of another order": Case(
         "yolo",
         write("labels/train/classes.txt", "cat\ndog\n"),

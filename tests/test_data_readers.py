@@ -430,6 +430,17 @@ def test_yolo_missing_labels_are_background(tmp_path: Path) -> None:
     assert [len(record.labels) for record in read_dataset(tmp_path, "train").records] == [0, 0]
 
 
+@pytest.mark.parametrize(("bare", "told"), [(2, False), (3, True)])
+def test_yolo_images_that_nobody_seems_to_have_labelled_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, bare: int, told: bool
+) -> None:
+    make_yolo(tmp_path, {"train": {f"{number:02}": ["0 0.5 0.5 0.2 0.2"] for number in range(20)}}, ["cat"])
+    for number in range(bare):
+        (tmp_path / "labels" / "train" / f"{number:02}.txt").unlink()
+    assert len(read_dataset(tmp_path, "train")) == 20
+    assert ("3 of the 20 images of split 'train' have no label file" in caplog.text) == told
+
+
 def test_yolo_polygons_become_boxes(tmp_path: Path) -> None:
     make_yolo(tmp_path, {"train": {"a": ["1 0.1 0.2 0.5 0.1 0.4 0.8"]}}, ["cat", "dog"])
     assert boxes(tmp_path, "train") == [[6, 4, 30, 32]]

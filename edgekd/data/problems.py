@@ -68,6 +68,7 @@ RULES: dict[str, Rule] = {
     "orphan-annotation": Rule("error", False, "the annotation belongs to no listed image: left out"),
     "orphan-label": Rule("warning", False, "a label file without its image: left out"),
     "unlabelled-split": Rule("warning", False, "no label file for any of the split's images: all show background"),
+    "sparse-labels": Rule("warning", False, "no label file for more than a tenth of the images: they show background"),
     "misnamed-label": Rule("error", True, "a label file that its image does not find by its name: reading stops"),
     "other-names": Rule(
         "error",

@@ -221,7 +221,7 @@ def read_dataset(
     only one which can be meant. Boxes are clipped or refused as `records` states.
 
     Class names in `class_names` fix the labels; otherwise they are the data set's own over all of its splits. What is
-    left out is counted in one logged warning; `check_dataset` names each case.
+    left out is counted in one logged warning; `check_dataset` names each case. Many images without labels are told, too.
 
     Raises:
         DataError: no such split (the message lists those there are), or a file that cannot be passed over: a missing
@@ -239,5 +239,7 @@ def read_dataset(
     if lost:
         counts = ", ".join(f"{count} {kind}" for kind, count in lost.most_common())
         _log.warning("%s, split %s: %s; `edgekd data check` names each", printable(root), split, counts)
+    for problem in (problem for problem in problems if problem.kind == "sparse-labels"):  # hardly meant, unlike a few
+        _log.warning("%s", problem)
     by_teachers = any(problem.kind == "labels-of-teachers" for problem in problems)
     return Dataset(Path(root), source.format, split, names, tuple(item.record for item in resolved), by_teachers)

@@ -37,6 +37,9 @@ from edgekd.data.yolo_folders import is_label, label_path, listed_image, names_b
 from edgekd.data.yolo_yaml import find_yaml, load_yaml, names_of, require_one_description, splits_of
 from edgekd.errors import DataError
 
+_USUAL_BACKGROUND = 0.1
+"""The share of a split that may lack label files unremarked: pictures of background are commonly kept so, up to a tenth."""
+
 
 def is_yolo(root: Path) -> bool:
     """Whether `root` is in YOLO layout."""
@@ -123,10 +126,19 @@ class YoloSource:
         lacking = self._report_misnamed(split, listed[:limit], problems)
         if limit is None:
             self._report_orphans(split, listed, lacking, problems)
-            if raws and not any(raw.annotation.exists() for raw in raws):
-                message = f"no image of split {split!r} has a label file; the first one's would be this"
-                problems.append(Problem("unlabelled-split", raws[0].annotation, message, split=split))
+        self._report_unlabelled(split, raws, problems)
         return raws
+
+    def _report_unlabelled(self, split: str, raws: list[RawImage], problems: list[Problem]) -> None:
+        """Tell of images without a label file where they are many: perhaps nobody has looked at them yet."""
+        bare = [raw for raw in raws if not raw.annotation.exists()]
+        if raws and len(bare) == len(raws):
+            message = f"no image of split {split!r} has a label file; the first one's would be this"
+            problems.append(Problem("unlabelled-split", raws[0].annotation, message, split=split))
+        elif len(bare) > _USUAL_BACKGROUND * len(raws):
+            message = f"{len(bare)} of the {len(raws)} images of split {split!r} have no label file, such as this one's: they "
+            message += "are read as background (where that is so, an empty file says it)"
+            problems.append(Problem("sparse-labels", bare[0].annotation, message, split=split))
 
     def _is_above(self, folder: Path) -> bool:
         """Whether a folder lies above the data set: reading it could mean reading the whole disk."""
