@@ -539,3 +539,16 @@ def test_a_pipe_is_no_annotation_and_nobody_waits_for_it(tmp_path: Path, make: M
     (tmp_path / place).unlink()
     os.mkfifo(tmp_path / place)
     assert any("not a file" in str(problem) for problem in check_dataset(tmp_path).errors)
+
+
+@pytest.mark.parametrize("labels", ["obj_train_data", "labels"])
+def test_an_export_without_its_images_says_that_they_lack(tmp_path: Path, labels: str) -> None:
+    for name, content in {
+        f"{labels}/a.txt": LINE,
+        f"{labels}/b.txt": LINE,
+        "obj.names": "cat",
+        "notes.json": "{}",
+    }.items():
+        put(tmp_path / name, content)
+    with pytest.raises(DataError, match="2 .txt files and no image"):
+        detect_format(tmp_path)

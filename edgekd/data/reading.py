@@ -122,6 +122,10 @@ def _no_data_set(root: Path) -> DataError:
         kinds = f"{kind.name}, a kind that is not read ({printable(path.relative_to(root))})"
         fix = kind.fix.replace("DIR", shlex.quote(printable(root))).replace("FILE", shlex.quote(printable(path)))
         fix += unlabelled
+    elif not images and (alone := sum(path.suffix.lower() == ".txt" for path in files)) > 1:
+        kinds = f"{alone} .txt files and no image"
+        fix = "if these are YOLO's labels, put the images beside them, or into images/ beside labels/; CVAT exports both with "
+        fix += "`Save images`, Label Studio as YOLO with Images"
     elif texts:
         kinds = f"{texts} .txt file{'s' * (texts > 1)} of the images' names, in a folder where none is looked for"
         fix = f"YOLO's labels belong into labels/ beside images/ (so written), or beside the images; of other kinds, {tools}"
