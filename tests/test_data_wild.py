@@ -550,5 +550,5 @@ def test_an_export_without_its_images_says_that_they_lack(tmp_path: Path, labels
         "notes.json": "{}",
     }.items():
         put(tmp_path / name, content)
-    with pytest.raises(DataError, match="2 .txt files and no image"):
+    with pytest.raises(DataError, match=r"2 \.txt files and no image"):
         detect_format(tmp_path)
