@@ -370,3 +370,11 @@ def test_asked_classes_fix_the_order(tmp_path: Path) -> None:
         dataset = read_dataset(tmp_path / to, "train")
         assert dataset.class_names == ("dog", "bird", "cat")
         assert dataset.records[0].labels.tolist() == [0, 2]
+
+
+def test_a_class_that_is_new_to_a_converted_set_is_told_where_to_be_named(tmp_path: Path) -> None:
+    convert_dataset(make_yolo(tmp_path / "a", {"train": {"x": ["0 0.5 0.5 0.2 0.2"]}}, ["cat"]), tmp_path / "b", "voc")
+    xml = tmp_path / "b" / "Annotations" / "x.xml"
+    xml.write_text(xml.read_text().replace("cat", "dog"))
+    with pytest.raises(DataError, match=r"edgekd\.json keeps the classes"):
+        read_dataset(tmp_path / "b", "train")

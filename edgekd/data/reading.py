@@ -43,6 +43,7 @@ _LAYOUTS: dict[Format, Callable[[Path], bool]] = {
 NO_CLASS = "no class is annotated in any split"
 UNREAD_ANNOTATIONS = frozenset({"bad-annotation", "missing-annotation"})
 _NAME_ALL = "data.classes must name every class that is annotated; without it, the data set's own are taken"
+_KEPT_NAMES = "edgekd.json keeps the classes in their order: add the new one to its class_names, last, or delete that file"
 _GIVE_NAMES = "in a recipe, `data.classes` can name the classes"
 
 
@@ -237,7 +238,9 @@ def read_dataset(
     problems: list[Problem] = []
     resolved = resolve(source.scan(split, problems, limit), names, split, problems)
     kinds = {problem.kind for problem in problems if problem.rule.stops}
-    fix = _NAME_ALL if class_names is not None and kinds == {"unknown-class"} else None
+    fix = None
+    if kinds == {"unknown-class"}:  # VOC's own are those that are annotated, but for the ones that edgekd.json has kept
+        fix = _NAME_ALL if class_names is not None else _KEPT_NAMES if source.format == "voc" else None
     raise_if_stopped(problems, f"{printable(root)}, split {split!r}", fix=fix)
     lost = Counter(problem.kind for problem in problems if problem.rule.loses)
     if lost:
