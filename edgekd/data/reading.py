@@ -43,7 +43,9 @@ _LAYOUTS: dict[Format, Callable[[Path], bool]] = {
 NO_CLASS = "no class is annotated in any split"
 UNREAD_ANNOTATIONS = frozenset({"bad-annotation", "missing-annotation"})
 _NAME_ALL = "data.classes must name every class that is annotated; without it, the data set's own are taken"
-_KEPT_NAMES = "edgekd.json keeps the classes in their order: add the new one to its class_names, last, or delete that file"
+_KEPT_NAMES = (
+    "edgekd.json keeps the classes in their order: add the new one to its class_names, last, or delete that file"
+)
 _GIVE_NAMES = "in a recipe, `data.classes` can name the classes"
 
 
