@@ -13,7 +13,7 @@ import numpy as np
 
 from edgekd import preprocess as _preprocess
 from edgekd.boxes import have_extent
-from edgekd.errors import ArtifactError, UserError
+from edgekd.errors import ArtifactError, RuntimeFailure, UserError
 from edgekd.labels import ClassMap, map_classes
 from edgekd.postprocess import select_soft
 from edgekd.preprocess import Geometry
@@ -101,8 +101,16 @@ class Predictor:
         return selection.place(boxes, scores, geometry)
 
     def candidates(self, raw: Arrays, item: int = 0) -> tuple[FloatArray, FloatArray]:
-        """One image's (boxes (P, 4) input pixels, scores (P, classes)) before any selection, in `class_names`."""
-        boxes, scores = decode(raw, self.form, self.preprocess.input_hw, item)
+        """One image's (boxes (P, 4) input pixels, scores (P, classes)) before any selection, in `class_names`.
+
+        Raises:
+            RuntimeFailure, ArtifactError: see `outputs.decode`; names the detector, which may be one of many.
+        """
+        try:
+            boxes, scores = decode(raw, self.form, self.preprocess.input_hw, item)
+        except (RuntimeFailure, ArtifactError) as error:
+            what = f"{self.name}: {error.what}"
+            raise type(error)(what, got=error.got, expected=error.expected, fix=error.fix) from error
         return boxes, scores if self.class_map is None else self.class_map.project(scores)
 
     def soft_candidates(self, raw: Arrays, item: int = 0) -> SoftDetections:

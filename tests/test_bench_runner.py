@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -458,6 +459,34 @@ def test_layers_that_compute_in_integers_count_too(tmp_path: Path) -> None:
         4 * 64 + 5 * 36 + 5 * 64,
         5 * 64 + 6 * 5 + 6 * 64,
     ]
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "chain", "precision"),
+    [
+        (np.float32, ["QuantizeLinear", "DequantizeLinear"], "int8"),  # as NVIDIA's tools write int8 for TensorRT
+        (np.int8, ["DequantizeLinear"], "int8"),
+        (np.float16, ["Cast"], "fp16"),
+    ],
+)
+def test_weights_behind_conversions_count(tmp_path: Path, stored_as: Any, chain: list[str], precision: str) -> None:
+    node, tensor = onnx.helper.make_node, onnx.numpy_helper.from_array
+    stored = [tensor(np.ones((4, 3, 3, 3), stored_as), "w0"), tensor(np.float32(1), "one"), tensor(np.int8(0), "zero")]
+    nodes = []
+    for index, kind in enumerate(chain):
+        names, to = [f"w{index}", "one", "zero"], {}
+        if kind == "Cast":
+            names, to = names[:1], {"to": onnx.TensorProto.FLOAT}
+        nodes.append(node(kind, names, [f"w{index + 1}"], **to))
+    nodes.append(node("Conv", ["images", f"w{len(chain)}"], ["out"], pads=[1] * 4))
+    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, (1, 3, 8, 8))
+    found = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, None)
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph(nodes, "converted", [images], [found], stored)),
+        tmp_path / "a.onnx",
+    )
+    facts = describe_artifact(tmp_path / "a.onnx")
+    assert (facts.precision, facts.parameters, facts.macs) == (precision, 108, 64 * 108)
 
 
 def test_published_counts_of_a_black_box(yolo11n_onnx: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,7 +147,8 @@ def test_temperatures_and_clocks(tmp_path: Path) -> None:
     }
     assert found["clocks"]["gpu"]["max_mhz"] == 918.0
     assert snapshot(nano(tmp_path / "nano"))["clocks"]["gpu"]["pinned"] is True
-    assert temperatures(xavier(tmp_path / "xavier"))["GPU-therm"] is None
+    hot = write_tree(xavier(tmp_path / "xavier"), {"sys/class/thermal/thermal_zone0/temp": 2**31 - 1})
+    assert temperatures(hot) == {"CPU-therm": None, "GPU-therm": None, "Tboard_tegra": 39.0}
 
 
 def test_only_what_jetson_clocks_pins_is_called_free(tmp_path: Path) -> None:
@@ -270,6 +272,23 @@ def test_nvml() -> None:
     assert (group.rails[0].counts, group.rails[0].read()) == (True, 5.0)
 
 
+def test_the_gpu_of_several_is_the_one_that_computes_here() -> None:
+    """CUDA counts them in an order of its own, and may be shown only some."""
+    users = {"0": [1], "1": [1, os.getpid()], "2": []}
+    nvml = FakeNvml(
+        nvmlDeviceGetCount=lambda: 3,
+        nvmlDeviceGetHandleByIndex=str,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=pid) for pid in users[handle]],
+    )
+    assert (group := nvml_rails(nvml)) is not None
+    assert (len(group.rails), group.total) == (3, ("gpu1",))
+    users["2"] = [os.getpid()]
+    assert (group := nvml_rails(nvml)) is not None
+    assert group.total == (), "which of the two measured the last inference cannot be told"
+    assert (group := nvml_rails(FakeNvml())) is not None
+    assert group.total == ("gpu0",), "the only one needs no process, whose numbers a container changes"
+
+
 def test_an_old_gpu_gives_power_and_no_energy() -> None:
     nvml = FakeNvml(lacks=("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetCurrentClocksThrottleReasons"))
     group = nvml_rails(nvml)
@@ -344,6 +363,25 @@ def test_integration_against_what_paper_says() -> None:
     steady: list[tuple[float, float | None]] = [(float(i), 5.0) for i in range(20)]
     assert mean_of([*steady[:10], (10.0, None), *steady[11:]]) == pytest.approx(5.0)
     assert mean_of([(float(i), 5.0 if i % 2 else None) for i in range(20)]) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "rail", "mean"),
+    [
+        ([(0, 5), (1, 5), (2, 5)], {"counts": True, "wraps_at": 100.0}, None),  # stands still, as in a virtual machine
+        ([(0, 500), (1, 510), (2, 1), (3, 11)], {"counts": True}, None),  # begins again, and has no end to wrap at
+        ([(0, 500), (1, 510), (2, 1), (3, 11)], {"counts": True, "wraps_at": 262_143.3}, None),  # begins again elsewhere
+        ([(0, 262_140), (0.1, 2), (0.2, 4)], {"counts": True, "wraps_at": 262_143.0}, 35.0),
+        ([(0, 5), (0, 105), (0.1, 110)], {"counts": True}, 1050.0),  # one that steps: much at once, but no nonsense
+        ([*((i, 5) for i in range(20)), (20, 4_294_967.3), (21, 5)], {}, 5.0),
+        ([(0, 5), (1, float("nan")), (2, 5)], {}, None),
+        ([(0, 0), (1, 0), (2, 0)], {}, None),
+    ],
+)
+def test_what_no_rail_can_give_is_not_taken(
+    steps: list[tuple[float, float | None]], rail: dict[str, Any], mean: float | None
+) -> None:
+    assert mean_of(steps, **rail) == (mean if mean is None else pytest.approx(mean))
 
 
 def test_energy_per_inference() -> None:

@@ -99,7 +99,7 @@ def test_unreadable_images_are_told_and_the_rest_go_on(checkpoint: Path, tmp_pat
     assert code == 2
     assert [Path(entry["image"]) for entry in body["images"]] == [good]  # type: ignore[attr-defined, index]
     assert set(body["failures"]) == {str(bad), str(tmp_path / "gone.png")}  # type: ignore[call-overload]
-    assert "2 of 3 images could not be read" in stderr
+    assert "2 of 3 images are not in the result" in stderr
 
 
 def test_links_that_lead_nowhere_are_told_like_any_unreadable_image(checkpoint: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from edgekd.labels import VOC_CLASSES
 from edgekd.predictor import load_predictor
 from edgekd.recipe import OnnxTeacher
 from edgekd.types import DetectorSpec, PreprocessSpec
+from tests.bench_doubles import write_detector
 from tests.conftest import shared
 from tests.toy import CLASSES, toy_detector
 from tests.toy_onnx import write_constant_detector
@@ -294,6 +295,13 @@ def test_outputs_that_are_not_finite_are_a_failure(tmp_path: Path) -> None:
     raw = {"boxes": BOXES[None] * np.nan, "scores": SCORES[None]}
     with pytest.raises(RuntimeFailure, match="not finite"):
         predictor.finish(raw, predictor.prepare(IMAGE)[1])
+
+
+def test_outputs_that_cannot_be_read_name_their_detector(tmp_path: Path) -> None:
+    """One of many in a benchmark."""
+    file = write_detector(tmp_path / "percent.onnx", BOXES, 100 * SCORES)
+    with load_predictor(file) as predictor, pytest.raises(ArtifactError, match="^percent: .* scores above 1"):
+        predictor.detect(IMAGE)
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ _OPERANDS = {
     **dict.fromkeys(("QLinearConv", "QLinearMatMul", "QGemm"), (0, 3)),  # scale and zero point follow each operand
 }
 """Operators that are counted, and which inputs are multiplied; the second holds the weights where there are any."""
+_CONVERTING = ("QuantizeLinear", "DequantizeLinear", "Cast")
+"""Operators through which weights reach their layer: stored as int8, as floats that are quantised first, or as halves."""
 _FUSED = ("Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "Add")
 """Operators that runtimes compute within the layer before them, which then goes by what they give out."""
 
@@ -91,11 +93,11 @@ def _fused_outputs(node: Any, readers: Mapping[str, list[Any]]) -> list[str]:
 
 
 def stored_shapes(graph: Any) -> dict[str, Shape]:
-    """Shapes of tensors that the file holds, also under the names that they have after dequantising."""
+    """Shapes of tensors that the file holds, also under the names that they have once converted, in the graph's order."""
     stored = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     stored.update({node.output[0]: _constant_shape(node) for node in graph.node if node.op_type == "Constant"})
-    for node in graph.node:  # a quantised weight reaches its layer through a DequantizeLinear
-        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
+    for node in graph.node:
+        if node.op_type in _CONVERTING and node.input[0] in stored:
             stored[node.output[0]] = stored[node.input[0]]
     return stored
 

@@ -137,7 +137,7 @@ def _predict_images(session: Session, predictor: Predictor, images: list[Path], 
     session.finish(found.to_dict(), lambda: typer.echo(line))
     if found.failures:
         total = len(found.failures) + len(found.images)
-        print(f"{len(found.failures)} of {total} images could not be read", file=sys.stderr)
+        print(f"{len(found.failures)} of {total} images are not in the result", file=sys.stderr)
         raise typer.Exit(2)
 
 

@@ -13,7 +13,7 @@ from edgekd.machine import read_int, read_text
 
 _GPU = re.compile(r"gpu(-gpc-\d+)?|g[a-z]\d\d?b")
 """Devices with scaling that are a GPU: "gpu", "gpu-gpc-0" (Thor), "ga10b" (Orin), "gv11b" (Xavier)."""
-_ABSENT_C = -200.0  # zones that are switched off say -256
+_POSSIBLE_C = (-200.0, 200.0)  # zones that are switched off say -256; a sensor's garbage is beyond the other end
 _PI_NOW = {"under-voltage": 0x1, "frequency capped": 0x2, "throttled": 0x4, "soft temperature limit": 0x8}
 
 
@@ -28,13 +28,14 @@ def snapshot(root: Path = Path("/"), nvml: Any = None) -> dict[str, Any]:
 
 
 def temperatures(root: Path = Path("/")) -> dict[str, float | None]:
-    """Degrees by thermal zone; None for a zone that is switched off or does not answer."""
+    """Degrees by thermal zone; None for a zone that is switched off, does not answer or cannot be so hot."""
     found: dict[str, float | None] = {}
+    low, high = _POSSIBLE_C
     for zone in sorted(root.glob("sys/class/thermal/thermal_zone*"), key=_by_number):
         name = read_text(zone / "type") or zone.name
         value = read_int(zone / "temp")
         degrees = None if value is None else value / 1000
-        found[_unused(name, found)] = None if degrees is None or degrees < _ABSENT_C else degrees
+        found[_unused(name, found)] = degrees if degrees is not None and low < degrees < high else None
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -68,15 +69,24 @@ def nvml_conditions(nvml: Any) -> list[dict[str, Any]]:
 
 
 def nvml_rails(nvml: Any) -> RailGroup | None:
-    """One rail a GPU: its energy counter (Volta and later), else its power; None if neither can be read."""
+    """One rail a GPU: its energy counter (Volta and later), else its power; None if neither can be read.
+
+    The total is the one GPU on which this process computes; of several, the driver is asked, since CUDA may count them in
+    another order and see only some. Nothing is the total where that cannot be told, as within a container.
+    """
     rails = []
+    ours = []
     for index, handle in enumerate(_handles(nvml)):
         name = f"gpu{index}"
+        if any(process.pid == os.getpid() for process in _ask(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or ()):
+            ours.append(name)
         if _ask(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle) is not None:
             rails.append(PowerRail(name, _milli(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle), True))
         elif _ask(nvml, "nvmlDeviceGetPowerUsage", handle) is not None:
             rails.append(PowerRail(name, _milli(nvml, "nvmlDeviceGetPowerUsage", handle)))
-    return RailGroup("nvml", tuple(rails), (rails[0].name,)) if rails else None
+    names = [rail.name for rail in rails]
+    total = names if len(names) == 1 else [name for name in names if ours == [name]]
+    return RailGroup("nvml", tuple(rails), tuple(total)) if rails else None
 
 
 def _handles(nvml: Any) -> list[Any]:

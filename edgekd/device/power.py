@@ -1,7 +1,8 @@
 """Energy by sampling: a thread reads every rail while something runs, and integrates.
 
 Rails that give watts are integrated by the trapezoidal rule; counters are differenced, one wrap between two samples
-allowed for. A rail that stops answering for more than a tenth of the samples gives None.
+allowed for. A rail that stops answering, or answers what no rail can, for more than a tenth of the samples gives None, and
+so does a counter that stands still, as some virtual machines have them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from edgekd.device.rails import PowerRail, RailGroup
 from edgekd.device.rapl import rapl_rails
 
 _MAY_MISS = 0.1
+_MOST_W = 10_000.0
+"""More than one rail gives: a sensor's garbage, or a counter that began again elsewhere than at its end."""
 
 
 def power_rails(root: Path = Path("/"), nvml: Any = None) -> tuple[RailGroup, ...]:
@@ -46,15 +49,19 @@ class _Sum:
     first_s: float | None = None
     reads: int = 0
     missed: int = 0
+    broken: bool = False
 
     def take(self, clock: Callable[[], float]) -> None:
         value, now = self.rail.read(), clock()
         self.reads += 1
-        if value is None:
+        if value is None or not (self.rail.counts or abs(value) <= _MOST_W):
             self.missed += 1
             return
         if self.last is not None:
-            self.joules += self._between(self.last, (now, value))
+            grown = self._between(self.last, (now, value))
+            if not 0 <= grown <= _MOST_W * max(1.0, now - self.last[0]) and self.rail.counts:
+                self.broken = True  # what it counted until then is lost
+            self.joules += grown
         else:
             self.first_s = now
         self.last = (now, value)
@@ -67,7 +74,9 @@ class _Sum:
 
     @property
     def usable(self) -> bool:
-        return self.reads > 1 and self.missed <= _MAY_MISS * self.reads and self.last is not None
+        stands_still = self.rail.counts and not self.joules
+        answers = self.reads > 1 and self.missed <= _MAY_MISS * self.reads and self.last is not None
+        return answers and not self.broken and not stands_still
 
     @property
     def seconds(self) -> float:
@@ -92,9 +101,10 @@ class PowerReading:
 
     @property
     def total_w(self) -> float | None:
-        """Mean watts of what the device draws."""
+        """Mean watts of what the device draws, which is more than none."""
         parts = [self.mean_w.get(name) for name in self.total]
-        return None if not parts or any(part is None for part in parts) else sum(p for p in parts if p is not None)
+        drawn = sum(part for part in parts if part is not None)
+        return drawn if drawn > 0 and None not in parts else None
 
 
 class PowerSampler:

@@ -43,17 +43,23 @@ def sha256_model(file: Path) -> str:
 
 
 def weights_precision(model: Any) -> str:
-    """The type of most weights of an ONNX `ModelProto`: "int8", "fp16" or "fp32", whatever type its inputs have."""
+    """The type of most weights of an ONNX `ModelProto`: "int8", "fp16" or "fp32", whatever type its inputs have.
+
+    Weights that are stored as floats and go through a QuantizeLinear, as NVIDIA's tools write them, are int8.
+    """
     import onnx
 
+    quantised = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     names = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8", onnx.TensorProto.FLOAT16: "fp16"}
     volumes = {"fp32": 0, "fp16": 0, "int8": 0}
-    constants = (
-        a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"
-    )
-    for tensor in (*model.graph.initializer, *constants):  # some exporters write weights as nodes
+    stored = [(tensor.name, tensor) for tensor in model.graph.initializer]
+    for node in model.graph.node:  # some exporters write weights as nodes
+        if node.op_type == "Constant":
+            stored += [(node.output[0], entry.t) for entry in node.attribute if entry.name == "value"]
+    for name, tensor in stored:
         if tensor.data_type == onnx.TensorProto.FLOAT or tensor.data_type in names:
-            volumes[names.get(tensor.data_type, "fp32")] += prod(tensor.dims)
+            kind = "int8" if name in quantised else names.get(tensor.data_type, "fp32")
+            volumes[kind] += prod(tensor.dims)
     return max(volumes, key=lambda name: volumes[name])
 
 

@@ -68,7 +68,8 @@ def decode(
             "a detector gives scores above 1",
             got=f"{highest:g}",
             expected="probabilities, as its outputs were read",
-            fix="declare `score_activation: sigmoid` or `softmax` where they are logits; percent must be exported anew",
+            fix="declare `score_activation: sigmoid` or `softmax` where they are logits; percent must be exported anew; a file "
+            "whose boxes and scores were quantised with one scale, without the operators behind its last convolutions",
         )
     return boxes, scores
 
