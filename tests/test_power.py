@@ -370,7 +370,11 @@ def test_integration_against_what_paper_says() -> None:
     [
         ([(0, 5), (1, 5), (2, 5)], {"counts": True, "wraps_at": 100.0}, None),  # stands still, as in a virtual machine
         ([(0, 500), (1, 510), (2, 1), (3, 11)], {"counts": True}, None),  # begins again, and has no end to wrap at
-        ([(0, 500), (1, 510), (2, 1), (3, 11)], {"counts": True, "wraps_at": 262_143.3}, None),  # begins again elsewhere
+        (
+            [(0, 500), (1, 510), (2, 1), (3, 11)],
+            {"counts": True, "wraps_at": 262_143.3},
+            None,
+        ),  # begins again elsewhere
         ([(0, 262_140), (0.1, 2), (0.2, 4)], {"counts": True, "wraps_at": 262_143.0}, 35.0),
         ([(0, 5), (0, 105), (0.1, 110)], {"counts": True}, 1050.0),  # one that steps: much at once, but no nonsense
         ([*((i, 5) for i in range(20)), (20, 4_294_967.3), (21, 5)], {}, 5.0),

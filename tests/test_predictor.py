@@ -300,7 +300,7 @@ def test_outputs_that_are_not_finite_are_a_failure(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_read_name_their_detector(tmp_path: Path) -> None:
     """One of many in a benchmark."""
     file = write_detector(tmp_path / "percent.onnx", BOXES, 100 * SCORES)
-    with load_predictor(file) as predictor, pytest.raises(ArtifactError, match="^percent: .* scores above 1"):
+    with load_predictor(file) as predictor, pytest.raises(ArtifactError, match=r"^percent: .* scores above 1"):
         predictor.detect(IMAGE)
 
 

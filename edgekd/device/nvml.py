@@ -78,7 +78,9 @@ def nvml_rails(nvml: Any) -> RailGroup | None:
     ours = []
     for index, handle in enumerate(_handles(nvml)):
         name = f"gpu{index}"
-        if any(process.pid == os.getpid() for process in _ask(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or ()):
+        if any(
+            process.pid == os.getpid() for process in _ask(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or ()
+        ):
             ours.append(name)
         if _ask(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle) is not None:
             rails.append(PowerRail(name, _milli(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle), True))
