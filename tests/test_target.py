@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import getpass
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -135,6 +137,44 @@ def test_nothing_listens(sshd: Sshd, bundle: Bundle) -> None:
 def test_no_python(sshd: Sshd, bundle: Bundle) -> None:
     with pytest.raises(UserError, match="no Python there"):
         bench_on_target(bundle.folder, at(sshd, python="python3.999"))
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "words"),
+    [
+        (
+            "echo This account is not available.; exit 1",
+            UserError,
+            "Python did not start there.*account is not available",
+        ),
+        ("/nowhere/setup; exit 3", UserError, "Python did not start there.*/nowhere/setup"),
+        ("not_there; kill -9 $PPID", RuntimeFailure, "connection was cut"),
+        (r"printf '\036edgekd [1]\n\036edgekd {\n\036edgekd {}\n'; exit 1", UserError, "did not start"),
+    ],
+)
+def test_logins_that_start_nothing(
+    tmp_path: Path, bundle: Bundle, script: str, error: type[Exception], words: str
+) -> None:
+    with running_sshd(tmp_path / "sshd") as server:
+        (server.home / ".bashrc").write_text(script + "\n", encoding="utf-8")
+        with pytest.raises(error, match="(?s)" + words):
+            bench_on_target(bundle.folder, at(server))
+
+
+def test_a_home_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from edgekd.device.agent import MARK, Agent
+    from edgekd.device.target_errors import agent_problem
+
+    def refuse(path: str, **_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr("os.makedirs", refuse)
+    sink = io.BytesIO()
+    Agent(io.BytesIO(b'{"do": "push", "sha256": "", "files": []}\n'), sink).serve()
+    problem = agent_problem("me@board", json.loads(sink.getvalue().decode().removeprefix(MARK)))
+    assert isinstance(problem, UserError)
+    assert "Read-only file system" in problem.what
+    assert ".cache/edgekd" in str(problem.fix)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ may print there too. When stdin ends, the connection is gone: whatever runs is k
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -87,8 +88,7 @@ class Agent:
                 self.say(**problem.body)
                 return  # what follows on stdin may be half a file
             except OSError as error:
-                full = error.errno in (28, 122)  # ENOSPC, EDQUOT
-                details = {"error": "disk" if full else "system", "message": error.strerror, "file": error.filename}
+                details = {"error": _code_of(error.errno), "message": error.strerror, "file": error.filename}
                 self.say(free_bytes=self._free(), folder=self.base, **details)
                 return
             self.say(done=request["do"], **answer)
@@ -291,6 +291,13 @@ class Agent:
                 return tail, None
             tail = [*tail, text][-TAIL_LINES:]
             self.say(event="line", text=text)
+
+
+def _code_of(number: int | None) -> str:
+    """What a failed call means to the other end."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "disk"
+    return "refused" if number in (errno.EACCES, errno.EPERM, errno.EROFS) else "system"
 
 
 def _read_lines(stream: IO[bytes], events: queue.Queue[tuple[str, str]]) -> None:

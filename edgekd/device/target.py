@@ -21,7 +21,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from edgekd.artifact import sha256_file
 from edgekd.device.bundle_bench import read_bundle
-from edgekd.device.target_errors import agent_problem, disk_full, old_python, session_ended
+from edgekd.device.target_errors import agent_problem, disk_full, not_started, old_python, session_ended
 from edgekd.errors import MissingDependencyError, RuntimeFailure, UserError
 
 AGENT = Path(__file__).with_name("agent.py")
@@ -115,7 +115,8 @@ class Connection:
     def __init__(self, target: Target, say: Callable[[str], None]) -> None:
         self._target, self._say = target, say
         self._said = ""
-        self._expired = False
+        self._printed: str | None = None
+        self._expired = self._heard = False
 
     def __enter__(self) -> Connection:
         try:
@@ -190,15 +191,20 @@ class Connection:
         try:
             for raw in self._ssh.stdout:
                 line = raw.decode("utf-8", "replace")
+                self._printed = line.split(MARK)[0].strip() or self._printed
                 if MARK in line:
-                    with contextlib.suppress(ValueError):
-                        return dict(json.loads(line.split(MARK, 1)[1]))
+                    with contextlib.suppress(ValueError, TypeError):
+                        answer = dict(json.loads(line.split(MARK, 1)[1]))
+                        self._heard = True
+                        return answer
         finally:
             timer.cancel()
         self._ssh.wait()
         self._reader.join(5)
-        to = self._target
-        raise session_ended(to.name, to.host, to.python, self._ssh.returncode, self._said, self._expired)
+        to, code = self._target, self._ssh.returncode
+        if not (self._heard or self._expired or code == 255):
+            raise not_started(to.name, to.python, code, self._said, self._printed)
+        raise session_ended(to.name, to.host, code, self._said, self._expired)
 
     def _expire(self) -> None:
         self._expired = True

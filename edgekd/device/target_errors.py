@@ -61,6 +61,9 @@ def agent_problem(name: str, answer: Mapping[str, Any]) -> EdgeKDError:
             got=tail,
             fix="allow more with --time-limit; engines that were built stay",
         )
+    if code == "refused":
+        fix = f"give yourself the right to write into {answer['folder']} there"
+        return UserError(f"{name}: {answer['message']}", got=answer.get("file"), fix=fix)
     return RuntimeFailure(f"{name}: {answer.get('message') or code}", got=answer.get("file") or tail)
 
 
@@ -74,7 +77,32 @@ def disk_full(name: str, free: int | None, folder: str, needed: int | None) -> U
     )
 
 
-def session_ended(name: str, host: str, python: str, code: int | None, stderr: str, expired: bool) -> EdgeKDError:
+def not_started(name: str, python: str, code: int, stderr: str, printed: str | None) -> UserError:
+    """Why a session ended before the agent said a word, though ssh got through.
+
+    Args:
+        code: of the remote command. printed: the last line on its stdout, where shells that let nobody in say so.
+    """
+    said = stderr.strip().splitlines()
+    if "SyntaxError" in stderr:
+        return old_python(name, None)
+    absent = re.compile(rf"{re.escape(python.removeprefix('~'))}.*(not found|No such file)|Unknown command")
+    if code in (126, 127) or any(map(absent.search, said)):
+        return UserError(
+            f"{name}: no Python there",
+            got=said[-1] if said else f"exit code {code}",
+            expected=python,
+            fix="install Python 3.8 or later there (apt install python3), or name it with --target-python",
+        )
+    return UserError(
+        f"{name}: Python did not start there",
+        got=said[-1] if said else printed or f"exit code {code}",
+        expected=python,
+        fix=f"see what `ssh {name} {python} --version` does: the login's shell or its scripts stand in the way",
+    )
+
+
+def session_ended(name: str, host: str, code: int | None, stderr: str, expired: bool) -> EdgeKDError:
     """Why ssh ended before the answer came.
 
     Args:
@@ -88,15 +116,6 @@ def session_ended(name: str, host: str, python: str, code: int | None, stderr: s
     for sign, what, fix in _REASONS:
         if re.search(sign, said):
             return UserError(f"{name}: {what}", got=last, fix=fix.format(name=name, host=host) or None)
-    if "SyntaxError" in said:
-        return old_python(name, None)
-    if code in (126, 127) or re.search("not found|No such file", said):
-        return UserError(
-            f"{name}: no Python there",
-            got=last or f"exit code {code}",
-            expected=python,
-            fix="install Python 3.8 or later there (apt install python3), or name it with --target-python",
-        )
     if code == 255 or not said:
         again = "run the same command again: files that are there stay"
         return RuntimeFailure(f"{name}: the connection was cut", got=last, fix=again)
