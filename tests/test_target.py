@@ -149,7 +149,7 @@ def test_no_python(sshd: Sshd, bundle: Bundle) -> None:
         ),
         ("/nowhere/setup; exit 3", UserError, "Python did not start there.*/nowhere/setup"),
         ("not_there; kill -9 $PPID", RuntimeFailure, "connection was cut"),
-        (r"printf '\036edgekd [1]\n\036edgekd {\n\036edgekd {}\n'; exit 1", UserError, "did not start"),
+        (r"printf '\036edgekd [1]\n\036edgekd {\n'; exit 1", UserError, "did not start"),
     ],
 )
 def test_logins_that_start_nothing(
