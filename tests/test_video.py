@@ -142,6 +142,15 @@ def test_a_cut_video_is_noted(tmp_path: Path) -> None:
         assert "damaged or cut off" in video.notes()[0]
 
 
+def test_a_camera_that_goes_away_is_noted(tmp_path: Path) -> None:
+    with Video(str(make_video(tmp_path / "v.avi", 9))) as video:
+        video.live = True
+        taken = sum(1 for _ in video.frames(limit=100))
+        assert 1 <= taken <= 9
+        assert any("gave no more after 9 frames" in note for note in video.notes(100))
+        assert video.notes(9) == []
+
+
 def empty(folder: Path) -> Path:
     (folder / "v.mp4").touch()
     return folder / "v.mp4"
