@@ -76,6 +76,27 @@ def test_an_engine_that_disagrees_does_not_appear(
     assert list(tmp_path.glob("*engine*")) == []
 
 
+def test_a_killed_export_leaves_nothing_beside_the_engine(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the plan is tried, which takes longest, nothing large and hidden lies where nobody would look for it."""
+    from edgekd.export import engine_job
+
+    machine()
+    source, out = ours(moving_detector(), tmp_path / "s.onnx"), tmp_path / "made" / "s.engine"
+    beside: list[list[Path]] = []
+    honest = engine_job.compare_engine
+
+    def watched(*arguments: Any) -> Any:
+        beside.append(list(out.parent.glob("*")))
+        return honest(*arguments)
+
+    monkeypatch.setattr(engine_job, "compare_engine", watched)
+    export_engine(source, out)
+    assert beside == [[]]
+    assert {path.name for path in out.parent.iterdir()} == {"s.engine", "s.engine.json"}
+
+
 def foreign(case: str, path: Path, **changes: Any) -> Path:
     """An export of `onnx_zoo` that says its class names itself."""
     export = replace(EXPORTS[case], **changes)

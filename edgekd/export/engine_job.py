@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.artifact import is_onnx, require_file, sha256_file, source_commit, versions
+from edgekd.artifact import atomic_path, is_onnx, require_file, sha256_file, source_commit, versions
 from edgekd.errors import ArtifactError, MissingDependencyError, UserError
 from edgekd.export.engine import BuiltEngine, EngineOptions, build_engine, graph_precision
 from edgekd.export.engine_parity import compare_engine
@@ -334,10 +334,12 @@ def _compare_and_write(
     before: tuple[Sequence[ParityReport], Sequence[str]],
     say: Callable[[str], None],
 ) -> EngineResult:
-    """Run the plan from a folder beside its place, compare, and only then move it there; the manifest last."""
+    """Run the plan from a temporary folder, compare, and only then write it to its place; the manifest last.
+
+    Beside its place the folder would stay there, hidden and large, when the process is killed.
+    """
     reports, notes = [*before[0]], [*before[1], *model.notes, *built.notes]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="edgekd-engine-") as folder:
         trial = Path(folder) / out.name
         trial.write_bytes(built.plan)
         # Paths to the source are from the engine's own folder: from this one they might name another file.
@@ -354,7 +356,8 @@ def _compare_and_write(
             manifest = replace(manifest, parity=report.to_dict())
         else:
             notes.append("not compared: its outputs are not decoded boxes and scores")
-        say(f"writing {out}")
-        os.replace(trial, out)
+    say(f"writing {out}")
+    with atomic_path(out) as temporary:
+        temporary.write_bytes(built.plan)
     write_engine_manifest(out, manifest)
     return EngineResult(out, manifest, tuple(reports), tuple(notes))
