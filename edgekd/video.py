@@ -139,7 +139,9 @@ class Video:
         if self.offered < 0.98 * expected - 2:
             found.append(f"{self.name} ends after {self.offered} of {expected} frames: is it damaged or cut off?")
         if self.live and (limit is None or self.offered < limit):  # a camera has no end of its own
-            found.append(f"{self.name} gave no more after {self.offered} frames: was it unplugged, or is the stream over?")
+            found.append(
+                f"{self.name} gave no more after {self.offered} frames: was it unplugged, or is the stream over?"
+            )
         if self.fps is None:
             found.append(f"{self.name} does not say its rate; {USUAL_FPS:g} frames/s are assumed")
         return found

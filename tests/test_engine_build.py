@@ -301,6 +301,9 @@ def test_the_inspectors_words(words: str, kind: str | None) -> None:
 def test_the_precision_of_a_graph() -> None:
     half = moving_detector()
     name_nodes(half)
+    dynamic = moving_detector()
+    dynamic.graph.node.insert(0, onnx.helper.make_node("DynamicQuantizeLinear", ["images"], ["q", "scale", "zero"]))
+    assert graph_precision(dynamic) == "int8", "by quantize_dynamic of ONNX Runtime, as `bench` has it"
     assert [graph_precision(model) for model in (moving_detector(), to_float16(half), quantised())] == [
         "fp32",
         "fp16",

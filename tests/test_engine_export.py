@@ -13,16 +13,17 @@ import onnx
 import pytest
 from onnx import helper
 
-from edgekd.errors import UserError
+from edgekd.errors import ExportError, UserError
 from edgekd.export.engine import EngineOptions
 from edgekd.export.engine_job import export_engine
 from edgekd.export.engine_parity import aligned
+from edgekd.export.float16 import to_float16
 from edgekd.predictor import load_predictor
 from edgekd.runtimes.engine_file import manifest_path, read_engine_manifest
 from edgekd.runtimes.tensorrt_runtime import TensorRTRuntime
 from edgekd.types import Dataset
 from tests.bench_doubles import NAMES, make_dataset
-from tests.engine_doubles import HELD, WEAK, Machine, moving_detector, ours
+from tests.engine_doubles import HELD, IMAGES, WEAK, Machine, moving_detector, ours, run_onnx
 from tests.fake_tensorrt import VERSIONS
 from tests.onnx_zoo import BOXES, EXPORTS, SOURCE_HW, write
 
@@ -95,6 +96,32 @@ def test_a_killed_export_leaves_nothing_beside_the_engine(
     export_engine(source, out)
     assert beside == [[]]
     assert {path.name for path in out.parent.iterdir()} == {"s.engine", "s.engine.json"}
+
+
+def test_fp16_of_graphs_that_write_constants_as_nodes(tmp_path: Path) -> None:
+    """As torch's older exporter does; Range knows no float16, and a constant beyond its largest must not become infinite."""
+    model = moving_detector()
+    graph, node = model.graph, helper.make_node
+    value = onnx.numpy_helper.from_array
+    stored = {"start": 0, "stop": 3, "step": 1, "scale": 0.5}
+    extra = [node("Constant", [], [n], f"c_{n}", value=value(np.float32(v))) for n, v in stored.items()]
+    scale = extra[-1]
+    extra.append(node("Range", ["start", "stop", "step"], ["ramp"], "ramp"))
+    extra.append(node("Mul", ["ramp", "scale"], ["bias"], "bias"))
+    extra.append(node("Add", ["logits", "bias"], ["moved"], "moved"))
+    position = next(i for i, found in enumerate(graph.node) if found.op_type == "Sigmoid")
+    graph.node[position].input[0] = "moved"
+    for offset, found in enumerate(extra):
+        graph.node.insert(position + offset, found)
+    half = to_float16(model)
+    kinds = {tensor.data_type for tensor in half.graph.initializer if tensor.name.startswith("scale")}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    wanted, made = run_onnx(model, IMAGES[:1]), run_onnx(half, IMAGES[:1])
+    np.testing.assert_allclose(made["scores"], wanted["scores"], atol=5e-3)
+    scale.attribute[0].t.CopyFrom(value(np.float32(1e9)))
+    graph.node[position + 3].CopyFrom(scale)
+    with pytest.raises(ExportError, match="does not fit in float16"):
+        to_float16(model)
 
 
 def foreign(case: str, path: Path, **changes: Any) -> Path:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from edgekd.export.onnx import Precision
 
 _MIB = 2**20
+_QUANTISING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+"""The last is for other runtimes: TensorRT itself says that it cannot read it."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class BuiltEngine:
 
 
 def graph_precision(model: ModelProto) -> Precision:
-    """What a graph's own types make it: int8 with Q/DQ pairs, else fp16 with float16 tensors, else fp32."""
-    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node):
+    """What a graph's own types make it: int8 if it quantises anything, else fp16 with float16 tensors, else fp32."""
+    if any(node.op_type in _QUANTISING for node in model.graph.node):
         return "int8"
     return "fp16" if has_half(model) else "fp32"
 

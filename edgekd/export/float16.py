@@ -11,13 +11,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgekd.errors import ExportError
-from edgekd.export.graph import GraphIndex, copy_of, prune, raw_tensors, replace_nodes, set_metadata
+from edgekd.export.graph import (
+    GraphIndex,
+    constants_as_weights,
+    copy_of,
+    prune,
+    raw_tensors,
+    replace_nodes,
+    set_metadata,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-_FLOAT_OPERATORS = ("ReduceL2", "ReduceSumSquare", "ReduceSum", "ReduceMean", "Pow", "Sqrt", "Exp", "Softmax", "Cast")
-"""Sums of squares pass float16's 65,504 easily (SSD's L2Norm over 512 channels does), so these stay float32."""
+_FLOAT_OPERATORS = (
+    *("ReduceL2", "ReduceSumSquare", "ReduceSum", "ReduceMean", "Pow", "Sqrt", "Exp", "Softmax", "Cast"),
+    *("Constant", "ConstantOfShape", "EyeLike", "Range"),
+)
+"""Sums of squares pass float16's 65,504 easily (SSD's L2Norm over 512 channels does), so these stay float32. What makes
+values out of nothing says their type itself, and Range knows no float16."""
 
 _FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that the operator defines as float32 whatever the data's type."""
@@ -27,17 +39,18 @@ def to_float16(model: ModelProto) -> ModelProto:
     """A copy of an fp32 model whose detector (all that its raw outputs depend on) computes in float16.
 
     Raises:
-        ExportError: a weight does not fit in float16, or the result does not pass the checker.
+        ExportError: a weight does not fit in float16, types cannot be inferred, or the result does not pass the checker.
     """
     from onnx import checker, shape_inference
 
     copy = copy_of(model)
-    _Converter(shape_inference.infer_shapes(copy, strict_mode=True)).convert(copy)
-    prune(copy)
-    del copy.graph.value_info[:]
+    constants_as_weights(copy)
     try:
+        _Converter(shape_inference.infer_shapes(copy, strict_mode=True)).convert(copy)
+        prune(copy)
+        del copy.graph.value_info[:]
         checker.check_model(copy, full_check=True)
-    except (checker.ValidationError, RuntimeError) as error:
+    except (checker.ValidationError, shape_inference.InferenceError, RuntimeError) as error:
         raise ExportError("converting to fp16 failed", got=f"{type(error).__name__}: {error}") from error
     set_metadata(copy, {"edgekd.precision": "fp16"})
     return copy

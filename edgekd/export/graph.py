@@ -83,6 +83,16 @@ def name_nodes(model: ModelProto) -> None:
         node.name = base if seen[base] == 1 else f"{base}__{seen[base]}"
 
 
+def constants_as_weights(model: ModelProto) -> None:
+    """Keep the tensors of Constant nodes, which some exporters write, among the initializers."""
+    for node in [node for node in model.graph.node if node.op_type == "Constant"]:
+        for entry in node.attribute:
+            if entry.name == "value":
+                entry.t.name = node.output[0]
+                model.graph.initializer.append(entry.t)
+                model.graph.node.remove(node)
+
+
 def strip_notes(model: ModelProto) -> None:
     """Remove the exporter's notes: stack traces with paths of this machine, which triple small files."""
     graph = model.graph
