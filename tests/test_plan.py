@@ -6,7 +6,7 @@ import getpass
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +338,24 @@ def test_a_damaged_plan_is_not_overwritten(tmp_path: Path, meter: Made) -> None:
     with pytest.raises(UserError, match="move it away"):
         planned(tmp_path)
     assert (tmp_path / "plan.json").read_text(encoding="utf-8") == "{"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda plan: [plan],
+        lambda plan: None,
+        lambda plan: {**plan, "rows": [{**plan["rows"][0], "latency_ms": {"median": float("nan")}}]},
+        lambda plan: {**plan, "rows": [{"name": plan["rows"][0]["name"]}]},
+        lambda plan: {**plan, "rows": [3]},
+    ],
+)
+def test_a_plan_that_others_have_changed_is_refused(tmp_path: Path, meter: Made, damage: Callable[[Any], Any]) -> None:
+    changed = json.dumps(damage(planned(tmp_path)))
+    (tmp_path / "plan.json").write_text(changed, encoding="utf-8")
+    with pytest.raises(UserError, match="move it away"):
+        planned(tmp_path)
+    assert (tmp_path / "plan.json").read_text(encoding="utf-8") == changed
 
 
 def test_the_text_says_what_matters(tmp_path: Path, meter: Made) -> None:

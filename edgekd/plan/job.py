@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from edgekd.types import Dataset
 
 SCHEMA = "edgekd.plan/1"
 RESULT = "plan.json"
+_KEYS = ("name", "model", "width", "input_size", "precision", "macs", "latency_ms", "stages_ms")
+"""What each row of it must have to be ranked and written as a recipe."""
 _IMAGES = 16
 _CONTENTION_WORTH_SAYING = 0.2
 _SHARE_OF_PEAK = 0.4
@@ -81,9 +84,17 @@ class _Record:
         """Take over what an earlier plan measured under the same circumstances; whether there was anything."""
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise TypeError("not an object")
             self.written = dict(found.get("written", {}))
             if found["schema"] == SCHEMA and found["identity"] == self.identity:
-                self.rows = {row["name"]: row for row in found["rows"] if "failed" not in row}
+                rows = [row for row in found["rows"] if "failed" not in row]
+                for row in rows:
+                    if absent := [key for key in _KEYS if key not in row]:
+                        raise KeyError(*absent)
+                    if not math.isfinite(row["latency_ms"]["median"]):
+                        raise ValueError(f"{row['name']} takes {row['latency_ms']['median']} ms")
+                self.rows = {row["name"]: row for row in rows}
         except FileNotFoundError:
             return False
         except (OSError, ValueError, KeyError, TypeError) as error:
