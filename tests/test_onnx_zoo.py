@@ -21,7 +21,7 @@ from edgekd.recipe import OnnxTeacher
 from edgekd.runtimes.anchored import ANCHOR_SETS
 from edgekd.runtimes.customs import custom_of
 from edgekd.runtimes.first_nodes import Beginning, beginning_of
-from edgekd.runtimes.model_files import weights_precision
+from edgekd.runtimes.model_files import external_files, weights_precision
 from edgekd.runtimes.output_format import OutputFormat
 from edgekd.runtimes.side_inputs import value_for
 from edgekd.runtimes.tensor_info import TensorInfo
@@ -325,6 +325,16 @@ def test_weights_in_another_file_belong_to_the_model(name: str, tmp_path: Path) 
     parts.unlink()
     with pytest.raises(ArtifactError, match="same folder"):
         opened(export, path)
+
+
+def test_weights_of_nodes_in_another_file_belong_to_the_model(tmp_path: Path) -> None:
+    weights = onnx.numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32))
+    node = onnx.helper.make_node("Constant", [], ["weights"], value=weights)
+    out = onnx.helper.make_tensor_value_info("weights", onnx.TensorProto.FLOAT, None)
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [out]))
+    kept = {"save_as_external_data": True, "size_threshold": 0, "convert_attribute": True}
+    onnx.save(model, str(tmp_path / "m.onnx"), location="m.data", **kept)
+    assert external_files(tmp_path / "m.onnx") == [tmp_path / "m.data"]
 
 
 @pytest.mark.parametrize(("version", "word"), [({"ir": 99}, "ir_version"), ({"opset": 99}, "lower opset")])

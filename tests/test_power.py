@@ -186,6 +186,12 @@ def test_throttling(tmp_path: Path) -> None:
     alarmed = snapshot(root)
     write_tree(root, {"sys/class/thermal/cooling_device5/cur_state": 0})
     assert throttled([quiet[0], alarmed, snapshot(root)]) == ["cpu-throttle-alert", "hwmon2/oc3_event_cnt"]
+    rose = [
+        {**snapshot(root), "throttle": {"counters": {} if n is None else {"cpu3": n}, "alerts": {}}}
+        for n in (0, 4, None)
+    ]
+    assert throttled(rose) == ["cpu3"], "though its CPU is gone at the end"
+    assert throttled(rose[:0:-1]) == [], "what was counted before it came is not ours"
     assert throttled([snapshot(tmp_path / "none")] * 2) is None, "no sensor is not the same as no throttling"
 
 

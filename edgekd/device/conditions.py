@@ -143,9 +143,11 @@ def summary(seen: list[dict[str, Any]]) -> dict[str, Any]:
 
 def throttled(seen: list[dict[str, Any]]) -> list[str] | None:
     """What was throttled between the first snapshot and the last; [] for nothing, None where no sensor says."""
-    first, last = seen[0]["throttle"]["counters"], seen[-1]["throttle"]["counters"]
-    found = [name for name, value in last.items() if value > first.get(name, value)]
-    asked = bool(last)
+    found: list[str] = []
+    first: dict[str, int] = {}
+    for look in seen:  # each, since a counter may go with its CPU, or come with it
+        found += [name for name, value in look["throttle"]["counters"].items() if value > first.setdefault(name, value)]
+    asked = bool(first)
     for look in seen:
         for name, state in look["throttle"]["alerts"].items():
             asked = asked or state is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,17 @@ def external_files(file: Path, model: Any = None) -> list[Path]:
             model = onnx.load(str(file), load_external_data=False)
         except Exception:  # whoever runs the file says what is wrong with it
             return []
-    places = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
+    tensors = (tensor for _, tensor in _stored(model))
+    places = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
     return [part for part in (file.parent / place for place in sorted(places)) if part.is_file()]
+
+
+def _stored(model: Any) -> Iterator[tuple[str, Any]]:
+    """Every tensor that a `ModelProto` holds, by name; some exporters write weights as nodes."""
+    yield from ((tensor.name, tensor) for tensor in model.graph.initializer)
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            yield from ((node.output[0], entry.t) for entry in node.attribute if entry.name == "value")
 
 
 def sha256_model(file: Path) -> str:
@@ -52,11 +60,7 @@ def weights_precision(model: Any) -> str:
     quantised = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     names = {onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8", onnx.TensorProto.FLOAT16: "fp16"}
     volumes = {"fp32": 0, "fp16": 0, "int8": 0}
-    stored = [(tensor.name, tensor) for tensor in model.graph.initializer]
-    for node in model.graph.node:  # some exporters write weights as nodes
-        if node.op_type == "Constant":
-            stored += [(node.output[0], entry.t) for entry in node.attribute if entry.name == "value"]
-    for name, tensor in stored:
+    for name, tensor in _stored(model):
         if tensor.data_type == onnx.TensorProto.FLOAT or tensor.data_type in names:
             kind = "int8" if name in quantised else names.get(tensor.data_type, "fp32")
             volumes[kind] += prod(tensor.dims)
