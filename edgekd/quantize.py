@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from edgekd.artifact import is_current, read_manifest, sha256_file, write_manifest
+from edgekd.artifact import MANIFEST_NAME, is_current, read_manifest, sha256_file, sha256_json, write_manifest
 from edgekd.checkpoint import MODEL_FILE, checkpoint_facts, detector_file, load_detector, save_detector
 from edgekd.data.images import evenly_spread
 from edgekd.data.loader import TrainLoader
-from edgekd.errors import UserError
+from edgekd.errors import ArtifactError, UserError
 from edgekd.export.images import PreparedImages
 from edgekd.export.qat import fine_tune
 from edgekd.recipe_file import write_recipe
 from edgekd.train import RunResult
-from edgekd.training_state import refuse_foreign
+from edgekd.training_state import clear_leftovers, refuse_foreign
 from edgekd.workspace import Workspace, resolved_device
 
 KIND = "qat"
@@ -46,7 +48,9 @@ def quantize_run(work: Workspace, source: Path, out: Path) -> RunResult:
     }
     if is_current(out, KIND, inputs) and (manifest := read_manifest(out)) is not None:
         return RunResult(out, out / MODEL_FILE, dict(manifest.facts.get("metrics", {})), skipped=True)
-    refuse_foreign(out, inputs)
+    if not _cut_off(out, inputs):
+        refuse_foreign(out, inputs)
+    clear_leftovers(out)
     loader = TrainLoader(
         work.train,
         preprocess=detector.spec.preprocess,
@@ -80,3 +84,13 @@ def quantize_run(work: Workspace, source: Path, out: Path) -> RunResult:
     write_recipe(recipe, out)
     write_manifest(out, KIND, inputs, [MODEL_FILE], {"metrics": metrics, "seed": recipe.seed})
     return RunResult(out, out / MODEL_FILE, metrics)
+
+
+def _cut_off(out: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote the model in `out` from these inputs was killed before the manifest."""
+    if (out / MANIFEST_NAME).is_file() or not (out / MODEL_FILE).is_file():
+        return False
+    try:
+        return sha256_json(checkpoint_facts(out / MODEL_FILE).get("inputs")) == sha256_json(inputs)
+    except ArtifactError:
+        return False

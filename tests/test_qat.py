@@ -281,3 +281,9 @@ def test_quantize_from_the_command_line(tmp_path: Path) -> None:
     for low, high in facts["ranges"].values():
         assert min(abs(scale - (high - low) / 255) for scale in scales) < 1e-7
     assert run("quantize", str(student), "--out", str(tuned))["skipped"]
+    # Killed when the model was written and the manifest was not: the same command goes on; of other inputs it does not.
+    (tuned / "manifest.json").unlink()
+    assert runner.invoke(app, ["quantize", str(student), "--out", str(tuned), "--seed", "5"]).exit_code == 2
+    (left := tuned / ".model.killed00.pt").write_bytes(b"half")
+    assert not run("quantize", str(student), "--out", str(tuned))["skipped"]
+    assert not left.exists()
