@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -297,6 +297,22 @@ def test_recipes_that_were_edited_stay(tmp_path: Path, meter: Made) -> None:
     first.unlink()
     planned(tmp_path, top=1)
     assert "seed: 5" not in first.read_text(encoding="utf-8")
+
+
+def test_recipes_of_a_plan_that_was_cut_off_are_known(
+    tmp_path: Path, meter: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off() -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(job, "source_commit", cut_off)  # asked for once the recipes are there
+        with pytest.raises(KeyboardInterrupt):
+            planned(tmp_path)
+    assert len(list(tmp_path.glob("*.yaml"))) == 6
+    again = planned(tmp_path, top=2)
+    assert sorted(file.name for file in tmp_path.glob("*.yaml")) == again["recipes"]
+    assert not any("stays" in note for note in again["notes"])
 
 
 def test_a_narrower_plan_speaks_of_its_own_candidates(tmp_path: Path, meter: Made) -> None:

@@ -156,6 +156,7 @@ def make_plan(
     own = set(out.glob("*.yaml"))
     files, notes = write_recipes(best[: asked.top], base, data, out, asked.threads, asked.budget_ms)
     record.written = {file.name: sha256_file(file) for file in files if file not in own}
+    record.save()  # at once: cut off here, the next plan would take them for the user's own
     return record.save(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         commit=source_commit(),
