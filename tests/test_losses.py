@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgekd.detectors.base import DetectorOutput
+from edgekd.detectors.base import DetectorOutput, TapKind
 from edgekd.detectors.box_losses import pairwise_iou
 from edgekd.distill import NO_ANSWERS
 from edgekd.errors import DistillationSetupError
@@ -23,6 +23,7 @@ from edgekd.losses.feature import standardise
 from edgekd.losses.fgd import GlobalContext, focal_masks
 from edgekd.losses.gkd import GKDTerm, robust_weights
 from edgekd.losses.information_map import backbone_information, confidence_on_grid
+from edgekd.losses.levels import match_levels
 from edgekd.losses.masked import AMDTerm, attention_mask, random_mask, spatial_attention
 from edgekd.losses.objects import object_maps, object_quality, object_shares, pool_boxes
 from edgekd.losses.pkd import PKDTerm
@@ -123,6 +124,42 @@ def test_levels_that_do_not_match_are_refused_with_both_sides_grids() -> None:
     assert "6x6" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "kinds", "expected"),
+    [  # the coarsest grids of these are equal by rounding, which is no reason to leave out those that are not
+        ((224, 256), ("neck", "backbone"), {"neck.l0": "neck.l0", "neck.l1": "neck.l1", "neck.l2": "neck.l2"}),
+        ((320, 384), ("neck", "backbone"), {f"neck.l{level}": f"neck.l{level}" for level in range(4)}),
+        ((224, 256), ("backbone", "neck"), {f"backbone.s{stride}": f"backbone.s{stride}" for stride in (8, 16, 32)}),
+        (
+            (320, 224),
+            ("neck", "backbone"),
+            {"neck.l0": "neck.l0", "neck.l1": "neck.l0"} | dict.fromkeys(("neck.l2", "neck.l3"), "neck.l2"),
+        ),
+    ],
+)
+def test_levels_of_unlike_input_sizes_are_all_matched(
+    sizes: tuple[int, int], kinds: tuple[TapKind, ...], expected: dict[str, str]
+) -> None:
+    student, teacher = (toy_detector(input_size=size).tap_specs for size in sizes)
+    found = match_levels(student, teacher, kinds=kinds)
+    assert {pair.student.name: pair.teacher.name for pair in found} == expected
+
+
+def test_a_level_twice_as_large_teaches_none_where_others_are_equal() -> None:
+    student, teacher = toy_detector(input_size=320).tap_specs, toy_detector("yolo-nano", 320).tap_specs
+    found = match_levels(student, teacher)
+    assert {pair.student.name: pair.teacher.name for pair in found} == {"neck.l0": "neck.p4", "neck.l1": "neck.p5"}
+
+
+@pytest.mark.parametrize("side", ["student_taps", "teacher_taps"])
+@pytest.mark.parametrize("name", ["backbone.s16", "neck.l0"])  # of one grid
+@pytest.mark.parametrize("kinds", [("neck", "backbone"), ("backbone", "neck")])
+def test_a_named_map_s_partner_is_of_its_own_kind(name: str, side: str, kinds: tuple[TapKind, ...]) -> None:
+    taps = toy_detector(input_size=96).tap_specs
+    (pair,) = match_levels(taps, taps, **{side: (name,)}, kinds=kinds)  # type: ignore[arg-type]
+    assert (pair.student.name, pair.teacher.name) == (name, name)
+
+
 STAGES, LAST = ("backbone.s8", "backbone.s16", "backbone.s32"), "neck.l5"
 
 
@@ -144,12 +181,11 @@ def test_a_named_map_without_partner_is_told_not_left_out(named: dict[str, tuple
 
 def test_named_maps_of_one_side_find_theirs_on_the_other() -> None:
     pair = make_pair("YOLO teacher, SSD student")
-    for named in ({"student_taps": STAGES}, {"teacher_taps": ("neck.p3", "neck.p4", "neck.p5")}):
+    necks = ("neck.p3", "neck.p4", "neck.p5")
+    for named, theirs in (({"student_taps": STAGES}, STAGES), ({"teacher_taps": necks}, necks)):
         term = build_term(TermConfig.model_validate({"loss": "feature", **named}), pair)
-        expected = (
-            "backbone.s8 12x12 <- neck.p3 12x12, backbone.s16 6x6 <- neck.p4 6x6, backbone.s32 3x3 <- neck.p5 3x3"
-        )
-        assert term.matched() == f"from t0, {expected}"
+        pairs = zip(STAGES, theirs, ("12x12", "6x6", "3x3"), strict=True)
+        assert term.matched() == "from t0, " + ", ".join(f"{s} {grid} <- {t} {grid}" for s, t, grid in pairs)
     small = build_term(TermConfig(loss="feature", student_taps=("neck.l1", "neck.l2")), pair)
     assert small.matched() == "from t0, neck.l1 3x3 <- neck.p5 3x3, neck.l2 2x2 <- neck.p5 3x3"
 

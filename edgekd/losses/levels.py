@@ -15,6 +15,8 @@ from edgekd.errors import DistillationSetupError
 TapChoice = Sequence[str] | Literal["auto"]
 MAX_RESIZE = 2.5
 """How many times larger or smaller a grid may be than the one that it is matched with."""
+SAME_LEVEL = 2**0.5
+"""Levels are twice as large from one to the next: a grid within this is nearer to its partner than to the level beside."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ def match_levels(
 ) -> list[LevelPair]:
     """Pair the levels of two detectors.
 
-    Named taps are paired in the order given. Where one side is named, each of its taps has to find a partner on the other:
-    an equal grid, or the nearest within `MAX_RESIZE` times. "auto" on both takes, for the first kind in `kinds` that both
-    sides have, every student map whose grid a teacher map has too; failing any equal grid, the nearest within `MAX_RESIZE`.
+    Named taps are paired in the order given. Where one side is named, each of its taps has to find a partner on the other,
+    of its own kind if there is one: the nearest grid within `MAX_RESIZE` times. "auto" on both takes the first kind in `kinds`
+    in which both have a map of the same level, and of that kind every student map with a partner within `SAME_LEVEL`; where
+    no grid is equal, since the input sizes differ, within `MAX_RESIZE`.
 
     Raises:
         DistillationSetupError: an unknown tap, or one that was named finds no partner, or nothing matches; lists both sides'
@@ -74,20 +77,21 @@ def match_levels(
                 got=f"{len(student_taps)} and {len(teacher_taps)}",
             )
         return [LevelPair(student[s], teacher[t]) for s, t in zip(student_taps, teacher_taps, strict=True)]
+    named_taps = [tap for tap in chosen_student if student_taps != "auto"]
+    named_taps += [tap for tap in chosen_teacher if teacher_taps != "auto"]
+    kinds = sorted(kinds, key=lambda kind: kind not in {tap.kind for tap in named_taps})
     kinds_to_try: list[tuple[TapKind, TapKind]] = [(kind, kind) for kind in kinds]
     kinds_to_try += [(a, b) for a in kinds for b in kinds if a != b]
-    named = [tap.name for tap in chosen_student if student_taps != "auto"]
-    named += [tap.name for tap in chosen_teacher if teacher_taps != "auto"]
-    alone = named
-    for limit in (1.0, MAX_RESIZE):
+    alone = named = [tap.name for tap in named_taps]
+    for limit in (SAME_LEVEL, MAX_RESIZE):
         for student_kind, teacher_kind in kinds_to_try:
-            pairs = _by_grid(
-                [t for t in chosen_student if t.kind == student_kind or student_taps != "auto"],
-                [t for t in chosen_teacher if t.kind == teacher_kind or teacher_taps != "auto"],
-                limit,
-                # A 1x1 or 2x2 map says nothing about where; pairing it would only add noise to the sum over levels.
-                smallest=3 if student_taps == "auto" else 1,
-            )
+            students = [t for t in chosen_student if t.kind == student_kind or student_taps != "auto"]
+            teachers = [t for t in chosen_teacher if t.kind == teacher_kind or teacher_taps != "auto"]
+            # A 1x1 or 2x2 map says nothing about where; pairing it would only add noise to the sum over levels.
+            smallest = 3 if student_taps == "auto" else 1
+            pairs = _by_grid(students, teachers, limit, smallest)
+            if pairs and not any(pair.student.grid_hw == pair.teacher.grid_hw for pair in pairs):
+                pairs = _by_grid(students, teachers, MAX_RESIZE, smallest)
             paired = {pair.student.name if student_taps != "auto" else pair.teacher.name for pair in pairs}
             left = [name for name in named if name not in paired]
             if pairs and not left:
