@@ -152,7 +152,7 @@ class Adversary:
 
 
 class PullGuard:
-    """Notices a term that moves nothing, or drowns detection, over three measurements in a row."""
+    """Notices a term that moves nothing at first, or at any time drowns detection, over three measurements in a row."""
 
     def __init__(self) -> None:
         self.history: dict[str, list[float]] = {}
@@ -165,14 +165,19 @@ class PullGuard:
                 continue
             history = self.history.setdefault(name, [])
             history.append(norm / pull.detection)
-            if len(history) != 3:
-                continue
-            verdict = (
-                "moves next to nothing" if max(history) < 0.01 else "drowns detection" if min(history) > 20 else None
-            )
+            verdict = None
+            if len(history) == 3 and max(history) < 0.01:  # not later, when a term may have faded as it is meant to
+                verdict = "moves next to nothing"
+            elif _has_drowned(history) and not _has_drowned(history[:-1]):
+                verdict = "drowns detection"
             if verdict is not None:
                 told.append(f"term {name} {verdict}: its gradient is {history[-1]:.3g}x the detection loss's")
         return told
+
+
+def _has_drowned(ratios: list[float]) -> bool:
+    """Whether a term's gradient was more than 20 times detection's in three measurements in a row."""
+    return any(min(ratios[start : start + 3]) > 20 for start in range(len(ratios) - 2))
 
 
 def check_finite(losses: Mapping[str, float], step: int, image_ids: tuple[str, ...]) -> None:

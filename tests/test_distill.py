@@ -16,7 +16,7 @@ from edgekd.console import Terminal
 from edgekd.detectors.base import Detector
 from edgekd.distill import Distiller, TeacherSet, fuse_answers
 from edgekd.errors import DistillationSetupError, TeacherError
-from edgekd.learning import Adversary
+from edgekd.learning import Adversary, Pull, PullGuard
 from edgekd.recipe import DistillConfig, Recipe, TermConfig
 from edgekd.runlog import read_log
 from edgekd.teachers.answers import collect_answers
@@ -199,6 +199,21 @@ def test_an_unmoving_term_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     told = [r["message"] for r in read_log(job.out) if r["event"] == "warning"]
     assert len(told) == 1
     assert "next to nothing" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "told"),
+    [
+        ([30, 25, 21, 40], [2]),
+        ([1, 30, 30, 30, 30, 1, 50, 50, 50], [3]),  # at any time, but once
+        ([30, 30, 1, 30, 30], []),
+        ([1, 0.001, 0.001, 0.001], []),  # faded
+        ([0.001, 0.001, 0.001, 0.001], [2]),
+    ],
+)
+def test_a_term_that_drowns_detection_is_told_once_whenever_it_does(ratios: list[float], told: list[int]) -> None:
+    guard = PullGuard()
+    assert [at for at, ratio in enumerate(ratios) if guard.check(Pull(2.0, {"a": 2.0 * ratio, "b": 2.0}))] == told
 
 
 def test_export_drops_what_the_terms_added(tmp_path: Path) -> None:
