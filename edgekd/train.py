@@ -164,12 +164,12 @@ class _Trainer:
         self.learner = LearningStep(detector, distiller, job.detection_weight)
         self.loader = self._make_loader(distiller)
         self.total_steps = max(1, self.cfg.epochs * math.ceil(self.loader.steps_per_epoch / self.cfg.accumulate))
-        ema = moving_average(detector, self.cfg.ema)
-        if ranks.world_size() > 1:
-            share_batch_norm(detector, on_gpu=self.fabric.device.type == "cuda")
         if self.cfg.channels_last:
             detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.learner.channels_last = True
+        ema = moving_average(detector, self.cfg.ema)  # of what lies otherwise in memory it would take thrice as long
+        if ranks.world_size() > 1:
+            share_batch_norm(detector, on_gpu=self.fabric.device.type == "cuda")
         extra = list(term_parameters(distiller))
         self.frozen = frozen_layers(detector, self.cfg.freeze_stride, pretrained=pretrained)
         on_cpu = self.fabric.device.type == "cpu"

@@ -28,7 +28,7 @@ from edgekd.learning import LearningStep, StepInput
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from edgekd.runlog import RunLog, read_log
 from edgekd.selection import Selection
-from edgekd.train import TrainJob, lr_factor, train_detector
+from edgekd.train import TrainJob, _Trainer, lr_factor, train_detector
 from edgekd.training_setup import StopSignals, fitting_threads, make_fabric, make_optimizer, moving_average
 from edgekd.training_state import RunState
 from edgekd.validate import detect_dataset
@@ -95,6 +95,15 @@ def test_a_run_is_measured_with_its_recipe_s_thresholds(tmp_path: Path, monkeypa
     wanted = Selection(0.001, 0.4, 7, 0.6)
     train_detector(replace(make_job(tmp_path, epochs=1), selection=wanted))
     assert asked == [replace(wanted, score_threshold=0.01)]
+
+
+def test_the_moving_average_lies_in_memory_as_the_weights_do(tmp_path: Path) -> None:
+    trainer = _Trainer(make_job(tmp_path))
+    average = trainer.state.ema
+    assert average is not None
+    pairs = list(zip(average.module.parameters(), trainer.learner.detector.parameters(), strict=True))
+    assert any(weight.is_contiguous(memory_format=torch.channels_last) for _, weight in pairs if weight.ndim == 4)
+    assert all(own.stride() == weight.stride() for own, weight in pairs)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
