@@ -275,18 +275,14 @@ def boxes_in_view(
     out_hw: tuple[int, int],
     *,
     min_size_px: float = 2.0,
-    min_visible: float = 0.0,
-    centre_inside: bool = True,
 ) -> tuple[FloatArray, IntArray]:
-    """Carry boxes of the original images into the view.
+    """Carry boxes of the original images into the view; those whose centre is not shown are dropped, which is SSD's rule.
 
     Args:
         view: the view.
         boxes: record index to its (N, 4) boxes in original pixels; images that are absent have none.
         out_hw: (height, width) of the picture, pixels.
         min_size_px: boxes narrower or lower than this after clipping are dropped.
-        min_visible: boxes of which less than this share of the area is shown are dropped.
-        centre_inside: drop boxes whose centre is not shown, SSD's rule.
 
     Returns:
         (K, 4) float32 boxes in output pixels, clipped to where their image is shown, and the (K, 2) int64 rows
@@ -303,12 +299,10 @@ def boxes_in_view(
         low = np.array([axis.cell[0] for axis in axes] * 2, np.float64)
         high = np.array([axis.cell[1] for axis in axes] * 2, np.float64)
         clipped = np.clip(moved, low, high)
-        sides, full = clipped[:, 2:] - clipped[:, :2], moved[:, 2:] - moved[:, :2]
+        sides = clipped[:, 2:] - clipped[:, :2]
+        centre = (moved[:, :2] + moved[:, 2:]) / 2
         keep = (sides >= min_size_px).all(1) & (sides > 0).all(1)
-        keep &= sides.prod(1) >= min_visible * full.prod(1)
-        if centre_inside:
-            centre = (moved[:, :2] + moved[:, 2:]) / 2
-            keep &= ((centre >= low[:2]) & (centre < high[:2])).all(1)
+        keep &= ((centre >= low[:2]) & (centre < high[:2])).all(1)
         rows = np.flatnonzero(keep)
         kept_boxes.append(clipped[rows].astype(np.float32))
         kept_rows.append(np.stack([np.full_like(rows, part.record_index), rows], axis=1))
