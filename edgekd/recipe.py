@@ -112,7 +112,12 @@ class AugmentConfig(_Section):
     zoom_out: float = Field(0.5, ge=0, le=1, description="Chance of placing the image on a larger canvas.")
     zoom_out_max: float = Field(3.0, ge=1, description="Largest canvas, as a multiple of the image's side.")
     iou_crop: float = Field(0.85, ge=0, le=1, description="Chance of a crop with a minimum IoU with some object.")
-    min_crop: float = Field(0.3, gt=0, le=1, description="Smallest side of a crop, as a share of the image's.")
+    min_crop: float = Field(
+        0.3,
+        gt=0,
+        le=1,
+        description="Smallest side of a crop, as a share of the image's, or of the canvas after zooming out.",
+    )
     flip: float = Field(0.5, ge=0, le=1, description="Chance of a horizontal flip.")
     flip_vertical: float = Field(
         0.0, ge=0, le=1, description="Chance of a vertical flip: for pictures without an up, as from a microscope."

@@ -40,8 +40,8 @@ def choose_examples(
     rng = np.random.default_rng(seed)
     lead = np.array(
         [
-            _mistakes(record, theirs) - _mistakes(record, ours)
-            for record, ours, theirs in zip(records, reference, student, strict=True)
+            _mistakes(record, ours) - _mistakes(record, theirs)
+            for record, theirs, ours in zip(records, reference, student, strict=True)
         ]
     )
     chosen: dict[int, str] = {}

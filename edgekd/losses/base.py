@@ -18,8 +18,8 @@ class TeacherView:
     Attributes:
         name: the teacher's.
         weight: its share in the ensemble; weights sum to 1.
-        soft: boxes with class probabilities; always there.
-        dense: raw outputs, when the teacher ran online and is native.
+        soft: boxes with class probabilities; of no images where no term reads them (`Term.needs_answers`).
+        dense: raw outputs of a native teacher, where it saw the view, now or for a cache.
         taps: feature maps that cover the same window of the image as the student's maps.
     """
 
@@ -39,7 +39,7 @@ class DistillBatch:
         output: the student's raw outputs with the taps that the terms asked for.
         targets: ground truth.
         teachers: one view a teacher.
-        fused: the ensemble's fused answer; equals the only teacher's when there is one.
+        fused: the ensemble's fused answer, the only teacher's where there is one; of no images where no term reads boxes.
         epoch: from 0. epochs: how many there will be. step: optimiser steps so far.
     """
 

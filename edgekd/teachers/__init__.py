@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekd.errors import ClassMapError, DistillationSetupError
@@ -62,5 +61,5 @@ def _built(config: TeacherConfig, class_names: Sequence[str], device: str) -> Pr
     raise DistillationSetupError(
         f"teacher {config.name!r} has still to be trained",
         got=f"train: {config.train.model}",
-        fix=f"`edgekd run` trains it first; or train it by itself and give `checkpoint: {Path('RUN_FOLDER')}` instead",
+        fix="`edgekd run` trains it first; or train it by itself and give `checkpoint: RUN_FOLDER` instead",
     )
