@@ -91,7 +91,7 @@ class Mode:
             self.epoch += 1
             batch = next(self.batches)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            losses = self.learner(StepInput(batch, Clock(0, 2, 1), False))
+            losses = self.learner(StepInput(batch, Clock(0, 2), False))
         losses["loss"].backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

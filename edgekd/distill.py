@@ -196,7 +196,7 @@ class Distiller(nn.Module):
             fused = kept.to(device)
         else:
             fused = self._fuse_batch([view.soft for view in views], device)
-        return DistillBatch(images, output, targets, views, fused, clock.epoch, clock.epochs, clock.step)
+        return DistillBatch(images, output, targets, views, fused, clock.epoch, clock.epochs)
 
     def forward(self, batch: DistillBatch) -> list[Tensor | None]:
         """Each term's unweighted loss; None for a term of weight 0, which is not computed at all.
@@ -268,11 +268,10 @@ class Distiller(nn.Module):
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training is: epoch from 0, epochs in all, optimiser steps so far."""
+    """Where training is: epoch from 0, epochs in all."""
 
     epoch: int
     epochs: int
-    step: int
 
 
 def fuse_answers(teacher_answers: Sequence[Answers], fuse: Fuse) -> Answers:

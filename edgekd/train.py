@@ -251,7 +251,7 @@ class _Trainer:
         batches = min(self.cfg.accumulate, self.loader.steps_per_epoch - (self.progress.batch - 1 - gathered))
         # On a step's first batch, so that no gradient is gathered with weights that have not been measured yet.
         measure = self.learner.distiller is not None and is_measured(step) and gathered == 0
-        clock = Clock(epoch, self.cfg.epochs, step)
+        clock = Clock(epoch, self.cfg.epochs)
         with self.fabric.no_backward_sync(self.module, enabled=not update):
             losses: dict[str, Tensor] = self.module(StepInput(batch, clock, measure))
             values = self._shared(losses)

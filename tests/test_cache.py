@@ -110,7 +110,7 @@ def losses_on_views(job: TrainJob, epochs: int = 2) -> list[dict[str, float]]:
         stores=distiller.stores,
     )
     return [
-        {name: float(loss.detach()) for name, loss in learner(StepInput(batch, Clock(epoch, epochs, 0), False)).items()}
+        {name: float(loss.detach()) for name, loss in learner(StepInput(batch, Clock(epoch, epochs), False)).items()}
         for epoch in range(epochs)
         for batch in loader.epoch(epoch)
     ]

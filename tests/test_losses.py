@@ -537,7 +537,7 @@ def test_a_perfect_student_learns_nothing_on_the_foreground() -> None:
         type(batch.fused)([torch.zeros(0, 4)] * 3, [torch.zeros(0, 2)] * 3),
         taps=batch.teachers[0].taps,
     )
-    loss = term(DistillBatch(batch.images, batch.output, batch.targets, [blind], batch.fused, 0, 4, 0))
+    loss = term(DistillBatch(batch.images, batch.output, batch.targets, [blind], batch.fused, 0, 4))
     assert float(loss.detach()) == 0.0
     assert term.statistics() == {"gate_open": 0.0}
 

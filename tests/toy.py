@@ -143,4 +143,4 @@ def toy_batch(student: Detector, teachers: Sequence[ToyTeacher], taps: Sequence[
         soft = SoftTargets([b * ratio for b in answer.soft.boxes_xyxy], answer.soft.class_probs)
         views.append(TeacherView(teacher.name, 1 / len(teachers), soft, answer.dense, answer.taps))
     output = student(images, taps)
-    return DistillBatch(images, output, targets, views, views[0].soft, epoch, 4, 0)
+    return DistillBatch(images, output, targets, views, views[0].soft, epoch, 4)

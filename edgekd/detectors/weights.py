@@ -95,14 +95,13 @@ class LoadedWeights:
     """What `load_backbone_weights` read.
 
     Attributes:
-        path: the file. sha256: its hash.
+        path: the file.
         left_initialised: parameters of the backbone that the file does not hold (VGG's fc6 and fc7, when the file has
             no classifier).
         narrowed: whether they were cut to a narrower backbone: a start to train on from, not features that work as they are.
     """
 
     path: Path
-    sha256: str
     left_initialised: tuple[str, ...]
     narrowed: bool = False
 
@@ -140,7 +139,7 @@ def load_backbone_weights(detector: Detector, source: str) -> LoadedWeights:
     if left:
         _LOG.warning("%s holds no %s: they start from random values", path.name, ", ".join(left))
     cut = any(state[name].shape != wide[name].shape for name in state)
-    return LoadedWeights(path, sha256_file(path), left, narrowed=cut)
+    return LoadedWeights(path, left, narrowed=cut)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

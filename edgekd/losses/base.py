@@ -40,7 +40,7 @@ class DistillBatch:
         targets: ground truth.
         teachers: one view a teacher.
         fused: the ensemble's fused answer, the only teacher's where there is one; of no images where no term reads boxes.
-        epoch: from 0. epochs: how many there will be. step: optimiser steps so far.
+        epoch: from 0. epochs: how many there will be.
     """
 
     images: Tensor
@@ -50,7 +50,6 @@ class DistillBatch:
     fused: SoftTargets
     epoch: int
     epochs: int
-    step: int
 
 
 @dataclass(frozen=True)
