@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
 from edgekd.artifact import source_commit, versions
-from edgekd.bench.matching import Matches
-from edgekd.bench.precision_recall import mean_ap50
+from edgekd.bench.matching import Float64Array, Matches
+from edgekd.bench.precision_recall import resampled_ap50
 from edgekd.recipe import Recipe
 from edgekd.report.table import in_markdown
 from edgekd.report.words import caveats
@@ -36,6 +37,11 @@ class Evaluated:
     seed: int
     figures: Mapping[str, Any]
     matches: Matches
+
+    @cached_property
+    def resampled(self) -> Float64Array:
+        """(1000,) AP50 on resampled images, the same ones for every run; kept, since each run is compared with many."""
+        return resampled_ap50([self.matches])[0, 1:]
 
 
 def summary(base: Workspace, recipes: Sequence[Recipe], runs: Sequence[Evaluated]) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
     return {"mean": fmean(there), "sd": stdev(there) if len(there) > 1 else None, "values": list(values)}
 
 
-def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated], resamples: int = 1000) -> dict[str, Any]:
+def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated]) -> dict[str, Any]:
     """The paired difference in AP50, method minus alone, or another method, with two 95 % intervals that answer two questions.
 
     "seeds" (Student's t over the paired differences): would other seeds show it? "images" (bootstrap over images of the mean
@@ -110,11 +116,7 @@ def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated], resamples: int
     if count > 1:
         half = T_975[min(count - 1, len(T_975)) - 1] * stdev(differences) / math.sqrt(count)
         by_seed = [mean - half, mean + half]
-    images = len(method[0].matches.positives)
-    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1.0 / images), size=resamples)
-    drawn = np.mean(
-        [mean_ap50(m.matches, draws) - mean_ap50(a.matches, draws) for m, a in zip(method, alone, strict=True)], axis=0
-    )
+    drawn = np.mean([m.resampled - a.resampled for m, a in zip(method, alone, strict=True)], axis=0)
     by_image = [float(v) for v in np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])]
     intervals = [interval for interval in (by_seed, by_image) if interval is not None]
     shown = by_seed is not None and (all(i[0] > 0 for i in intervals) or all(i[1] < 0 for i in intervals))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +84,7 @@ def test_the_best_method_is_compared_with_the_others_over_the_seeds_that_all_hav
 
 
 def test_the_interval_over_images_is_of_the_mean_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """95 % of the draws, the same images drawn for every run; a verdict needs both intervals."""
+    """95 % of the draws, the same images drawn for every run, and for each once; a verdict needs both intervals."""
     a = [evaluated(tmp_path, "alone", seed, (0.5, 0.52)) for seed in range(2)]
     m = [evaluated(tmp_path, "m", seed, (0.51, 0.53)) for seed in range(2)]
     own = {id(one.matches): float(place) for place, one in enumerate([*a, *m])}
@@ -93,16 +94,19 @@ def test_the_interval_over_images_is_of_the_mean_over_seeds(tmp_path: Path, monk
         draws.append(weights)
         return own[id(matches)] * np.arange(len(weights)) / 1000  # (2 - 0 + 3 - 1) / 2 = 2 a draw, in the mean
 
-    monkeypatch.setattr("edgekd.comparison.mean_ap50", drawn)
-    result = gain(m, a, resamples=101)
-    assert result["interval_images"] == pytest.approx([2 * 0.0025, 2 * 0.0975])
+    monkeypatch.setattr("edgekd.bench.precision_recall.mean_ap50", drawn)
+    result = gain(m, a)
+    assert result["interval_images"] == pytest.approx([2 * 0.025975, 2 * 0.975025])
     assert result["interval_seeds"] == pytest.approx([0.01, 0.01])
     assert result["verdict"] == "gain"
+    assert gain(a, m)["verdict"] == "loss"
+    assert len(draws) == 4, "a run is resampled again for each that it is compared with"
     assert all(np.array_equal(weights, draws[0]) for weights in draws)
-    assert draws[0].shape == (101, 40)
+    assert draws[0].shape == (1001, 40)
     assert (draws[0].sum(1) == 40).all()
+    assert (draws[0][0] == 1).all()
     own.update({id(one.matches): 0.0 for one in [*a, *m]})
-    assert gain(m, a, resamples=101)["verdict"] == "no difference shown"
+    assert gain([replace(one) for one in m], [replace(one) for one in a])["verdict"] == "no difference shown"
 
 
 def test_one_seed_shows_nothing(tmp_path: Path) -> None:
