@@ -111,11 +111,13 @@ class Distiller(nn.Module):
 
     @property
     def loader_answers(self) -> tuple[Answers, ...]:
-        """What the loader must map through each view: every teacher's answers, then the fused ones."""
+        """What the loader must map through each view: every teacher's answers, then the fused ones, if these are others."""
         if not self.answers_from_images:
             return ()
-        assert self.set.fused_answers is not None, "the answers to the training images were not collected"
-        return (*self.set.answers, self.set.fused_answers)
+        fused = self.set.fused_answers
+        assert fused is not None, "the answers to the training images were not collected"
+        alone = len(self.set.answers) == 1 and self.set.answers[0] is fused
+        return self.set.answers if alone else (*self.set.answers, fused)
 
     @property
     def loader_hw(self) -> tuple[tuple[int, int], ...]:

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekd.data.image_cache import ImageCache
@@ -225,7 +226,7 @@ class TrainLoader:
         view = self._plan.view(slot, index)
         shown = {part.record_index for part in view.parts}
         boxes, rows = boxes_in_view(view, {i: self._boxes[i] for i in shown}, spec.input_hw)
-        labels = np.array([self._labels[i][row] for i, row in rows], np.int64)
+        labels = _of_rows({i: self._labels[i] for i in shown}, rows)
         pictures = {hw: render_view(view, self._cache.load, hw) for hw in self._sizes}
         soft = tuple(self._soft(view, shown, answers) for answers in self._answers)
         return _Sample(pictures, boxes, labels, soft, record.image_id, view)
@@ -235,8 +236,7 @@ class TrainLoader:
     ) -> tuple[FloatArray, FloatArray]:
         found = {i: answers[self._dataset.records[i].image_id] for i in shown}
         boxes, rows = boxes_in_view(view, {i: a.boxes_xyxy for i, a in found.items()}, self._preprocess.input_hw)
-        empty = next(iter(found.values())).class_probs[:0]
-        return boxes, np.concatenate([empty, *(found[i].class_probs[None, row] for i, row in rows)])
+        return boxes, _of_rows({i: a.class_probs for i, a in found.items()}, rows)
 
     def _collate(self, samples: Sequence[_Sample], rows: Sequence[StoredRows]) -> Batch:
         def stack(hw: tuple[int, int]) -> Tensor:
@@ -259,6 +259,14 @@ class TrainLoader:
             tuple(sample.view for sample in samples),
             _checked(rows, samples),
         )
+
+
+def _of_rows(columns: Mapping[int, NDArray[Any]], rows: IntArray) -> NDArray[Any]:
+    """Of each record's array, (N, ...), the (K, 2) rows (record index, row in its array): (K, ...)."""
+    records = sorted(columns)
+    starts = np.cumsum([0, *(len(columns[record]) for record in records[:-1])])
+    place = starts[np.searchsorted(records, rows[:, 0])] + rows[:, 1]
+    return np.concatenate([columns[record] for record in records])[place]
 
 
 def _checked(stored: Sequence[StoredRows], samples: Sequence[_Sample]) -> tuple[Stored, ...]:
