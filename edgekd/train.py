@@ -350,6 +350,9 @@ class _Trainer:
         record["gradient_ratio"] = pull.ratio
         record["pull"] = {"det": pull.detection, **pull.terms}
         record["weights"] = {entry.label: distiller.weight_of(i) for i, entry in enumerate(distiller.terms)}
+        if self.progress.step % MEASURE_EVERY:  # a few steps, and those of warm-up, say little of what a term will do
+            log.write(record)
+            return
         statistics = {f"{e.label}.{k}": v for e in distiller.terms for k, v in e.term.statistics().items()}
         if statistics:
             record["statistics"] = statistics
