@@ -424,7 +424,7 @@ def test_gkd(pair: Pair) -> None:
                         factor = 3.0 / (owner < 0).sum()
                     total += factor * distance[image, y, x]
         expected += share * total / 3 / 5.0
-    assert float(term(batch).detach()) == pytest.approx(0.75 * expected, rel=1e-3)
+    assert float(term(batch).detach()) == pytest.approx(expected, rel=1e-3)
 
 
 def _pooled(features: Array, box: Array) -> Array:
