@@ -16,7 +16,7 @@ from edgekd.bench.matching import Float64Array, Matches
 from edgekd.bench.precision_recall import resampled_ap50
 from edgekd.recipe import Recipe
 from edgekd.report.table import in_markdown
-from edgekd.report.words import caveats
+from edgekd.report.words import caveats, more_seeds
 from edgekd.workspace import Workspace, is_synthetic
 
 ALONE = "alone"
@@ -114,7 +114,7 @@ def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated]) -> dict[str, A
     mean, count = fmean(differences), len(differences)
     by_seed: list[float] | None = None
     if count > 1:
-        half = T_975[min(count - 1, len(T_975)) - 1] * stdev(differences) / math.sqrt(count)
+        half = _half_width(stdev(differences), count)
         by_seed = [mean - half, mean + half]
     drawn = np.mean([m.resampled - a.resampled for m, a in zip(method, alone, strict=True)], axis=0)
     by_image = [float(v) for v in np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])]
@@ -126,9 +126,24 @@ def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated]) -> dict[str, A
         "interval_seeds": by_seed,
         "interval_images": by_image,
         "verdict": ("gain" if mean > 0 else "loss") if shown else "no difference shown",
+        "seeds_to_show": _seeds_to_show(differences),
         "per_class": _paired(method, alone, "per_class"),
         "by_size": _paired(method, alone, "by_size"),
     }
+
+
+def _half_width(sd: float, count: int) -> float:
+    """Half of Student's 95 % interval of a mean of `count` differences that spread by `sd`."""
+    return T_975[min(count - 1, len(T_975)) - 1] * sd / math.sqrt(count)
+
+
+def _seeds_to_show(differences: Sequence[float]) -> int | None:
+    """How many leave zero out of their interval if mean and spread stay; None where these do, are two, or 1,000 would not."""
+    if len(differences) < 3:  # two say next to nothing about the spread
+        return None
+    mean, sd, own = abs(fmean(differences)), stdev(differences), len(differences)
+    needed = next((count for count in range(own, 1001) if _half_width(sd, count) < mean), own)
+    return needed if needed > own else None
 
 
 def _paired(method: Sequence[Evaluated], alone: Sequence[Evaluated], group: str) -> dict[str, float | None]:
@@ -189,7 +204,7 @@ def table_markdown(data: Mapping[str, Any]) -> str:
             values = [row["gain"][group][n] for group in ("by_size", "per_class") for n in sizes[0]["gain"][group]]
             cells = ["-" if value is None else f"{100 * value:+.1f}" for value in values]
             lines.append(f"| {row['method']} | " + " | ".join(cells) + " |")
-    if said := caveats(data):
+    if said := [*more_seeds(data), *caveats(data)]:
         lines += ["", " ".join(said)]
     return "\n".join(lines) + "\n"
 

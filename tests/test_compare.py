@@ -63,6 +63,23 @@ def test_a_difference_is_told_for_what_it_is(
     assert result["interval_seeds"] == pytest.approx([differences.mean() - half, differences.mean() + half])
     assert result["interval_images"][0] < result["interval_images"][1]
     assert result["by_size"]["small"] is None
+    assert result["seeds_to_show"] is None or verdict == "no difference shown"
+
+
+def test_it_is_told_how_many_seeds_would_decide(tmp_path: Path) -> None:
+    """At +2 in the mean and a spread of 2 points, the interval of seven seeds leaves out zero, that of six does not."""
+    shares = {"alone": (0.5, 0.5, 0.5), "a": (0.5, 0.52, 0.54), "b": (0.7, 0.71, 0.72)}
+    runs = [evaluated(tmp_path, method, seed, own) for method, own in shares.items() for seed in range(3)]
+    recipe = Recipe.model_validate({"name": "a", "data": {"root": "x"}, "student": {"model": "yolo-nano"}})
+    work: Any = SimpleNamespace(train=toy_dataset(tmp_path / "t", 4), val=toy_dataset(tmp_path / "v", 4), device="cpu")
+    data = summary(work, [recipe], runs)
+    needed = {row["method"]: row["gain"]["seeds_to_show"] for row in data["rows"] if "gain" in row}
+    assert needed == {"a": 7, "b": None}
+    assert 2.571 * 2 / 6**0.5 > 2 > 2.447 * 2 / 7**0.5
+    sentence = "Seeds that would decide what is not shown, if mean and spread stayed: a 7."
+    assert sentence in table_markdown(data)
+    runs.append(evaluated(tmp_path, "d", 0, (0.4,)))
+    assert "b over" not in table_markdown(summary(work, [recipe], runs)), "of one seed nothing can be reckoned"
 
 
 def test_the_best_method_is_compared_with_the_others_over_the_seeds_that_all_have(tmp_path: Path) -> None:

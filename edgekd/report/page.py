@@ -92,6 +92,7 @@ def render(sources: Sources) -> str:
         comparisons=[(name, found, words.comparison_answer(found)) for name, found in sources.comparisons],
         method_gain=words.method_gain,
         caveats=words.caveats,
+        more_seeds=words.more_seeds,
         interval=words.interval,
         videos=sources.videos,
         recipe=sources.recipe,

@@ -259,6 +259,7 @@ GAIN = {
     "interval_seeds": pair(within(-100, 100)),
     "interval_images": pair(within(-100, 100)),
     "verdict": text,
+    "seeds_to_show": AMOUNT,
     "per_class": Each(DIFFERENCE),
     "by_size": Each(DIFFERENCE),
 }

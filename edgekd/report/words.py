@@ -205,6 +205,17 @@ def _too_few(result: Mapping[str, Any]) -> list[str]:
     return [f"On so few images ({count}) the interval over images is too narrow."]
 
 
+def more_seeds(comparison: Mapping[str, Any]) -> list[str]:
+    """A sentence about how many seeds would decide the differences that a comparison over three or more leaves open."""
+    found = [(row["method"], row["gain"].get("seeds_to_show")) for row in comparison["rows"] if "gain" in row]
+    best = comparison.get("best") or {"method": None, "ahead_of": {}}
+    leads = ((f"{best['method']} over {other}", lead.get("seeds_to_show")) for other, lead in best["ahead_of"].items())
+    needed = [f"{name} {number(count, 0)}" for name, count in (*found, *leads) if count]
+    if not needed:
+        return []
+    return [f"Seeds that would decide what is not shown, if mean and spread stayed: {', '.join(needed)}."]
+
+
 def caveats(comparison: Mapping[str, Any]) -> list[str]:
     """What else than the method differs between the student alone and the others, or makes the figures look better."""
     settings, found = comparison["train"], _too_few(comparison)
