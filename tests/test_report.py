@@ -535,6 +535,22 @@ def test_the_best_method_s_lead_is_in_the_page(tmp_path: Path) -> None:
     assert re.search(r"kd, the highest mean, ahead of.*other\+3\.0.*ahead Gain by class", plain(said))
 
 
+def test_a_page_tells_what_several_methods_and_few_seeds_do_to_a_comparison(tmp_path: Path) -> None:
+    data = samples()["comparison.json"]
+    row = next(row for row in data["rows"] if "gain" in row)
+
+    def page() -> str:
+        html = write_report(written(tmp_path, {"comparison.json": data}), tmp_path / "page.html").read_text("utf-8")
+        return " ".join(plain(Page(html).text).split())
+
+    data["rows"].append({**row, "method": "other"})
+    assert "judged at 95 %" not in page(), "two are compared with each other as well"
+    assert "Seeds that would decide" not in page(), "a file of before says nothing of them"
+    data["rows"].append({**row, "method": "open", "gain": {**row["gain"], "seeds_to_show": 1000}})
+    assert "Seeds that would decide what is not shown, if mean and spread stayed: open 1,000." in page()
+    assert "Each of 3 methods is judged at 95 % by itself" in page()
+
+
 def test_several_folders_make_one_page(tmp_path: Path) -> None:
     parts = samples()
     folders = [written(tmp_path / str(i), {name: data}) for i, (name, data) in enumerate(parts.items())]

@@ -177,7 +177,7 @@ def method_gain(row: Row) -> str:
 
 def comparison_answer(comparison: Mapping[str, Any]) -> str:
     """What came of `edgekd compare`, in one sentence about its best method: of those whose gain is shown, if there are any."""
-    methods = [row for row in comparison["rows"] if row["gain"]["ap50"] is not None]
+    methods = _methods(comparison)
     if not methods:
         return "No method was compared."
     shown = [row for row in methods if row["gain"]["verdict"] == "gain"]
@@ -205,9 +205,14 @@ def _too_few(result: Mapping[str, Any]) -> list[str]:
     return [f"On so few images ({count}) the interval over images is too narrow."]
 
 
+def _methods(comparison: Mapping[str, Any]) -> list[Row]:
+    """The rows that are compared with the student alone, in a summary as in a file fitted to its shape."""
+    return [row for row in comparison["rows"] if row.get("gain", {}).get("ap50") is not None]
+
+
 def more_seeds(comparison: Mapping[str, Any]) -> list[str]:
     """A sentence about how many seeds would decide the differences that a comparison over three or more leaves open."""
-    found = [(row["method"], row["gain"].get("seeds_to_show")) for row in comparison["rows"] if "gain" in row]
+    found = [(row["method"], row["gain"].get("seeds_to_show")) for row in _methods(comparison)]
     best = comparison.get("best") or {"method": None, "ahead_of": {}}
     leads = ((f"{best['method']} over {other}", lead.get("seeds_to_show")) for other, lead in best["ahead_of"].items())
     needed = [f"{name} {number(count, 0)}" for name, count in (*found, *leads) if count]
@@ -219,6 +224,11 @@ def more_seeds(comparison: Mapping[str, Any]) -> list[str]:
 def caveats(comparison: Mapping[str, Any]) -> list[str]:
     """What else than the method differs between the student alone and the others, or makes the figures look better."""
     settings, found = comparison["train"], _too_few(comparison)
+    tried = len(_methods(comparison))
+    if tried > 2:
+        found.append(
+            f"Each of {tried} methods is judged at 95 % by itself: the more are tried, the likelier one is shown by chance."
+        )
     if settings.get("select") == "best":
         found.append(
             "Every figure is of the best of several evaluations on these images (train.select: best): optimistic."
