@@ -155,7 +155,12 @@ def compare(job: CompareJob, finished: Iterator[Run] | None = None, *, jobs: int
 
 
 def _tasks(job: CompareJob) -> list[Task]:
-    """The teachers and runs that are not there yet, for processes of their own."""
+    """The teachers that are not there and all runs, for processes of their own; none if every run is there.
+
+    A run that is there is only looked at, but in its turn, so that the tables written on the way hold it.
+    """
+    if all((job.folder(run) / _EVALUATION / MANIFEST_NAME).is_file() for run in job.runs):
+        return []
     job = replace(job, bars=False)
     teachers = [
         Task(f"teacher {name}", partial(_teacher_task, job=job, name=name))
@@ -164,9 +169,7 @@ def _tasks(job: CompareJob) -> list[Task]:
     ]
     names = tuple(task.name for task in teachers)
     return teachers + [
-        Task(str(run), partial(_run_task, job=job, run=run), () if run.method == ALONE else names)
-        for run in job.runs
-        if not (job.folder(run) / _EVALUATION / MANIFEST_NAME).is_file()
+        Task(str(run), partial(_run_task, job=job, run=run), () if run.method == ALONE else names) for run in job.runs
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from edgekd.artifact import write_json
 from edgekd.bench.matching import match_coco
 from edgekd.cli import app
 from edgekd.cli.compare import _share
@@ -225,7 +227,7 @@ def test_nothing_is_trained_where_nothing_can_be_compared(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_comparison_runs_and_goes_on(tmp_path: Path) -> None:
+def test_a_comparison_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_scenes(tmp_path / "scenes", counts={"train": 8, "val": 4}, image_hw=(96, 128))
     methods = (
         recipe(root, "response"),
@@ -236,7 +238,16 @@ def test_a_comparison_runs_and_goes_on(tmp_path: Path) -> None:
     shares = [[str(run) for run in one_by_one(job, job.runs[_share(f"{index}/2")])] for index in range(2)]
     assert shares == [["alone, seed 0"], ["response, seed 0"]]
     before = (out / "response/seed-0/model.pt").stat().st_mtime_ns
+    tables: list[set[tuple[str, int]]] = []
+
+    def written(path: Path, data: Any) -> None:
+        tables.append({(row["method"], seed) for row in data["rows"] for seed in row["seeds"]})
+        write_json(path, data)
+
+    monkeypatch.setattr("edgekd.compare.write_json", written)
     result = compare(CompareJob(methods, (0, 1), out, quiet=True), jobs=2)
+    assert tables[0] == {("alone", 0), ("response", 0)}, "what had been done before is in the first table already"
+    assert all(earlier <= later for earlier, later in pairwise(tables))
     assert (out / "response/seed-0/model.pt").stat().st_mtime_ns == before, "a finished run was run again"
     data = json.loads((out / "comparison.json").read_text())
     assert [row["method"] for row in data["rows"]] == ["alone", "response", "with-feature"]
@@ -256,17 +267,21 @@ def test_jobs_are_for_this_machine(tmp_path: Path, more: tuple[str, str]) -> Non
     assert "--jobs goes with neither" in said.output
 
 
-def test_side_by_side_only_what_is_not_there(tmp_path: Path) -> None:
+def test_what_is_done_side_by_side(tmp_path: Path) -> None:
     job = CompareJob((recipe(tmp_path, "a"),), (0, 1), tmp_path / "out")
-    for folder in ("teachers/t", "alone/seed-0/evaluation"):
-        (tmp_path / "out" / folder).mkdir(parents=True)
-    (tmp_path / "out/alone/seed-0/evaluation/manifest.json").touch()
+    for run in job.runs:
+        (job.folder(run) / "evaluation").mkdir(parents=True)
+        if run != job.runs[-1]:
+            (job.folder(run) / "evaluation/manifest.json").touch()
     assert {task.name: task.needs for task in _tasks(job)} == {
         "teacher t": (),
+        "alone, seed 0": (),
         "a, seed 0": ("teacher t",),
         "alone, seed 1": (),
         "a, seed 1": ("teacher t",),
     }
+    (job.folder(job.runs[-1]) / "evaluation/manifest.json").touch()
+    assert _tasks(job) == [], "no process is begun where every run is there"
 
 
 @pytest.mark.parametrize("only", ["3/3", "1", "a/2", "-1/2", "1/0", ""])
