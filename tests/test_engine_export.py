@@ -302,11 +302,14 @@ def test_the_command_lines_mistakes(
     assert says in done.stderr
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize(("precision", "own"), [("fp32", True), ("fp16", False), ("int8", False)])
 def test_a_run_becomes_an_engine(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, own: bool
 ) -> None:
-    """From a checkpoint through the export's own gate, laid out for TensorRT, to an engine past the last hop."""
+    """From a checkpoint through the export's own gate, laid out for TensorRT, to an engine past the last hop.
+
+    Both look at the images that the run's own recipe names where none are given.
+    """
     import edgekd.checkpoint
     from edgekd.data import read_dataset
     from edgekd.data.scenes import make_scenes
@@ -328,7 +331,14 @@ def test_a_run_becomes_an_engine(
     data = ExportData(*(as_toys(read_dataset(root, split)) for split in ("train", "val")))
     config = ExportConfig(map_budget=100.0, calibration_images=4)
     out = tmp_path / "toy.engine"
-    result = export_engine(run, out, precision=precision, config=config, data=data)
+    monkeypatch.setattr("edgekd.export.job.data_of_run", lambda source: (data, []))
+    result = export_engine(run, out, precision=precision, config=config, data=None if own else data)
+    more = "--max-map-drop 100.0" if precision != "fp32" else ""
+    more += " --calibration minmax" if precision == "int8" else ""
+    more += "" if own else f" --data {root} --data-format voc"
+    start = f"edgekd export {run} --format engine --precision {precision} --out {out}"
+    assert result.manifest.rebuild == " ".join([start, *more.split()])
+    assert not any("generated" in note for note in result.notes)
     assert [report.precision for report in result.parity] == [*dict.fromkeys(["fp32", precision]), precision]
     assert result.parity[-1].ap50 is not None
     assert not result.parity[-1].generated

@@ -104,7 +104,7 @@ def export_engine(
         source: a run folder, a checkpoint, or an ONNX file (ours or foreign) whose precision is the one asked for; an
             fp32 one is converted to fp16.
         out: FILE.engine. Nothing appears there before every check has passed; the manifest comes last.
-        data: real images to calibrate and compare on; see `export_run`.
+        data: real images to calibrate and compare on, the engine included; of the run's own recipe if left out.
         buffers: device memory, which stays the caller's.
 
     Raises:
@@ -118,6 +118,11 @@ def export_engine(
     require_file(out)
     config, options = config or ExportConfig(), options or EngineOptions()
     say = say or (lambda _: None)
+    rebuild = _rebuild(source, out, precision, config, options, data)
+    if data is None and not is_onnx(source):  # the last hop needs real images as much as those before it
+        from edgekd.export.job import data_of_run
+
+        data, _ = data_of_run(source)
     device_memory = buffers or open_buffers()
     try:
         with tempfile.TemporaryDirectory(prefix="edgekd-engine-") as folder:
@@ -126,7 +131,7 @@ def export_engine(
         say(f"building for {device_memory.device.name}; this takes minutes at a high optimisation level")
         with device_memory.active():
             built = build_engine(model.proto, options, device_memory.device)
-        manifest = _manifest(source, out, model, precision, built, options, device_memory)
+        manifest = _manifest(source, out, model, precision, built, options, device_memory, rebuild)
         return _compare_and_write(out, model, built, manifest, data, config, device_memory, (reports, notes), say)
     finally:
         if buffers is None:
@@ -245,6 +250,7 @@ def _manifest(
     built: BuiltEngine,
     options: EngineOptions,
     buffers: Buffers,
+    rebuild: str,
 ) -> EngineManifest:
     metadata = metadata_of(model.proto)
     spec = metadata.get("edgekd.spec")
@@ -278,7 +284,7 @@ def _manifest(
             "buffers": buffers.name,
             "onnx": None if provenance is None else json.loads(provenance),
         },
-        rebuild=_rebuild(source, out, precision, options),
+        rebuild=rebuild,
         thresholds=json.loads(metadata.get("edgekd.thresholds", "{}")),
     )
 
@@ -304,22 +310,36 @@ def _source(source: Path, out: Path) -> dict[str, Any]:
     return {"name": file.name, "sha256": hashes[0], "path": paths[0], "weights": weights}
 
 
-def _rebuild(source: Path, out: Path, precision: Precision, options: EngineOptions) -> str:
+def _rebuild(
+    source: Path,
+    out: Path,
+    precision: Precision,
+    config: ExportConfig,
+    options: EngineOptions,
+    data: ExportData | None,
+) -> str:
+    """The command that builds this engine again, with every option that decides what it is or what it was judged by."""
+    usual = EngineOptions()
+    asked: list[tuple[str, object, object]] = [
+        ("--opset", config.opset, 17),
+        ("--max-map-drop", config.map_budget if precision != "fp32" else 1.0, 1.0),
+        ("--calibration", config.calibration if precision == "int8" and not is_onnx(source) else "auto", "auto"),
+        ("--batch", ":".join(map(str, options.batch)), ":".join(map(str, usual.batch))),
+        ("--workspace", options.workspace_mib, usual.workspace_mib),
+        ("--level", options.level, usual.level),
+        ("--hardware", options.hardware, usual.hardware),
+        ("--dla", options.dla_core, usual.dla_core),
+    ]
     words = ["edgekd", "export", str(source), "--format", "engine", "--precision", precision, "--out", str(out)]
-    if options.batch != (1, 1, 1):
-        words += ["--batch", ":".join(map(str, options.batch))]
-    if options.workspace_mib is not None:
-        words += ["--workspace", str(options.workspace_mib)]
-    if options.level is not None:
-        words += ["--level", str(options.level)]
-    if options.version_compatible:
-        words.append("--version-compatible")
-    if options.hardware != "exact":
-        words += ["--hardware", options.hardware]
-    if options.dla_core is not None:
-        words += ["--dla", str(options.dla_core)]
-    if not options.library_tactics:
-        words.append("--no-library-tactics")
+    for name, value, ordinary in asked:
+        words += [name, f"{value}"] if value != ordinary else []
+    words += ["--dynamic-batch"] if config.dynamic_batch else []
+    words += ["--version-compatible"] if options.version_compatible else []
+    words += [] if options.library_tactics else ["--no-library-tactics"]
+    dataset = None if data is None else data.train or data.val
+    if data is not None and dataset is not None:
+        words += ["--data", str(dataset.root), "--data-format", dataset.format]
+        words += ["--split", dataset.split] if data.train is data.val else []
     return shlex.join(words)
 
 
