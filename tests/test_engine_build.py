@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.errors import ArtifactError, ExportError, MissingDependencyError, UserError
+from edgekd.errors import ArtifactError, ExportError, MissingDependencyError, ParityError, UserError
 from edgekd.export.engine import EngineOptions, build_engine, graph_precision
 from edgekd.export.engine_job import export_engine
 from edgekd.export.float16 import to_float16
@@ -127,6 +127,29 @@ def test_int8_that_tensorrt_refuses_is_refused_before_it_is_asked(
     assert fake._builds == 0
 
 
+def test_operators_that_tensorrt_lacks_are_refused_before_it_is_asked(machine: Machine, tmp_path: Path) -> None:
+    """As `quantize_dynamic` of ONNX Runtime writes them."""
+    fake = machine()
+    model = moving_detector()
+    node = helper.make_node("DynamicQuantizeLinear", ["images"], ["q", "s", "z"], "dynamic")
+    model.graph.node.insert(0, node)
+    with pytest.raises(UserError, match=r"operator: dynamic: TensorRT has no DynamicQuantizeLinear"):
+        export_engine(ours(model, tmp_path / "s.onnx"), tmp_path / "s.engine", precision="int8")
+    assert fake._builds == 0
+
+
+def test_an_engine_converted_to_float16_agrees_with_the_file_it_was_given(machine: Machine, tmp_path: Path) -> None:
+    """At 20,000 px, in a file that does not say where decoding begins, float16 has steps of 16 px."""
+    machine()
+    model = wide_detector()
+    del model.metadata_props[:]
+    (offset,) = [tensor for tensor in model.graph.initializer if tensor.name == "offset"]
+    offset.CopyFrom(numpy_helper.from_array(np.array(20003.3, np.float32), "offset"))
+    with pytest.raises(ParityError, match="boxes"):
+        export_engine(ours(model, tmp_path / "s.onnx"), tmp_path / "s.engine", precision="fp16")
+    assert not (tmp_path / "s.engine").exists()
+
+
 def test_hardware_compatibility(machine: Machine, detector: Path, tmp_path: Path) -> None:
     machine("10.3.0")
     out = tmp_path / "s.engine"
@@ -157,7 +180,27 @@ def test_dla_needs_one_and_a_precision_that_it_computes(machine: Machine, tmp_pa
     assert "--dla 1" in manifest.rebuild
 
 
-def test_the_timing_cache_is_kept_by_version_and_device(machine: Machine, detector: Path, tmp_path: Path) -> None:
+def test_a_dla_that_runs_nothing_is_not_the_gpu(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPU_FALLBACK would build all of it for the GPU without a word."""
+    fake = machine("10.3.0", dla_cores=2)
+    source, out = ours(moving_detector("n"), tmp_path / "s.onnx"), tmp_path / "s.engine"
+    options = EngineOptions(batch=(2, 2, 2), dla_core=0)
+    notes = export_engine(source, out, precision="fp16", options=options).notes
+    assert any(note.startswith("the DLA can run 1 of ") for note in notes)
+    with pytest.raises(UserError, match="one batch size"):
+        EngineOptions(batch=(1, 2, 2), dla_core=0)
+    monkeypatch.setattr("tests.fake_tensorrt._Config.can_run_on_DLA", lambda config, layer: False)
+    builds = fake._builds
+    with pytest.raises(ExportError, match="can run no layer"):
+        export_engine(source, out, precision="fp16", options=options)
+    assert fake._builds == builds
+
+
+def test_the_timing_cache_is_kept_by_version_and_device(
+    machine: Machine, detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "cache" / "edgekd" / "tensorrt"
     machine("10.3.0")
     for _ in range(2):
@@ -173,6 +216,9 @@ def test_the_timing_cache_is_kept_by_version_and_device(machine: Machine, detect
     machine("10.3.0")
     export_engine(detector, tmp_path / "s.engine")
     assert first.read_bytes() == b"10.3.0 Orin|1", "a cache that does not fit is begun again"
+    monkeypatch.setattr("tests.fake_tensorrt._TimingCache.serialize", lambda cache: None)
+    export_engine(detector, tmp_path / "s.engine")
+    assert first.read_bytes() == b"10.3.0 Orin|1", "what TensorRT does not give cannot be kept"
 
 
 def test_everything_asked_of_the_builder_reaches_it(

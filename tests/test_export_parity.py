@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -293,21 +294,38 @@ def test_a_failing_conversion_names_the_layer_and_keeps_the_old_file(
 ):
     original = edgekd.export.job.to_float16
 
-    def broken(model: onnx.ModelProto) -> onnx.ModelProto:
-        half = original(model)
+    def broken(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
+        half = original(model, kept)
         for tensor in half.graph.initializer:
             if tensor.data_type == onnx.TensorProto.FLOAT16 and len(tensor.dims) == 4:
                 value = numpy_helper.to_array(tensor)
                 tensor.CopyFrom(numpy_helper.from_array((value * 4).astype(np.float16), tensor.name))
         return half
 
-    monkeypatch.setattr(edgekd.export.job, "to_float16", broken)
+    for module in ("job", "sensitivity"):
+        monkeypatch.setattr(f"edgekd.export.{module}.to_float16", broken)
     out = tmp_path / "toy.onnx"
     out.write_text("from yesterday")
     with pytest.raises(ParityError, match="part most at tensor"):
         export_run(checkpoint, out, precision="fp16", config=LOOSE, data=data)
     assert out.read_text() == "from yesterday"
     assert files(tmp_path) == ["toy.onnx"]
+
+
+def test_what_float16_cannot_hold_stays_float32(checkpoint: Path, data: ExportData, tmp_path: Path):
+    """The pointwise convolution gives out 200,000, which overflows, and `down` has weights too small for float16."""
+    large = ToyDetector()
+    with torch.no_grad():
+        for tensor in (large.pointwise[1].weight, large.pointwise[1].bias):
+            tensor *= 2e4
+        large.down[0].weight /= 2e4
+    save_detector(checkpoint / "model.pt", large, {})
+    result = export_run(checkpoint, tmp_path / "toy.onnx", precision="fp16", config=LOOSE, data=data)
+    (note,) = [note for note in result.notes if "float32" in note]
+    assert note.startswith("2 convolutions stay in float32")
+    kinds = [tensor.data_type for tensor in onnx.load(result.path).graph.initializer if len(tensor.dims) == 4]
+    assert sorted(kinds) == sorted([onnx.TensorProto.FLOAT] * 2 + [onnx.TensorProto.FLOAT16] * 4)
+    assert result.parity[-1].ok
 
 
 def test_nms_that_differs_is_an_error(

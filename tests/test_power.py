@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,29 @@ def test_rails_that_do_not_answer_are_left_out(tmp_path: Path) -> None:
     group = jetson_rails(root)
     assert group is not None
     assert [rail.name for rail in group.rails] == ["VDD_IN", "VDD_SOC"]
+    assert group.total == ("VDD_IN",)
+
+
+@pytest.mark.parametrize(
+    ("build", "broken"),
+    [
+        (orin, f"{I2C}/1-0040/hwmon/hwmon1/curr1_input"),
+        (thor, f"{I2C}/2-0044/hwmon/hwmon6/power1_input"),
+        (xavier, f"{I2C}/1-0041/hwmon/hwmon4/in3_input"),
+        (intel, "sys/class/powercap/intel-rapl:0:0/energy_uj"),
+    ],
+    ids=["orin", "thor", "xavier", "intel"],
+)
+def test_what_is_left_of_the_rails_does_not_pass_for_all(
+    tmp_path: Path, build: Callable[[Path], Path], broken: str
+) -> None:
+    """Without the whole input, or a part of the sum, the rest is less than the device draws: that is not known then."""
+    (build(tmp_path) / broken).write_text("-61 garbage", encoding="utf-8")
+    (group,) = power_rails(tmp_path)
+    assert group.rails
+    reading = idle_reading(replace(group, rails=tuple(PowerRail(rail.name, lambda: 1.0) for rail in group.rails)), 0.01)
+    assert reading is not None
+    assert reading.total_w is None
 
 
 def test_rapl(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def readme(models: Sequence[dict[str, Any]]) -> str:
 |---|---|---|---|---|---|
 {rows}
 
-Needs Python 3.8 or later, NumPy 1.17 or later, and either TensorRT 8.5 or later (on a Jetson it comes with JetPack 5 and
+Needs Python 3.8 or later, NumPy 1.17 or later, and either TensorRT 8.5 or later (on a Jetson it comes with JetPack 5.1 and
 later) or ONNX Runtime (`pip install onnxruntime`). Nothing is installed, nothing needs root, nothing is sent anywhere.
 
 ```

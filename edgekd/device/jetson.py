@@ -105,11 +105,13 @@ def jetson_rails(root: Path = Path("/")) -> RailGroup | None:
             found += _hwmon_rails(folder)
         for folder in sorted(device.glob("iio:device*")):
             found += _iio_rails(folder)
+    names = tuple(dict.fromkeys(rail.name for rail in found))
     rails = tuple({rail.name: rail for rail in found if rail.read() is not None}.values())
     if not rails:
         return None
-    whole = [rail.name for rail in rails for name in WHOLE_INPUT if rail.name == name]
-    return RailGroup("jetson", rails, tuple(whole[:1]) or tuple(rail.name for rail in rails))
+    # With those that do not answer: without them the sum, or the sum instead of the whole, would be less than it draws.
+    whole = tuple(name for name in names if name in WHOLE_INPUT)
+    return RailGroup("jetson", rails, whole[:1] or names)
 
 
 def _hwmon_rails(folder: Path) -> list[PowerRail]:

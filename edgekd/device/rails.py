@@ -29,7 +29,7 @@ class RailGroup:
 
     Attributes:
         source: "jetson", "nvml" or "rapl".
-        rails: all that can be read. total: names of those whose sum is what the device draws.
+        rails: all that can be read. total: names of those whose sum is what the device draws, readable or not.
     """
 
     source: str

@@ -76,6 +76,8 @@ class EngineOptions:
             )
         if self.level is not None and not 0 <= self.level <= 5:
             raise UserError("unknown optimisation level", got=self.level, expected="0 to 5")
+        if self.dla_core is not None and least != most:
+            raise UserError("a DLA takes one batch size", got=self.batch, expected="a number, such as --batch 1")
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise UserError("no workspace at all", got=f"{self.workspace_mib} MiB", expected="1 MiB or more")
 
@@ -147,6 +149,7 @@ def build_engine(model: ModelProto, options: EngineOptions, device: DeviceFacts)
     flags = set_precision(trt, network, config, wanted)
     flags += _set_options(trt, builder, config, options, precision, device)
     _set_profile(builder, network, config, options)
+    on_dla = () if options.dla_core is None else (_on_dla(network, config),)
     cache_file = _timing_cache_file(trt, options, device)
     timing_cache = _attach_timing_cache(config, cache_file)
     plan = builder.build_serialized_network(network, config)
@@ -155,7 +158,7 @@ def build_engine(model: ModelProto, options: EngineOptions, device: DeviceFacts)
     plan_bytes = bytes(plan)
     if timing_cache is not None:
         _keep_timing_cache(timing_cache, cache_file)
-    return _describe(trt, plan_bytes, precision, strongly_typed, flags, options)
+    return _describe(trt, plan_bytes, precision, strongly_typed, flags, options, on_dla)
 
 
 def _set_options(
@@ -206,6 +209,23 @@ def _set_dla(trt: Any, builder: Any, config: Any, core: int, precision: Precisio
     config.DLA_core = core
     config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
     return ["GPU_FALLBACK"]
+
+
+def _on_dla(network: Any, config: Any) -> str:
+    """What to say of a network that is set to run on a DLA.
+
+    Raises:
+        ExportError: no layer of it can; GPU_FALLBACK would quietly run all of it on the GPU.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    able = sum(bool(config.can_run_on_DLA(layer)) for layer in layers)
+    if not able:
+        raise ExportError(
+            "the DLA can run no layer of this model",
+            got=f"{len(layers)} layers for the GPU",
+            fix="export without --dla",
+        )
+    return f"the DLA can run {able} of {len(layers)} layers, the GPU runs the others"
 
 
 def _workspace_bytes(options: EngineOptions, device: DeviceFacts) -> int | None:
@@ -269,12 +289,20 @@ def _attach_timing_cache(config: Any, file: Path) -> Any:
 
 def _keep_timing_cache(timing_cache: Any, file: Path) -> None:
     # A full disk or a read-only home costs only the next build's time.
-    with contextlib.suppress(OSError), atomic_path(file) as temporary:
-        temporary.write_bytes(bytes(timing_cache.serialize()))
+    content = timing_cache.serialize()
+    if content is not None:
+        with contextlib.suppress(OSError), atomic_path(file) as temporary:
+            temporary.write_bytes(bytes(content))
 
 
 def _describe(
-    trt: Any, plan: bytes, precision: Precision, strongly_typed: bool, flags: list[str], options: EngineOptions
+    trt: Any,
+    plan: bytes,
+    precision: Precision,
+    strongly_typed: bool,
+    flags: list[str],
+    options: EngineOptions,
+    on_dla: tuple[str, ...],
 ) -> BuiltEngine:
     """Read back what was built.
 
@@ -292,7 +320,7 @@ def _describe(
             expected=precision,
             fix="export fp32: at this size TensorRT finds nothing faster",
         )
-    notes = () if known else ("the inspector does not say in which precision layers run",)
+    notes = on_dla if known else (*on_dla, "the inspector does not say in which precision layers run")
     return BuiltEngine(
         plan,
         trt.__version__,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from edgekd.export.onnx import Precision
     from edgekd.runtimes.onnx_session import OnnxRuntime
 
-_REFUSED_BY_TENSORRT = ("dynamic-scale", "scale", "int32-bias", "zero-point")
+_REFUSED_BY_TENSORRT = ("dynamic-scale", "scale", "int32-bias", "zero-point", "operator")
 
 _NOT_DECLARED = (
     "`edgekd export` takes no declarations, only files that need none: class names in the metadata (Ultralytics' `names`), "
@@ -78,12 +78,17 @@ class EngineResult:
 
 @dataclass(frozen=True)
 class _Model:
-    """An ONNX detector, ready to become an engine, and what is known of it; `notes` are for the user."""
+    """An ONNX detector, ready to become an engine, and what is known of it; `notes` are for the user.
+
+    Attributes:
+        reference: what the engine must agree with: `proto`, or the fp32 graph that it was converted from here.
+    """
 
     proto: ModelProto
     class_names: tuple[str, ...]
     preprocess: PreprocessSpec
     form: OutputFormat
+    reference: ModelProto
     notes: tuple[str, ...] = ()
 
 
@@ -183,7 +188,7 @@ def _read(file: Path, precision: Precision) -> _Model:
             f"{file}: NMS is inside this ONNX file, which an engine must not have",
             fix="give the form with decoded boxes and scores; NMS runs outside",
         )
-    model = onnx.load(str(file))
+    model = reference = onnx.load(str(file))
     found = graph_precision(model)
     notes: tuple[str, ...] = ()
     if found == "fp32" and precision == "fp16":
@@ -192,7 +197,7 @@ def _read(file: Path, precision: Precision) -> _Model:
         if RAW_KEY not in metadata_of(model):
             notes = _DECODED_IN_HALF
         name_nodes(model)
-        model = to_float16(model)
+        model = to_float16(reference)
     elif found != precision:
         raise UserError(
             f"{file}: precision lives in the ONNX file, and this one has another",
@@ -203,8 +208,10 @@ def _read(file: Path, precision: Precision) -> _Model:
     if precision == "int8":
         _check_int8(file, model)
     if can_be_cut(form, model):
-        model = with_top_candidates(model, (form.names[0], form.names[1]), CANDIDATES)
-    return _Model(model, class_names, preprocess, form, notes)
+        ends = form.names[0], form.names[1]
+        same, model = reference is model, with_top_candidates(model, ends, CANDIDATES)
+        reference = model if same else with_top_candidates(reference, ends, CANDIDATES)
+    return _Model(model, class_names, preprocess, form, reference, notes)
 
 
 def _check_inputs(file: Path, runtime: OnnxRuntime) -> None:
@@ -369,7 +376,7 @@ def _compare_and_write(
             with TensorRTRuntime(trial, buffers=buffers) as runtime:
                 dataset = None if data is None else data.for_parity
                 thresholds = Selection(**manifest.thresholds)
-                report, more = compare_engine(runtime, model.proto, dataset, thresholds, config.map_budget)
+                report, more = compare_engine(runtime, model.reference, dataset, thresholds, config.map_budget)
             report.check()
             reports.append(report)
             notes += more

@@ -1,4 +1,4 @@
-"""The last hop of the parity gate: an engine against ONNX Runtime on the very graph that it was built from."""
+"""The last hop of the parity gate: an engine against ONNX Runtime on the graph that it was built from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compare_engine(
 
     Args:
         runtime: the engine, with outputs of the form boxes-scores.
-        model: what it was built from.
+        model: what it was built from, before it was converted to fp16 if that was done for this engine.
         dataset: real images; generated scenes serve where there are none.
     """
     manifest = runtime.manifest
@@ -48,7 +48,7 @@ def compare_engine(
             images,
             names,
             precision=precisions[manifest.precision],
-            against=f"ONNX Runtime on the same graph (TensorRT {manifest.tensorrt} on {runtime.provider})",
+            against=f"ONNX Runtime on its graph (TensorRT {manifest.tensorrt} on {runtime.provider})",
             thresholds=thresholds,
             generated=generated,
             align=aligned,

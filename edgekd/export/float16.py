@@ -6,6 +6,7 @@ and pixel coordinates suffer: float16 has steps of half a pixel between 512 and 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,8 +36,11 @@ _FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that the operator defines as float32 whatever the data's type."""
 
 
-def to_float16(model: ModelProto) -> ModelProto:
+def to_float16(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
     """A copy of an fp32 model whose detector (all that its raw outputs depend on) computes in float16.
+
+    Args:
+        kept: names of nodes that stay float32.
 
     Raises:
         ExportError: a weight does not fit in float16, types cannot be inferred, or the result does not pass the checker.
@@ -46,7 +50,7 @@ def to_float16(model: ModelProto) -> ModelProto:
     copy = copy_of(model)
     constants_as_weights(copy)
     try:
-        _Converter(shape_inference.infer_shapes(copy, strict_mode=True)).convert(copy)
+        _Converter(shape_inference.infer_shapes(copy, strict_mode=True), kept).convert(copy)
         prune(copy)
         del copy.graph.value_info[:]
         checker.check_model(copy, full_check=True)
@@ -57,14 +61,14 @@ def to_float16(model: ModelProto) -> ModelProto:
 
 
 class _Converter:
-    def __init__(self, typed: ModelProto) -> None:
+    def __init__(self, typed: ModelProto, kept: Collection[str]) -> None:
         from onnx import TensorProto
 
         self.index = GraphIndex(typed)
         infos = (*typed.graph.value_info, *typed.graph.input, *typed.graph.output)
         self.floats = {info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT}
         self.floats |= {tensor.name for tensor in typed.graph.initializer if tensor.data_type == TensorProto.FLOAT}
-        body = self.index.before(raw_tensors(typed))
+        body = self.index.before(raw_tensors(typed)) - set(kept)
         self.half = {node.name for node in typed.graph.node if node.name in body and self._can_be_half(node)}
         self.nodes: list[NodeProto] = []
         self.made: dict[tuple[str, bool], str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from edgekd.artifact import atomic_path, require_file, sha256_file
 from edgekd.checkpoint import checkpoint_facts, detector_file, load_detector
 from edgekd.data.images import evenly_spread
 from edgekd.detectors.base import Detector
-from edgekd.errors import DataError, UserError
+from edgekd.errors import DataError, ParityError, UserError
 from edgekd.export.float16 import to_float16
-from edgekd.export.gate import make_gate
+from edgekd.export.gate import Gate, make_gate
 from edgekd.export.graph import set_metadata
 from edgekd.export.images import ExportData as ExportData
 from edgekd.export.images import PreparedImages
@@ -22,6 +23,7 @@ from edgekd.export.opset import require_opset
 from edgekd.export.parity import ParityReport
 from edgekd.export.precision import Int8Result, to_int8
 from edgekd.export.qat import learned_ranges, unused_ranges
+from edgekd.export.sensitivity import half_with_worst_kept
 from edgekd.recipe import ExportConfig
 from edgekd.runtimes.onnx_seal import sealed
 from edgekd.selection import Selection
@@ -118,13 +120,19 @@ def export_run(
     if precision != "fp32":
         say(f"converting to {precision}, and comparing with fp32")
         evaluate = None if gate.meter is None else gate.meter.of_model
-        if precision == "int8":
+        if precision == "fp16":
+            model, kept = _half_within(gate, base)
+            if kept:
+                notes.append(
+                    f"{len(kept)} convolutions stay in float32, where float16 loses too much: {', '.join(kept)}"
+                )
+        else:
             found = checkpoint_facts(source)
             learned = learned_ranges(base, found, target)
             notes += [said] if (said := unused_ranges(found, target)) else []
             int8 = to_int8(base, calibration, config=config, evaluate=evaluate, learned=learned)
-        model = to_float16(base) if int8 is None else int8.model
-        gate.against_fp32(base, model, precision, None if int8 is None else int8.ap50_pair)
+            model = int8.model
+            gate.against_fp32(base, model, precision, int8.ap50_pair)
     set_metadata(model, {PARITY_KEY: [report.to_dict() for report in gate.reports]})
     complete = detections_form(model, thresholds) if config.nms else None
     if complete is not None:
@@ -179,6 +187,24 @@ def _provenance(source: Path) -> dict[str, Any]:
     facts = checkpoint_facts(source)
     named = {key: facts[key] for key in ("metrics", "seed", "step", "inputs", "chosen_on") if key in facts}
     return {"checkpoint": {"name": file.name, "sha256": sha256_file(file)}, "run": named}
+
+
+def _half_within(gate: Gate, base: ModelProto) -> tuple[ModelProto, tuple[str, ...]]:
+    """The float16 model that passes the gate, with the convolutions that stay float32 for it: none, or as few as it takes.
+
+    Raises:
+        ParityError: none does.
+    """
+    model = to_float16(base)
+    try:
+        gate.against_fp32(base, model, "fp16", None)
+    except ParityError:
+        for kept, other in half_with_worst_kept(base, gate.images):
+            with contextlib.suppress(ParityError):
+                gate.against_fp32(base, other, "fp16", None)
+                return other, kept
+        raise
+    return model, ()
 
 
 def _silent(_: str) -> None:

@@ -19,6 +19,10 @@ INT8_KEY = "edgekd.int8"
 """Metadata: JSON facts on an int8 model; "float_stem" and "kept_float" list nodes that are float on purpose."""
 
 
+_INTEGER_OPERATORS = ("DynamicQuantizeLinear", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+"""What `quantize_dynamic` and the QOperator format of ONNX Runtime write instead of pairs."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing wrong: `code` is stable, such as "zero-point"; `where` names a node; `message` says why it matters."""
@@ -42,7 +46,11 @@ def lint_qdq(model: ModelProto, target: Target | None = None) -> list[Finding]:
     index = GraphIndex(model)
     findings: list[Finding] = []
     for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        if target == "tensorrt" and node.op_type in _INTEGER_OPERATORS:
+            findings.append(
+                Finding("operator", node.name, f"TensorRT has no {node.op_type}: it takes Q/DQ pairs alone")
+            )
+        elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             findings += _parameters(node, index, target)
             findings += _wiring(node, index)
         elif node.op_type == "Add" and target == "tensorrt":

@@ -1,4 +1,4 @@
-"""Which layers int8 hurts, measured; and keeping the worst of them in float until the mAP budget holds."""
+"""Which layers int8 or float16 hurts, measured; and keeping the worst of them in float32 until the export passes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgekd.export.calibration import Ranges
+from edgekd.export.float16 import to_float16
 from edgekd.export.graph import GraphIndex, open_session, raw_tensors, with_outputs
 from edgekd.export.placement import Target, int8_nodes, is_weighted
 from edgekd.export.qdq import quantise
@@ -86,11 +87,48 @@ def keep_worst(
     reduce_range: bool = False,
 ) -> Iterator[tuple[tuple[str, ...], ModelProto]]:
     """Int8 models with the worst 1, 2, 4, 8, ... layers left in float, up to `LARGEST_SHARE` of them."""
-    limit = max(1, int(len(ranking) * LARGEST_SHARE))
-    counts = [2**power for power in range(limit.bit_length()) if 2**power < limit]
-    for count in (*counts, limit):
+    for count in _counts(len(ranking)):
         kept = tuple(entry.node for entry in ranking[:count])
         yield kept, quantise(model, ranges, without(model, nodes, kept), target, reduce_range=reduce_range)
+
+
+def half_with_worst_kept(
+    model: ModelProto, images: Sequence[FloatArray]
+) -> Iterator[tuple[tuple[str, ...], ModelProto]]:
+    """Float16 models in which the worst 1, 2, 4, ... layers stay float32, up to `LARGEST_SHARE` of them.
+
+    A layer is a convolution with all that follows it until the next. Each is measured alone in float16, among all others in
+    float32; what overflows there is the worst.
+
+    Args:
+        model: fp32. images: a few prepared inputs, each (1, 3, H, W) float32.
+    """
+    index = GraphIndex(model)
+    body = index.before(raw_tensors(model))
+    blocks: list[list[str]] = []
+    for node in model.graph.node:
+        if node.name in body and is_weighted(node, index):
+            blocks.append([])
+        if node.name in body and blocks:
+            blocks[-1].append(node.name)
+    few = images[:MEASURED_IMAGES]
+    truth = raw_values(model, few)
+
+    def damage(block: list[str]) -> float:
+        with np.errstate(all="ignore"):  # infinite minus infinite, where float16 overflows
+            found = _damage(truth, raw_values(to_float16(model, body - set(block)), few))
+        return found if np.isfinite(found) else np.inf
+
+    ranking = sorted(blocks, key=damage, reverse=True)
+    for count in _counts(len(ranking)):
+        kept = {name for block in ranking[:count] for name in block}
+        yield tuple(block[0] for block in ranking[:count]), to_float16(model, kept)
+
+
+def _counts(layers: int) -> tuple[int, ...]:
+    """How many of so many layers to keep, one try after the other."""
+    limit = max(1, int(layers * LARGEST_SHARE))
+    return (*(2**power for power in range(limit.bit_length()) if 2**power < limit), limit)
 
 
 def without(model: ModelProto, nodes: Set[str], kept: Collection[str]) -> set[str]:

@@ -39,7 +39,7 @@ def tensorrt() -> Any:
         ) from error
     if version_of(trt) < OLDEST:
         raise MissingDependencyError(
-            "this TensorRT is too old", got=trt.__version__, expected="8.5 or later", fix="JetPack 5 or later has it"
+            "this TensorRT is too old", got=trt.__version__, expected="8.5 or later", fix="JetPack 5.1 or later has it"
         )
     return trt
 

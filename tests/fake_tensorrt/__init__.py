@@ -439,6 +439,9 @@ class _Config(Strict):
     def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
         self._pools[pool.name] = pool_size
 
+    def can_run_on_DLA(self, layer: _Layer) -> bool:  # noqa: N802, TensorRT's name
+        return self._device == self._trt.DeviceType.DLA and layer._node.op_type == "Conv"
+
     def add_optimization_profile(self, profile: _Profile) -> int:
         for least, usual, most in profile._shapes.values():
             if not all(0 < a <= b <= c for a, b, c in zip(least, usual, most, strict=True)):
