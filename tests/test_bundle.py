@@ -203,6 +203,21 @@ def test_auto_says_what_it_passes_over(made: Bundle) -> None:
     assert any(line.startswith("tensorrt is not used:") for line in said)
 
 
+@pytest.mark.parametrize("jetson", [None, {"model": "Orin"}])
+def test_a_jetson_that_is_measured_without_tensorrt_is_warned_of(
+    made: Bundle, monkeypatch: pytest.MonkeyPatch, jetson: dict[str, str] | None
+) -> None:
+    from edgekd.device import bundle_bench
+
+    facts = bundle_bench.machine_facts
+    monkeypatch.setattr(bundle_bench, "machine_facts", lambda nvml: {**facts(nvml=nvml), "jetson": jetson})
+    quiet: dict[str, Any] = {"threads": 1, "plan": QUICK, "energy_s": 0.0, "say": lambda text: None}
+    result = run_bundle(made.folder, only=["student.fp32.onnx"], **quiet)
+    warned = [text for text in result["warnings"] if "is not used" in text]
+    assert [text.split()[0] for text in warned] == ([] if jetson is None else ["tensorrt", "cuda"])
+    assert "\nrun by onnxruntime (CPUExecutionProvider)" in bundle_bench.table(result)
+
+
 def test_energy_where_there_is_a_rail(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgekd.device import bundle_bench
     from edgekd.device.rails import PowerRail, RailGroup
@@ -318,6 +333,22 @@ def test_a_model_that_the_program_cannot_feed_is_not_bundled(
     options = OnnxTeacher(name="m", onnx=str(source), class_names=("cat", "dog", "cow"))
     with pytest.raises(ArtifactError, match="one image at a time"):
         make_bundle([BenchArtifact(source, "m", options=options)], tmp_path / "out", data=data)
+
+
+def test_an_onnx_runtime_that_is_too_old_is_told_so(made: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 1.10 says it, the newest that NumPy 1.17 of JetPack 5 takes: what is wrong stands behind the C++ place."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "[ONNXRuntimeError] : 1 : FAIL : Load model from x.onnx failed:/onnxruntime_src/onnxruntime/core/graph/"
+            "model_load_utils.h:47 void onnxruntime::model_load_utils::ValidateOpsetForDomain(const std::unordered_map<"
+            "std::basic_string<char>, int>&, const onnxruntime::logging::Logger&, bool, const string&, int) ONNX Runtime "
+            "only *guarantees* support for models stamped with official released onnx opset versions. Opset 17 is not."
+        )
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", refuse)
+    with pytest.raises(RuntimeFailure, match=r"failed: ONNX Runtime only[\s\S]*pip install -U onnxruntime"):
+        run_bundle(made.folder, provider="cpu", plan=QUICK, say=lambda text: None)
 
 
 def test_what_onnx_runtime_fails_at_while_running_is_an_error_of_edgekd(made: Bundle) -> None:

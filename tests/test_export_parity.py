@@ -20,6 +20,7 @@ from edgekd.data import read_dataset
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import ArtifactError, DataError, ParityError, UserError
 from edgekd.export import ExportData, export_run
+from edgekd.export.float16 import to_float16
 from edgekd.export.gate import MapMeter, make_gate
 from edgekd.export.graph import copy_of, metadata_of, open_session
 from edgekd.export.job import complete_path
@@ -313,7 +314,7 @@ def test_a_failing_conversion_names_the_layer_and_keeps_the_old_file(
 
 
 def test_what_float16_cannot_hold_stays_float32(checkpoint: Path, data: ExportData, tmp_path: Path):
-    """The pointwise convolution gives out 200,000, which overflows, and `down` has weights too small for float16."""
+    """The pointwise convolution gives out 200,000 and has a bias of 86,000; what `down` reads overflows too."""
     large = ToyDetector()
     with torch.no_grad():
         for tensor in (large.pointwise[1].weight, large.pointwise[1].bias):
@@ -326,6 +327,18 @@ def test_what_float16_cannot_hold_stays_float32(checkpoint: Path, data: ExportDa
     kinds = [tensor.data_type for tensor in onnx.load(result.path).graph.initializer if len(tensor.dims) == 4]
     assert sorted(kinds) == sorted([onnx.TensorProto.FLOAT] * 2 + [onnx.TensorProto.FLOAT16] * 4)
     assert result.parity[-1].ok
+
+
+def test_a_value_that_overflows_float16_is_found_though_this_cpu_would_not(toy: ToyDetector, data: ExportData):
+    """ONNX Runtime computes float16 in float32 on a CPU; a GPU would give out infinities."""
+    base = traced(toy)
+    half = to_float16(base)
+    gate = make_gate(toy, data.for_parity, Selection(), 100.0)
+    gate.against_fp32(base, half, "fp16", None)
+    conv = next(node for node in base.graph.node if node.op_type == "Conv" and "pointwise" in node.input[1])
+    gate._peaks[conv.output[0]] = 70_000.0
+    with pytest.raises(ParityError, match=f"tensor {conv.output[0]} reaches 70000, and float16 no more than 65504"):
+        gate.against_fp32(base, half, "fp16", None)
 
 
 def test_nms_that_differs_is_an_error(

@@ -50,7 +50,13 @@ TargetOption = Annotated[
     ),
 ]
 TargetPythonOption = Annotated[
-    str, typer.Option("--target-python", help="The Python to use there.", metavar="PATH", rich_help_panel=ON_DEVICE)
+    str,
+    typer.Option(
+        "--target-python",
+        help="The Python to use there, as '~/venv/bin/python'.",
+        metavar="PATH",
+        rich_help_panel=ON_DEVICE,
+    ),
 ]
 SshConfigOption = Annotated[
     Path | None,

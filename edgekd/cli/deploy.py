@@ -86,7 +86,7 @@ def export(
     max_map_drop: Annotated[
         float,
         typer.Option(
-            "--max-map-drop", min=0, help="AP50 points fp16 or int8 may lose; int8's worst layers go back to float."
+            "--max-map-drop", min=0, help="AP50 points fp16 or int8 may lose; the worst layers go back to float32."
         ),
     ] = 1.0,
     nms: Annotated[bool, typer.Option("--nms", help="Also write FILE.nms.onnx, with NMS inside.")] = False,

@@ -82,7 +82,10 @@ def run_bundle(
         raise ArtifactError("no such model in this bundle", got=", ".join(unknown), expected=", ".join(files))
     entries = [entry for entry in manifest["models"] if not only or entry["file"] in only]
     cache = cache or folder / "engines"
-    provider = choose_provider(folder / entries[0]["file"], entries[0], provider, threads, cache, say)
+    passed_over: list[str] = []
+    provider = choose_provider(folder / entries[0]["file"], entries[0], provider, threads, cache, passed_over.append)
+    for text in passed_over:
+        say(text)
     subjects: list[Subject] = []
     try:
         with np.load(folder / manifest["golden"]["file"], allow_pickle=False) as golden:
@@ -102,6 +105,8 @@ def run_bundle(
             products = {name: (folder / file).read_bytes() for name, file in manifest["roof"].items()}
             result["roof"]["cpu"] = machine_roof(products, threads)
         add_roof(result["rows"], subjects, result["roof"]["cpu"])
+        if result["device"]["jetson"] is not None:  # whose GPU is what it is bought for
+            result["warnings"] += passed_over
         return result
     finally:
         for subject in subjects:

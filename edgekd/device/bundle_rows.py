@@ -126,4 +126,6 @@ def table(result: Mapping[str, Any]) -> str:
         numbers = (latency["median"], latency["p90"], latency["p99"], row["energy_mj"])
         shown = ["-" if value is None else f"{value:.2f}" for value in numbers]
         lines.append(f"{row['name']:<28} {row['precision']:<9} {shown[0]:>9} {shown[1]:>8} {shown[2]:>8} {shown[3]:>9}")
+    first = result["rows"][0]
+    lines.append(f"run by {first['runtime']} ({first['provider']})")
     return "\n".join(lines + [f"warning: {text}" for text in result["warnings"]])

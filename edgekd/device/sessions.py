@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from edgekd.errors import MissingDependencyError, RuntimeFailure
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CHOICES = ("auto", "tensorrt", *PROVIDERS)
+_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=[A-Z])")  # as in `runtimes.onnx_session`
+_TOO_NEW = re.compile(r"[Oo]pset|IR version")
 
 
 class OrtSession:
@@ -47,7 +50,12 @@ class OrtSession:
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=[name])
         except Exception as error:  # its errors share no base class of their own
-            raise RuntimeFailure(f"{file.name}: ONNX Runtime cannot load this model", got=_line(error)) from error
+            newer = "a newer ONNX Runtime: pip install -U onnxruntime" if _TOO_NEW.search(str(error)) else None
+            raise RuntimeFailure(
+                f"{file.name}: ONNX Runtime {onnxruntime.__version__} cannot load this model",
+                got=_line(error),
+                fix=newer,
+            ) from error
         self._session.disable_fallback()
         if self._session.get_providers()[0] != name:
             raise RuntimeFailure(
@@ -137,4 +145,5 @@ def open_session(file: Path, model: Mapping[str, Any], provider: str, threads: i
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The first line of a message, without the C++ place that may stand before what it says."""
+    return _PLACE.sub(" ", (str(error).strip() or type(error).__name__).splitlines()[0])[:300]

@@ -71,7 +71,7 @@ class Target:
             raise UserError(
                 "not a path to a Python that can be passed on safely",
                 got=repr(self.python),
-                expected="letters, digits and _ . / + -, such as ~/venv/bin/python",
+                expected="letters, digits and _ . / + -, such as '~/venv/bin/python' in quotes",
             )
 
     @property
@@ -284,13 +284,14 @@ def _check_tools(target: Target, found: Mapping[str, Any]) -> None:
         raise UserError(
             f"{target.name}: NumPy is missing there",
             got=found.get("numpy_error"),
-            fix=f"on the device: {found['executable']} -m pip install numpy",
+            fix=f"on the device: sudo apt-get install python3-numpy, or {found['executable']} -m pip install numpy",
         )
     if found.get("onnxruntime") is None and found.get("tensorrt") is None:
         raise UserError(
             f"{target.name}: neither TensorRT nor ONNX Runtime is there",
             got=f"{found.get('tensorrt_error')}; {found.get('onnxruntime_error')}",
-            fix=f"on the device: {found['executable']} -m pip install onnxruntime; TensorRT comes with JetPack",
+            fix=f"on the device: {found['executable']} -m pip install onnxruntime (where pip refuses: in a virtual "
+            "environment, named with --target-python); TensorRT comes with JetPack",
         )
 
 

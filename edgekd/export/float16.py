@@ -6,7 +6,7 @@ and pixel coordinates suffer: float16 has steps of half a pixel between 512 and 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +32,7 @@ _FLOAT_OPERATORS = (
 """Sums of squares pass float16's 65,504 easily (SSD's L2Norm over 512 channels does), so these stay float32. What makes
 values out of nothing says their type itself, and Range knows no float16."""
 
+LARGEST = float(np.finfo(np.float16).max)
 _FLOAT_INPUTS = {"Resize": (1, 2)}
 """Inputs that the operator defines as float32 whatever the data's type."""
 
@@ -58,6 +59,23 @@ def to_float16(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
         raise ExportError("converting to fp16 failed", got=f"{type(error).__name__}: {error}") from error
     set_metadata(copy, {"edgekd.precision": "fp16"})
     return copy
+
+
+def overflow(half: ModelProto, peaks: Mapping[str, float]) -> tuple[str, float] | None:
+    """The tensor that goes furthest beyond float16's range in a model of `to_float16`: (name, magnitude); None for none.
+
+    To run it does not tell: ONNX Runtime's CPU provider computes float16 in float32, and hands that on.
+
+    Args:
+        peaks: tensor of the fp32 model to its largest magnitude.
+    """
+    from onnx import TensorProto, shape_inference
+
+    infos = shape_inference.infer_shapes(half).graph.value_info
+    names = (info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT16)
+    found = [name if name in peaks else name.removesuffix("_half") for name in names]
+    worst = max(found, key=lambda name: peaks.get(name, 0.0), default=None)
+    return None if worst is None or peaks.get(worst, 0.0) <= LARGEST else (worst, peaks[worst])
 
 
 class _Converter:
@@ -113,10 +131,9 @@ class _Converter:
         from onnx import numpy_helper
 
         value = self.index.constant(tensor)
-        limit = float(np.finfo(np.float16).max)
-        if value.size and not float(np.abs(value).max()) <= limit:
+        if value.size and not float(np.abs(value).max()) <= LARGEST:
             raise ExportError(
-                "a weight does not fit in float16", got=f"{tensor}: up to {np.abs(value).max():g}", expected=limit
+                "a weight does not fit in float16", got=f"{tensor}: up to {np.abs(value).max():g}", expected=LARGEST
             )
         model.graph.initializer.append(numpy_helper.from_array(value.astype(np.float16), name))
 

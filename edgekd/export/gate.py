@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +11,10 @@ import numpy as np
 from edgekd.data.image_cache import ResizedImages
 from edgekd.data.images import evenly_spread
 from edgekd.errors import ParityError
+from edgekd.export.float16 import LARGEST, overflow
 from edgekd.export.images import PreparedImages, generated_images
 from edgekd.export.parity import ParityReport, Run, compare, onnx_run, same_selection, torch_run, with_map, worst_layer
+from edgekd.export.sensitivity import largest_magnitudes
 from edgekd.preprocess import normalise
 from edgekd.selection import Selection
 from edgekd.types import Dataset, FloatArray, PreprocessSpec
@@ -82,6 +84,7 @@ class Gate:
     map_budget: float
     reports: list[ParityReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _peaks: dict[str, float] = field(default_factory=dict)
 
     def against_torch(self, model: ModelProto, *, measure_map: bool) -> None:
         """The fp32 model against the detector it was traced from.
@@ -110,6 +113,11 @@ class Gate:
         if self.meter is not None:
             pair = ap50 or (self.meter.of_model(base), self.meter.of_model(model))
             report = with_map(report, *pair, self.meter.images, self.map_budget)
+        if precision == "fp16":
+            self._peaks = self._peaks or largest_magnitudes(base, self.images)
+            if (beyond := overflow(model, self._peaks)) is not None:
+                said = f"tensor {beyond[0]} reaches {beyond[1]:.6g}, and float16 no more than {LARGEST:g}"
+                report = replace(report, failures=(*report.failures, said))
         hint = None
         if not report.ok and (worst := worst_layer(base, model, self.images[0])) is not None:
             hint = f"they part most at tensor {worst[0]} (relative error +{worst[1]:.1%})"

@@ -12,7 +12,7 @@ from edgekd.artifact import atomic_path, require_file, sha256_file
 from edgekd.checkpoint import checkpoint_facts, detector_file, load_detector
 from edgekd.data.images import evenly_spread
 from edgekd.detectors.base import Detector
-from edgekd.errors import DataError, ParityError, UserError
+from edgekd.errors import DataError, ExportError, ParityError, UserError
 from edgekd.export.float16 import to_float16
 from edgekd.export.gate import Gate, make_gate
 from edgekd.export.graph import set_metadata
@@ -193,12 +193,12 @@ def _half_within(gate: Gate, base: ModelProto) -> tuple[ModelProto, tuple[str, .
     """The float16 model that passes the gate, with the convolutions that stay float32 for it: none, or as few as it takes.
 
     Raises:
-        ParityError: none does.
+        ExportError, ParityError: none does; says what stands in the way of all in float16.
     """
-    model = to_float16(base)
     try:
+        model = to_float16(base)
         gate.against_fp32(base, model, "fp16", None)
-    except ParityError:
+    except (ExportError, ParityError):
         for kept, other in half_with_worst_kept(base, gate.images):
             with contextlib.suppress(ParityError):
                 gate.against_fp32(base, other, "fp16", None)

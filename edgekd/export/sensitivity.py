@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgekd.errors import ExportError
 from edgekd.export.calibration import Ranges
-from edgekd.export.float16 import to_float16
+from edgekd.export.float16 import overflow, to_float16
 from edgekd.export.graph import GraphIndex, open_session, raw_tensors, with_outputs
 from edgekd.export.placement import Target, int8_nodes, is_weighted
 from edgekd.export.qdq import quantise
@@ -45,6 +46,18 @@ def raw_values(model: ModelProto, images: Sequence[FloatArray]) -> list[list[Flo
     names = [name for name in raw_tensors(model) if name in GraphIndex(model).producer]
     session = open_session(with_outputs(model, names))
     return [list(session.run(names, {"images": image})) for image in images]
+
+
+def largest_magnitudes(model: ModelProto, images: Sequence[FloatArray]) -> dict[str, float]:
+    """The largest magnitude of every computed float tensor over some images, each (1, 3, H, W) float32, and of these."""
+    names = list(GraphIndex(model).producer)
+    session = open_session(with_outputs(model, names))
+    peaks: dict[str, float] = {}
+    for image in images:
+        for name, value in zip(["images", *names], [image, *session.run(names, {"images": image})], strict=True):
+            if np.issubdtype(value.dtype, np.floating) and value.size:
+                peaks[name] = max(peaks.get(name, 0.0), float(np.abs(value).max()))
+    return peaks
 
 
 def _damage(truth: list[list[FloatArray]], found: list[list[FloatArray]]) -> float:
@@ -98,7 +111,7 @@ def half_with_worst_kept(
     """Float16 models in which the worst 1, 2, 4, ... layers stay float32, up to `LARGEST_SHARE` of them.
 
     A layer is a convolution with all that follows it until the next. Each is measured alone in float16, among all others in
-    float32; what overflows there is the worst.
+    float32; what overflows there, as a value or as a weight, is the worst.
 
     Args:
         model: fp32. images: a few prepared inputs, each (1, 3, H, W) float32.
@@ -112,17 +125,26 @@ def half_with_worst_kept(
         if node.name in body and blocks:
             blocks[-1].append(node.name)
     few = images[:MEASURED_IMAGES]
-    truth = raw_values(model, few)
+    truth, peaks = raw_values(model, few), largest_magnitudes(model, images)
 
     def damage(block: list[str]) -> float:
-        with np.errstate(all="ignore"):  # infinite minus infinite, where float16 overflows
-            found = _damage(truth, raw_values(to_float16(model, body - set(block)), few))
-        return found if np.isfinite(found) else np.inf
+        alone = _half(model, body - set(block))
+        return np.inf if alone is None or overflow(alone, peaks) else _damage(truth, raw_values(alone, few))
 
     ranking = sorted(blocks, key=damage, reverse=True)
     for count in _counts(len(ranking)):
         kept = {name for block in ranking[:count] for name in block}
-        yield tuple(block[0] for block in ranking[:count]), to_float16(model, kept)
+        half = _half(model, kept)
+        if half is not None:
+            yield tuple(block[0] for block in ranking[:count]), half
+
+
+def _half(model: ModelProto, kept: Collection[str]) -> ModelProto | None:
+    """A model in float16; None where a weight does not fit in it."""
+    try:
+        return to_float16(model, kept)
+    except ExportError:
+        return None
 
 
 def _counts(layers: int) -> tuple[int, ...]:
