@@ -139,13 +139,17 @@ def test_operators_that_tensorrt_lacks_are_refused_before_it_is_asked(machine: M
 
 
 def test_an_engine_converted_to_float16_agrees_with_the_file_it_was_given(machine: Machine, tmp_path: Path) -> None:
-    """At 20,000 px, in a file that does not say where decoding begins, float16 has steps of 16 px."""
-    machine()
-    model = wide_detector()
-    del model.metadata_props[:]
-    (offset,) = [tensor for tensor in model.graph.initializer if tensor.name == "offset"]
-    offset.CopyFrom(numpy_helper.from_array(np.array(20003.3, np.float32), "offset"))
-    with pytest.raises(ParityError, match="boxes"):
+    """To add 3,001 and take away 3,000 changes nothing in float16, in the engine and on ONNX Runtime alike."""
+    machine("10.13.3.9")
+    model = moving_detector()
+    graph = model.graph
+    for name, value in (("more", 3001.0), ("less", 3000.0)):
+        graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    sigmoid = graph.node.pop()
+    sigmoid.input[0] = "back"
+    up, down = (["logits", "more"], ["up"], "up_add"), (["up", "less"], ["back"], "down_sub")
+    graph.node.extend([helper.make_node("Add", *up), helper.make_node("Sub", *down), sigmoid])
+    with pytest.raises(ParityError, match="scores"):
         export_engine(ours(model, tmp_path / "s.onnx"), tmp_path / "s.engine", precision="fp16")
     assert not (tmp_path / "s.engine").exists()
 
