@@ -681,6 +681,18 @@ def test_gkd_s_bank_holds_each_large_object_under_its_own_features() -> None:
             assert torch.allclose(found[label][column], torch.stack([row[column] for row in rows]), atol=1e-5)
 
 
+def test_gkd_pools_objects_on_the_finest_level_however_taps_are_named() -> None:
+    pair = make_pair("equal")
+    widths = []
+    for names in (("backbone.s8", "backbone.s16"), ("backbone.s16", "backbone.s8")):
+        torch.manual_seed(0)
+        term = build_term(TermConfig(loss="gkd", student_taps=names, params={"min_side": 10.0}), pair)
+        assert isinstance(term, GKDTerm)
+        run_term(term, pair)
+        widths.append([features.shape[1] for _, *spaces in term.banks[0].state().values() for features in spaces])
+    assert widths[0] == widths[1]
+
+
 def test_gkd_without_prototypes_says_so_once() -> None:
     pair = make_pair("equal")
     for min_side, silent in ((96.0, False), (10.0, True)):  # of the input; of the toy batch's objects

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -22,14 +21,14 @@ from edgekd.losses.pkd import PKDTerm
 from edgekd.losses.response import ResponseTerm
 from edgekd.recipe import TermConfig
 
-__all__ = ["TERMS", "DistillBatch", "Pair", "TeacherView", "Term", "TermEntry", "build_term"]
+__all__ = ["TERMS", "DistillBatch", "Pair", "TeacherView", "Term", "build_term"]
 
 
 @dataclass(frozen=True)
 class TermEntry:
     """A term's class, the weight it gets when a recipe gives none, and whether its pull fades unless a recipe says so."""
 
-    build: Callable[..., Term]
+    build: type[Term]
     default_weight: float
     fades: bool = False
 
@@ -76,7 +75,7 @@ def build_term(config: TermConfig, pair: Pair) -> Term:
         raise DistillationSetupError(
             f"term {config.loss}: unknown parameter {', '.join(unknown)}", expected=", ".join(sorted(accepted))
         )
-    hints = get_type_hints(entry.build.__init__ if inspect.isclass(entry.build) else entry.build)
+    hints = get_type_hints(entry.build.__init__)
     arguments = {name: _checked(config.loss, name, value, hints[name]) for name, value in arguments.items()}
     try:
         return entry.build(pair, **arguments)

@@ -2,17 +2,17 @@
 
 Source: Dong et al., 2021, doi 10.1007/s10489-021-02634-6. Published: a discriminator tells teacher features from student
 features while the student learns to recover the teachers'; several trained one-stage networks go into one student.
-Reading (ours): L_D = BCE(D_l(T_l), 1) + BCE(D_l(phi S_l), 0);
-L_S = lambda * sum_l -log D_l(phi S_l) + beta * sum_l |phi S_l - T_l|^2. Many teachers: a discriminator per teacher
-(averaged), or one on the mean of their maps. D looks at each cell's feature vector and its 3x3 surroundings.
+Reading (ours): L_D = mean_l BCE(D_l(T_l), 1) + BCE(D_l(phi S_l), 0);
+L_S = mean_l lambda * -log D_l(phi S_l) + beta * |phi S_l - T_l|^2, each a mean over cells, and |.|^2 over channels too. Many
+teachers: a discriminator per teacher (averaged), or one on the mean of their maps. D looks at each cell's feature vector and
+its 3x3 surroundings.
 The game is alternating (the published reading) or gradient reversal (Y. Ganin et al., 2016), where the student gets the
 reversed gradient of L_D instead of -log D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from edgekd.errors import DistillationSetupError
 from edgekd.losses.base import DistillBatch, Pair
-from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise, at, standardise
+from edgekd.losses.feature import LevelMaps, LevelTerm, Normalise, at
 from edgekd.losses.levels import TapChoice
 from edgekd.ranks import gather
 
@@ -90,16 +90,13 @@ class AdversarialTerm(LevelTerm):
         self._right, self._asked, self._wins = 0, 0, 0
         self._maps: list[LevelMaps] = []
 
-    def forward(self, batch: DistillBatch) -> Tensor:
-        """lambda * adversarial + beta * imitation, levels averaged, teachers weighted."""
-        self._maps = list(self._mean_maps(batch) if self.combine == "mean" else self.level_maps(batch))
-        total = batch.images.new_zeros(())
-        for maps in self._maps:
-            total = total + maps.share * self.level_loss(maps, batch)
-        return total
+    def level_maps(self, batch: DistillBatch) -> Iterator[LevelMaps]:
+        """See `LevelTerm.level_maps`; of one teacher, the mean of all, with `combine` "mean". Kept for `adversary_loss`."""
+        self._maps = list(self._mean_maps(batch) if self.combine == "mean" else super().level_maps(batch))
+        return iter(self._maps)
 
     def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> Tensor:
-        """The student's side of the game on one level."""
+        """The student's side of the game on one level: lambda * adversarial + beta * imitation."""
         discriminator = at(self.discriminators, maps.teacher_index, maps.level_index)
         # Through detached parameters: the student's gradient passes the discriminator but must not train it.
         frozen = {name: value.detach() for name, value in discriminator.named_parameters()}
@@ -145,22 +142,15 @@ class AdversarialTerm(LevelTerm):
             "guides the student; lower adversarial_weight, or raise imitation_weight"
         )
 
-    def _mean_maps(self, batch: DistillBatch) -> Iterable[LevelMaps]:
+    def _mean_maps(self, batch: DistillBatch) -> Iterator[LevelMaps]:
         for i, level in enumerate(self.levels[0]):
             raw = batch.output.taps[level.student.name]
             student = at(self.adapters, 0, i)(raw)
-            teacher = torch.zeros_like(student)
-            alone = []
-            for t, view in enumerate(batch.teachers):
-                own = self.levels[t][i]
-                one = LevelMaps(view, t, i, 1.0, student, raw, own.align(view.taps[own.teacher.name].detach(), student))
-                alone.append(one)
-            # Standardised before the mean: else the teacher with the largest activations would be the mean.
-            for one in alone:
-                teacher = teacher + one.view.weight * (
-                    standardise(one.teacher) if self.normalise == "channel" else one.teacher
-                )
-            yield replace(alone[0], teacher_index=0, share=1.0 / len(self.levels[0]), teacher=teacher)
+            mean = torch.zeros_like(student)
+            for view, levels in zip(batch.teachers, self.levels, strict=True):
+                # Standardised before the mean: else the teacher with the largest activations would be the mean.
+                mean = mean + view.weight * self.teacher_map(view, levels[i], student)
+            yield LevelMaps(batch.teachers[0], 0, i, 1.0 / len(self.levels[0]), student, raw, mean)
 
     def _require_equal_channels(self, pair: Pair) -> None:
         shapes = [[(level.student.name, level.teacher.channels) for level in levels] for levels in self.levels]

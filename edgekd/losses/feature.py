@@ -83,7 +83,7 @@ class LevelTerm(Term):
         names = pair.student.spec.class_names
         self.unknown = [[i for i, name in enumerate(names) if name in t.unknown_classes] for t in pair.teachers]
         self.teacher_names = [teacher.name for teacher in pair.teachers]
-        self.levels: list[list[LevelPair]] = [
+        matched = (
             match_levels(
                 pair.student.tap_specs,
                 teacher.tap_specs,
@@ -93,7 +93,9 @@ class LevelTerm(Term):
                 who=f"{self.name} term, teacher {teacher.name}",
             )
             for teacher in pair.teachers
-        ]
+        )
+        # Fine to coarse, in whatever order a recipe names them.
+        self.levels = [sorted(pairs, key=lambda level: level.student.grid_hw, reverse=True) for pairs in matched]
         self.student_taps = tuple(dict.fromkeys(level.student.name for levels in self.levels for level in levels))
         self.teacher_taps = tuple(tuple(level.teacher.name for level in levels) for levels in self.levels)
         self.adapters = nn.ModuleList(
@@ -118,10 +120,13 @@ class LevelTerm(Term):
             for i, level in enumerate(levels):
                 raw = batch.output.taps[level.student.name]
                 student_map = at(self.adapters, t, i)(raw)
-                teacher_map = level.align(view.taps[level.teacher.name].detach(), student_map)
-                if self.normalise == "channel":
-                    teacher_map = standardise(teacher_map)
+                teacher_map = self.teacher_map(view, level, student_map)
                 yield LevelMaps(view, t, i, view.weight / len(levels), student_map, raw, teacher_map)
+
+    def teacher_map(self, view: TeacherView, level: LevelPair, like: Tensor) -> Tensor:
+        """A teacher's map of one level on the grid of `like`, detached, standardised if the term asks for it."""
+        aligned = level.align(view.taps[level.teacher.name].detach(), like)
+        return standardise(aligned) if self.normalise == "channel" else aligned
 
     def silent_cells(self, owner: Tensor, batch: DistillBatch, teacher_index: int) -> Tensor:
         """Of (B, H, W) `objects.object_maps`, the cells of objects whose class the teacher does not know, as bool."""

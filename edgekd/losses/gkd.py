@@ -7,7 +7,8 @@ r cos(t, P_t), factor 5; all scaled by 1 - epoch / epochs (a recipe's `fade`). T
 off; here it is on.
 Reading and deviations (ours): instances are gathered from the steps of the epoch before instead of a pass of their own, so the
 refresh costs only the search, and the first epoch goes without weights; objects are pooled on the finest matched level; the
-KL compares the class distributions of the rows that see each object best, so that detectors of unlike priors, and black boxes
+feature loss is the mean over the cells inside boxes and the mean over those outside, averaged with the two weights; the KL
+compares the class distributions of the rows that see each object best, so that detectors of unlike priors, and black boxes
 with taps, can be compared; one teacher's prototypes each with several teachers; objects of classes that a teacher does not
 know, which look like background to it, are left out of all parts.
 """
@@ -166,8 +167,8 @@ class GKDTerm(LevelTerm):
             own = (labels == label).nonzero()[:, 0]
             r = robust_weights(s[own].detach(), t[own], known)
             weights[own] = r
-            theirs, target = (r[:, None] * (x[own] @ p.T) for x, p in ((s, known.student), (t, known.teacher)))
-            relation = relation + functional.smooth_l1_loss(theirs, target, reduction="none").mean(1).sum()
+            learned, target = (r[:, None] * (x[own] @ p.T) for x, p in ((s, known.student), (t, known.teacher)))
+            relation = relation + functional.smooth_l1_loss(learned, target, reduction="none").mean(1).sum()
             count += len(own)
         return weights, relation / normaliser(relation.new_tensor(count), least=1.0)
 

@@ -4,9 +4,9 @@ Source: Li et al., 2022, doi 10.3778/j.issn.1002-8331.2101-0089. Published: on Y
 position is weights the supervision; backbone outputs and neck outputs are both distilled; +9.3 mAP points.
 Reading (ours): L = sum_l lambda_l * sum_ij I_ij |phi S - T|^2_ij / sum_ij I_ij, where I is the normalised channel mean of
 |T| in the backbone, and objectness x best class in the neck (the best over all rows whose prior is centred in the cell).
-Deviation: |.|^2 is the mean over channels, so that the weight does not depend on their number; a teacher without raw
-outputs (a black box) has its neck weighted by its boxes' confidence; objects of classes that a teacher does not know weigh
-nothing.
+Deviations: levels are averaged within backbone and neck, so that lambda is of each of these two; |.|^2 is the mean over
+channels, so that the weight does not depend on their number; a teacher without raw outputs (a black box) has its neck
+weighted by its boxes' confidence; objects of classes that a teacher does not know weigh nothing.
 """
 
 from __future__ import annotations
