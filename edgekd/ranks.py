@@ -17,14 +17,10 @@ import torch
 from torch import Tensor, distributed
 
 from edgekd.errors import PeerError, UserError
+from edgekd.torchrun import launched
 
 PATIENCE = timedelta(hours=12)
 """How long ranks wait for one that is busy alone, such as with teachers' answers. One that has died is noticed at once."""
-
-
-def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def rank() -> int:

@@ -19,6 +19,7 @@ from typing import Any
 
 from edgekd.errors import RuntimeFailure
 from edgekd.machine import memory_bytes, usable_threads
+from edgekd.torchrun import launched
 from edgekd.workspace import Workspace, resolved_device
 
 MEMORY_A_TASK = 2 << 30
@@ -43,7 +44,7 @@ class Task:
 
 def tasks_at_once(work: Workspace) -> int:
     """How many tasks cores and memory allow; one on a GPU, or where torchrun has started several processes."""
-    if resolved_device(work.device) != "cpu" or "RANK" in os.environ:
+    if resolved_device(work.device) != "cpu" or launched():
         return 1
     _, free = memory_bytes()
     room = 1 if free is None else free // (MEMORY_A_TASK + work.recipe.data.cache_mib * 2**20)

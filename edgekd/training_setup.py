@@ -27,6 +27,7 @@ from edgekd.detectors.complexity import count_macs
 from edgekd.errors import RecipeError, UserError
 from edgekd.machine import emulates_bf16
 from edgekd.recipe import ModelConfig, TrainConfig
+from edgekd.torchrun import launched
 from edgekd.types import DetectorSpec
 
 
@@ -77,7 +78,7 @@ def make_fabric(device: str, config: TrainConfig) -> Any:
         wanted = "fp32"
     precision = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[wanted]
     ranks.join(on_gpu)
-    world, local = ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if ranks.launched() else 1
+    world, local = ranks.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
     devices: Any = [int(device.split(":")[1])] if world == 1 and ":" in device else local
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -265,7 +266,7 @@ class StopSignals:
         def note(number: int, frame: FrameType | None) -> None:
             # torchrun passes on the signal that its processes have had from the terminal already, and of SIGTERM a process
             # may well have two: its group's, and that of the process that started it.
-            if self.noted and number == signal.SIGINT and not ranks.launched():
+            if self.noted and number == signal.SIGINT and not launched():
                 raise KeyboardInterrupt
             self.noted = True
 

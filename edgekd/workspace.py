@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgekd import ranks
+from edgekd import ranks, torchrun
 from edgekd.artifact import read_manifest, sha256_file
 from edgekd.console import Terminal
 from edgekd.data import read_dataset
@@ -75,7 +75,7 @@ def open_workspace(
     Raises:
         DataError: the data set cannot be read, or has nothing to train on. UserError: another process works in `out`.
     """
-    with locked(out, wait=wait), ranks.joined(on_gpu=ranks.launched() and uses_gpu(device)):
+    with locked(out, wait=wait), ranks.joined(on_gpu=torchrun.launched() and uses_gpu(device)):
         section = recipe.data
         train, val = (
             read_dataset(section.root, split, format=section.format, class_names=section.classes, limit=limit)
@@ -167,7 +167,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder} cannot be written to", got=error.strerror) from error
     with stream:
-        if ranks.launched() and os.environ.get("RANK", "0") != "0":  # torchrun's other processes belong to the first
+        if torchrun.place()[0] > 0:  # it belongs to the first
             yield
             return
         try:

@@ -483,3 +483,16 @@ def test_what_another_process_makes_is_waited_for(tmp_path: Path) -> None:
     count = fill_together(tmp_path, ["a", "b"], lambda name, whole: name == "a", made.append)
     assert made == ["b"]
     assert count == 1
+
+
+def test_a_process_that_is_alone_reads_every_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts of job arrays set RANK too, and nobody else would look whether a file is damaged."""
+    monkeypatch.setenv("RANK", "1")
+    looked: list[tuple[str, bool]] = []
+
+    def ready(name: str, whole: bool) -> bool:
+        looked.append((name, whole))
+        return True
+
+    fill_together(tmp_path, ["a", "b"], ready, lambda name: None)
+    assert looked == [("a", True), ("b", True)]

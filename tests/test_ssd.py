@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgekd.detectors import DETECTORS, spec_for
 from edgekd.detectors.base import DetectorOutput, SoftTargets, Targets
 from edgekd.detectors.complexity import count_macs, count_parameters
-from edgekd.detectors.ssd import SSD, L2Norm, SsdLiteNeck, build_ssd
+from edgekd.detectors.ssd import SSD, L2Norm, SsdLiteNeck
 from edgekd.errors import RecipeError
 from edgekd.recipe import ModelConfig
 from edgekd.types import DetectorSpec, PreprocessSpec
@@ -24,7 +24,7 @@ VOC = tuple(f"class{index}" for index in range(20))
 
 def build(model: str = LITE, size: int = 96, width: float = 0.25, classes: tuple[str, ...] = ("a", "b", "c")) -> SSD:
     torch.manual_seed(0)
-    return build_ssd(spec_for(ModelConfig(model=model, input_size=size, width=width), classes))
+    return SSD(spec_for(ModelConfig(model=model, input_size=size, width=width), classes))
 
 
 def images(size: int = 96, batch: int = 2) -> Tensor:
@@ -80,7 +80,7 @@ def test_output_and_taps_have_the_stated_shapes(model: str, size: int, batch: in
 
 def test_a_rectangular_input_works() -> None:
     spec = DetectorSpec(LITE, ("a",), PreprocessSpec((96, 160)), 0.25)
-    detector = build_ssd(spec).eval()
+    detector = SSD(spec).eval()
     with torch.no_grad():
         boxes, _ = detector.decode(detector(torch.randn(1, 3, 96, 160)))
     assert detector.tap_specs["neck.l0"].grid_hw == (6, 10)
@@ -136,7 +136,7 @@ def test_rows_follow_the_priors() -> None:
 
 @pytest.mark.parametrize("model", [LITE, "vgg11-ssd"])
 def test_rows_follow_the_grid(model: str) -> None:
-    detector = build_ssd(DetectorSpec(model, ("a", "b"), PreprocessSpec((96, 160)), 0.25)).eval()
+    detector = SSD(DetectorSpec(model, ("a", "b"), PreprocessSpec((96, 160)), 0.25)).eval()
     names = [name for name in detector.tap_specs if name.startswith("neck.")]
     with torch.no_grad():
         output = detector(torch.randn(1, 3, 96, 160), taps=names)
@@ -175,7 +175,7 @@ def test_layouts_are_equal_exactly_when_rows_mean_the_same() -> None:
     assert build().layout() == build(classes=("x", "y")).layout() == build(model="mobilenetv1-ssd-lite").layout()
     hash(build().layout())
     assert build(size=96).layout() != build(size=320).layout()
-    moved = build_ssd(spec_for(ModelConfig(model=LITE, input_size=96, width=0.25, options={"min_scale": 0.2}), "abc"))
+    moved = SSD(spec_for(ModelConfig(model=LITE, input_size=96, width=0.25, options={"min_scale": 0.2}), "abc"))
     assert moved.layout() != build().layout()
 
 
@@ -276,7 +276,7 @@ def test_sixty_steps_learn_four_images(teach: str) -> None:
 def fine(model: str = LITE, size: int = 96, classes: tuple[str, ...] = ("a", "b", "c"), width: float = 0.25) -> SSD:
     torch.manual_seed(0)
     options = {"finest_stride": 8}
-    return build_ssd(spec_for(ModelConfig(model=model, input_size=size, width=width, options=options), classes))
+    return SSD(spec_for(ModelConfig(model=model, input_size=size, width=width, options=options), classes))
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name.endswith("-lite")])

@@ -13,7 +13,7 @@ from edgekd.detectors.anchors import PriorLayout, encode_boxes, even_scales, xyx
 from edgekd.detectors.assignment import PaddedTargets, pad_soft_targets, pad_targets
 from edgekd.detectors.base import SoftTargets, Targets
 from edgekd.detectors.matching import match_priors
-from edgekd.detectors.ssd import build_ssd
+from edgekd.detectors.ssd import SSD
 from edgekd.detectors.ssd_losses import (
     MIN_CONFIDENCE,
     background_and_classes,
@@ -100,7 +100,7 @@ def test_a_lower_match_iou_reaches_the_losses() -> None:
 @pytest.mark.parametrize("match_iou", [0.3, 0.7])
 def test_the_recipe_sets_the_match_iou(match_iou: float) -> None:
     config = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25, options={"match_iou": match_iou})
-    detector = build_ssd(spec_for(config, "abc")).eval()
+    detector = SSD(spec_for(config, "abc")).eval()
     output = detector(torch.zeros(1, 3, 96, 96))
     targets = Targets([torch.tensor([[10.0, 10.0, 50.0, 40.0]])], [torch.tensor([1])])
     padded = pad_targets(targets, 3, CPU)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, Targets
 from edgekd.detectors.box_losses import paired_iou
-from edgekd.detectors.yolo import build_yolo
 from edgekd.errors import RecipeError
 from edgekd.recipe import ModelConfig
 from edgekd.types import DetectorSpec
@@ -68,7 +67,7 @@ def test_rectangular_input_and_shapes() -> None:
     spec = spec_for(config, NAMES)
     data = spec.to_dict()
     data["preprocess"]["input_hw"] = [64, 128]
-    detector = build_yolo(DetectorSpec.from_dict(data)).eval()
+    detector = build_detector(DetectorSpec.from_dict(data)).eval()
     output = detector(torch.rand(1, 3, 64, 128))
     rows = 8 * 16 + 4 * 8 + 2 * 4
     boxes, scores = detector.decode(output)

@@ -23,6 +23,7 @@ from edgekd.cli.session import (
     session_of,
 )
 from edgekd.errors import UserError
+from edgekd.torchrun import launched
 
 __all__ = ["app", "main"]
 
@@ -56,7 +57,7 @@ def _common(
     sets: SetOption = None,
 ) -> None:
     session_of(context)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in ("train", "distill"):
+    if launched() and context.invoked_subcommand not in ("train", "distill"):
         raise UserError(
             f"edgekd {context.invoked_subcommand} is for one process",
             got=f"one of {os.environ['WORLD_SIZE']} that torchrun started",
@@ -90,7 +91,7 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # As Ctrl-C: temporary files are removed, and processes of this one's end, each after its step, before it does. Not of
     # several that torchrun has started: it ends the others when one fails, and these may wait where no signal is seen.
-    if "RANK" not in os.environ:
+    if not launched():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     # An encoding that lacks a sign of a table, or of a file's name, is no reason to fail when all is done.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":

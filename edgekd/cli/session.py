@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from edgekd.errors import EdgeKDError, PeerError, RecipeError, UserError, is_refusal, refusal
+from edgekd.torchrun import place
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -88,8 +89,7 @@ class Session:
     @property
     def rank(self) -> int:
         """Which of the processes that torchrun started this is; the first one speaks for all."""
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # a RANK alone is somebody else's
-        return int(os.environ.get("RANK", "0")) if several else 0
+        return place()[0]
 
     def finish(self, result: Mapping[str, Any], show: Callable[[], None]) -> None:
         """End a command: its result as JSON when asked for, and else for a person, unless that one wants quiet."""

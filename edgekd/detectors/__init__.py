@@ -17,15 +17,21 @@ __all__ = ["DETECTORS", "build_detector", "spec_for"]
 
 
 def _ssd(spec: DetectorSpec) -> Detector:
-    from edgekd.detectors.ssd import build_ssd
+    from edgekd.detectors.ssd import SSD
 
-    return build_ssd(spec)
+    return SSD(spec)
 
 
-def _yolo(spec: DetectorSpec) -> Detector:
-    from edgekd.detectors.yolo import build_yolo
+def _yolov3(spec: DetectorSpec) -> Detector:
+    from edgekd.detectors.yolov3 import YoloV3
 
-    return build_yolo(spec)
+    return YoloV3(spec)
+
+
+def _yolo_free(spec: DetectorSpec) -> Detector:
+    from edgekd.detectors.yolo_free import YoloFree
+
+    return YoloFree(spec)
 
 
 DETECTORS: dict[str, Callable[[DetectorSpec], Detector]] = {
@@ -35,10 +41,10 @@ DETECTORS: dict[str, Callable[[DetectorSpec], Detector]] = {
     "mobilenetv2-ssd-lite": _ssd,
     "efficientnet-lite0-ssd-lite": _ssd,
     "efficientnet-lite1-ssd-lite": _ssd,
-    "yolov3": _yolo,
-    "yolov3-tiny": _yolo,
-    "yolo-nano": _yolo,
-    "yolo-small": _yolo,
+    "yolov3": _yolov3,
+    "yolov3-tiny": _yolov3,
+    "yolo-nano": _yolo_free,
+    "yolo-small": _yolo_free,
 }
 
 

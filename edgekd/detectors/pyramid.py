@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
@@ -71,6 +72,11 @@ def grid_cells(spec: DetectorSpec, strides: Sequence[int]) -> Tensor:
         centres = torch.stack([x, y], dim=-1).reshape(-1, 2) * stride
         levels.append(torch.cat([centres, torch.full_like(centres, float(stride))], dim=1))
     return torch.cat(levels)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, C, 2 H, 2 W), each cell repeated."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def pyramid_taps(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -19,16 +20,25 @@ from edgekd.detectors.backbones.mobilenet_v1 import MobileNetV1
 from edgekd.detectors.backbones.mobilenet_v2 import MobileNetV2
 from edgekd.detectors.backbones.vgg import VGG
 from edgekd.detectors.base import Detector, DetectorOutput, SoftTargets, TapSpec, Targets
+from edgekd.detectors.pyramid import select_taps
 from edgekd.detectors.ssd_losses import NEGATIVES_A_POSITIVE, confident, multibox_losses, soft_multibox_losses
-from edgekd.detectors.ssd_options import FAMILIES, LEVELS, Shapes, check_width, read_options, ssd_spec_defaults
+from edgekd.detectors.ssd_options import FAMILIES, LEVELS, Shapes, check_width, read_options
 from edgekd.errors import RecipeError
 from edgekd.ranks import world_size
 from edgekd.types import DetectorSpec
 
-__all__ = ["SSD", "build_ssd", "ssd_spec_defaults"]
-
 _FINE_CHANNELS = 128
 _LITE_EPS = 1e-3  # TensorFlow's, in which SSD-lite was published; steadier than 1e-5 where a batch has few cells
+
+
+_BACKBONES: dict[str, Callable[[float], Backbone]] = {
+    "vgg16-ssd": partial(VGG, 16),
+    "vgg11-ssd": partial(VGG, 11),
+    "mobilenetv1-ssd-lite": MobileNetV1,
+    "mobilenetv2-ssd-lite": MobileNetV2,
+    "efficientnet-lite0-ssd-lite": partial(EfficientNetLite, 0),
+    "efficientnet-lite1-ssd-lite": partial(EfficientNetLite, 1),
+}
 
 
 class L2Norm(nn.Module):
@@ -230,7 +240,7 @@ class SSD(Detector):
         input_hw = spec.preprocess.input_hw
         options = read_options(spec.model, spec.options, input_hw)
         self.spec, self.match_iou = spec, options.match_iou
-        self.backbone = _backbone(spec.model, spec.width)
+        self.backbone = _BACKBONES[spec.model](spec.width)
         sources_hw = [source.grid_hw(input_hw) for source in self.backbone.sources]
         fine, coarse = (m.channels for m in self.backbone.sources[-2:])
         self.neck: SsdLiteNeck | SsdNeck
@@ -261,9 +271,6 @@ class SSD(Detector):
             ValueError: images of another size than the priors were made for.
             RecipeError: training on a single image, for which batch norm is not defined on a 1x1 level.
         """
-        for name in taps:
-            if name not in self.tap_specs:
-                raise KeyError(f"unknown tap {name!r}; there are {', '.join(self.tap_specs)}")
         if tuple(images.shape[-2:]) != self.spec.preprocess.input_hw:
             raise ValueError(f"images are {tuple(images.shape)}, the detector takes {self.spec.preprocess.input_hw}")
         if self.training and self._has_single_cell_norm and images.shape[0] * world_size() == 1:
@@ -275,9 +282,8 @@ class SSD(Detector):
         maps = self.backbone(images)
         levels = self.neck(maps.sources)
         cls_logits, offsets = self.head(levels)
-        found = {f"backbone.{m.name}": x for m, x in zip(self.backbone.stages, maps.stages, strict=True)}
-        found |= {f"neck.l{index}": x for index, x in enumerate(levels)}
-        return DetectorOutput(cls_logits, offsets, taps={name: found[name] for name in taps})
+        found = select_taps(self.tap_specs, [*maps.stages, *levels], taps)
+        return DetectorOutput(cls_logits, offsets, taps=found)
 
     def decode(self, output: DetectorOutput) -> tuple[Tensor, Tensor]:
         """Boxes (B, P, 4) xyxy pixels and softmax scores (B, P, classes) without the background column."""
@@ -324,29 +330,3 @@ def _with_shapes(layout: PriorLayout, priors: str | Shapes, model: str) -> Prior
     if counts != layout.priors_a_cell:
         raise RecipeError(f"{model}: wrong number of priors on the levels", got=counts, expected=layout.priors_a_cell)
     return replace(layout, shapes_wh=priors)
-
-
-def build_ssd(spec: DetectorSpec) -> SSD:
-    """The SSD of `spec`, freshly initialised.
-
-    Raises:
-        RecipeError: a bad option or width.
-    """
-    return SSD(spec)
-
-
-def _backbone(model: str, width: float) -> Backbone:
-    match model:
-        case "vgg16-ssd":
-            return VGG(16, width)
-        case "vgg11-ssd":
-            return VGG(11, width)
-        case "mobilenetv1-ssd-lite":
-            return MobileNetV1(width)
-        case "mobilenetv2-ssd-lite":
-            return MobileNetV2(width)
-        case "efficientnet-lite0-ssd-lite":
-            return EfficientNetLite(0, width)
-        case "efficientnet-lite1-ssd-lite":
-            return EfficientNetLite(1, width)
-    raise RecipeError("not an SSD", got=repr(model), expected="one of " + ", ".join(FAMILIES))

@@ -35,6 +35,7 @@ from edgekd.detectors.box_losses import (
 from edgekd.detectors.pyramid import (
     Options,
     check_input_hw,
+    doubled,
     grid_cells,
     grids_of,
     parse_options,
@@ -101,15 +102,11 @@ class _PathAggregation(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Backbone maps at strides 8, 16, 32 to fused maps on the same grids."""
         s8, s16, s32 = maps
-        middle = self.middle_down(torch.cat([_doubled(s32), s16], dim=1))
-        p3 = self.fine(torch.cat([_doubled(middle), s8], dim=1))
+        middle = self.middle_down(torch.cat([doubled(s32), s16], dim=1))
+        p3 = self.fine(torch.cat([doubled(middle), s8], dim=1))
         p4 = self.middle_up(torch.cat([self.fine_to_middle(p3), middle], dim=1))
         p5 = self.coarse(torch.cat([self.middle_to_coarse(p4), s32], dim=1))
         return [p3, p4, p5]
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class _Head(nn.Module):

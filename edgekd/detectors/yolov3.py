@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from edgekd.detectors.box_losses import Overlap, paired_iou, pairwise_iou, softe
 from edgekd.detectors.pyramid import (
     Options,
     check_input_hw,
+    doubled,
     grid_cells,
     grids_of,
     parse_options,
@@ -115,8 +115,8 @@ class _Neck(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Backbone maps at strides 8, 16, 32 to fused maps on the same grids."""
         p5 = self.coarse(maps[2])
-        p4 = self.middle(torch.cat([_doubled(self.to_middle(p5)), maps[1]], dim=1))
-        p3 = self.fine(torch.cat([_doubled(self.to_fine(p4)), maps[0]], dim=1))
+        p4 = self.middle(torch.cat([doubled(self.to_middle(p5)), maps[1]], dim=1))
+        p3 = self.fine(torch.cat([doubled(self.to_fine(p4)), maps[0]], dim=1))
         return [p3, p4, p5]
 
 
@@ -136,12 +136,8 @@ class _TinyNeck(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Backbone maps at strides 16, 32 to fused maps on the same grids."""
         reduced = self.reduce(maps[1])
-        fused = torch.cat([_doubled(self.to_fine(reduced)), maps[0]], dim=1)
+        fused = torch.cat([doubled(self.to_fine(reduced)), maps[0]], dim=1)
         return [self.fine(fused), self.coarse(reduced)]
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class YoloV3(Detector):

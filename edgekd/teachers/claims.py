@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edgekd.artifact import leftovers_of
+from edgekd.torchrun import place
 
 CLAIMS_FILE = ".claims"
 
@@ -34,7 +34,7 @@ def fill_together(
         done: called with (files ready, files in all).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = place()
     numbers = sorted(range(len(names)), key=lambda number: ((number - rank) % world, number))
     made = finished = 0
     claimed_elsewhere: list[int] = []
