@@ -81,7 +81,7 @@ class Distiller(nn.Module):
             raise DistillationSetupError("distillation needs teachers", fix="list at least one under `teachers`")
         if not config.terms:
             raise DistillationSetupError("distillation needs terms", fix="list at least one under `distill.terms`")
-        self.config, self.set = config, teacher_set
+        self.set = teacher_set
         self.terms = _weighted_terms(config, Pair(student, teacher_set.teachers))
         self.modules_of_terms = nn.ModuleList(entry.term for entry in self.terms)
         # Weights of terms that follow a gradient ratio: part of the state, so that a resumed run goes on with them.

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd import ranks
-from edgekd.artifact import is_current, read_manifest, sha256_file, sha256_json
-from edgekd.checkpoint import LAST_FILE
+from edgekd.artifact import is_current, sha256_file
 from edgekd.detectors.base import Detector
 from edgekd.detectors.prior_fit import prior_advice
 from edgekd.distill import Distiller
@@ -23,7 +22,7 @@ from edgekd.recipe_file import write_recipe
 from edgekd.selection import Selection
 from edgekd.teaching import answering_identity, gather_teachers, hear_teachers, record_views
 from edgekd.train import RunResult, TrainJob, train_detector
-from edgekd.training_state import read_state
+from edgekd.training_state import holds_another
 from edgekd.workspace import Workspace
 
 
@@ -145,7 +144,7 @@ def _weights_identity(weights: str | None) -> str | None:
 
 
 def _train(work: Workspace, job: TrainJob, label: str) -> RunResult:
-    if work.replaced is not None and _holds_another(job):
+    if work.replaced is not None and holds_another(job.out, job.inputs):
         _set_aside(work, job.out)
     if ranks.rank() == 0 and not is_trained(job):
         advice = prior_advice(job.model, job.dataset.class_names, job.dataset.records)
@@ -160,15 +159,6 @@ def _train(work: Workspace, job: TrainJob, label: str) -> RunResult:
     if ranks.rank() == 0:
         write_recipe(work.recipe, job.out)
     return result
-
-
-def _holds_another(job: TrainJob) -> bool:
-    """Whether the job's folder holds a run, finished or not, that was made from other inputs."""
-    manifest = read_manifest(job.out) if job.out.is_dir() else None
-    if manifest is not None:
-        return sha256_json(manifest.inputs) != sha256_json(job.inputs)
-    state = job.out / LAST_FILE
-    return state.is_file() and read_state(state).get("inputs") != sha256_json(job.inputs)
 
 
 def _set_aside(work: Workspace, folder: Path) -> None:

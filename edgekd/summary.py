@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgekd.report.table import conditions, in_markdown, write_table
+from edgekd.report.table import aligned, conditions, in_markdown, write_table
 from edgekd.report.words import (
     NOTHING,
     ROLE_NAMES,
@@ -37,10 +37,7 @@ HEADINGS = (
 
 def summary_text(result: Mapping[str, Any]) -> str:
     """The comparison table, what can be said from it, and what to know before believing it."""
-    rows = [[*HEADINGS], *(_cells(row) for row in result["rows"])]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    lines = [_line(row, widths) for row in rows]
-    lines.insert(1, "-" * max(len(line) for line in lines))
+    lines = aligned([HEADINGS, *(_cells(row) for row in result["rows"])], words=(0, 1))
     lines += ["", conditions(result), _run_by(result["rows"])]
     lines += [sentence for sentence in (answer(result), gain(result)) if sentence]
     lines += [said for row in result["rows"] for said in _under_load(row)]
@@ -103,15 +100,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         number(row["macs"], 2, 1e9),
         number(row["size_bytes"], 1, 1e6),
     ]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Words to the left, numbers to the right."""
-    aligned = [
-        cell.ljust(width) if column < 2 else cell.rjust(width)
-        for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "  ".join(aligned).rstrip()
 
 
 def gate_markdown(gate: Mapping[str, Any], result: Mapping[str, Any]) -> str:

@@ -151,27 +151,29 @@ def clear_leftovers(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def holds_another(folder: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether a folder holds a run, finished or not, that was made from other inputs."""
+    manifest, state = read_manifest(folder), folder / LAST_FILE
+    if manifest is not None:
+        return sha256_json(manifest.inputs) != sha256_json(inputs)
+    return state.is_file() and read_state(state).get("inputs") != sha256_json(inputs)
+
+
 def refuse_foreign(folder: Path, inputs: Mapping[str, Any]) -> None:
     """A folder with another run's state is never overwritten.
 
     Raises:
         ArtifactError: it holds one, finished or not.
     """
-    state = folder / LAST_FILE
-    held = None
-    if (folder / MANIFEST_NAME).is_file():
-        manifest = read_manifest(folder)
-        held = sha256_json(manifest.inputs) if manifest is not None else None
-    elif state.is_file():
-        held = read_state(state).get("inputs")
-    else:  # a run writes its model last of all, and its best detector before it can be taken up
+    if not any((folder / name).is_file() for name in (MANIFEST_NAME, LAST_FILE)):
+        # A run writes its model last of all, and its best detector before it can be taken up.
         theirs = [MODEL_FILE] if (folder / MODEL_FILE).is_file() else _foreign(folder / BEST_FILE)
         if theirs:
             raise ArtifactError(
                 f"{folder} holds a {theirs[0]} that no run there wrote",
                 fix="choose another --out, or move that file away",
             )
-    if held is not None and held != sha256_json(inputs):
+    if holds_another(folder, inputs):
         raise ArtifactError(
             f"{folder} holds a run that was made with another recipe, data or seed",
             fix="choose another --out, or move that folder away",

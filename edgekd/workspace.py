@@ -52,8 +52,8 @@ class Workspace:
         """What the data is, by content: any changed image or box changes it."""
         return {
             "classes": list(self.train.class_names),
-            "train": fingerprint(self.train),
-            "val": fingerprint(self.val),
+            "train": content_hash(self.train),
+            "val": content_hash(self.val),
         }
 
 
@@ -190,7 +190,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def fingerprint(dataset: Dataset) -> str:
+def content_hash(dataset: Dataset) -> str:
     """A hash of a split's content: image files, boxes, labels, flags."""
     digest = hashlib.sha256()
     for record in dataset.records:

@@ -30,7 +30,7 @@ from edgekd.recipe_file import load_recipe
 from edgekd.stages import train_student
 from edgekd.summary import summary_text
 from edgekd.teaching import check_setup, ensemble_weights, teacher_identity
-from edgekd.workspace import Workspace, fingerprint, is_synthetic, open_workspace
+from edgekd.workspace import Workspace, content_hash, is_synthetic, open_workspace
 
 # VGG and tiny YOLO have few layers: their exports take half of the time that one of MobileNet takes.
 TINY = """\
@@ -221,11 +221,11 @@ def test_a_data_sets_fingerprint_is_its_content(home: Path, work: Workspace, tmp
         assert other.data_identity == work.data_identity
         record = other.train.records[0]
         shifted = replace(record, boxes_xyxy=record.boxes_xyxy + 1)
-        assert fingerprint(replace(other.train, records=(shifted, *other.train.records[1:]))) != fingerprint(
+        assert content_hash(replace(other.train, records=(shifted, *other.train.records[1:]))) != content_hash(
             other.train
         )
         record.path.write_bytes(record.path.read_bytes() + b" ")
-        assert fingerprint(other.train) != work.data_identity["train"]
+        assert content_hash(other.train) != work.data_identity["train"]
 
 
 def test_a_teachers_identity_is_its_file_and_how_it_is_read(tmp_path: Path) -> None:

@@ -65,9 +65,6 @@ SshConfigOption = Annotated[
 TimeLimitOption = Annotated[
     float, typer.Option("--time-limit", min=1, help="Seconds until it is ended there.", rich_help_panel=ON_DEVICE)
 ]
-SecondsOption = Annotated[
-    float, typer.Option("--seconds", min=0, help="Each is timed for so long, at least.", rich_help_panel=ON_DEVICE)
-]
 
 
 def bundle(

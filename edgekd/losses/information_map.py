@@ -62,7 +62,7 @@ class _WeightedLevels(LevelTerm):
         self.kind = kind
         self.teachers: list[Teacher] = list(pair.teachers)
 
-    def information(self, maps: LevelMaps, batch: DistillBatch) -> Tensor:
+    def information(self, maps: LevelMaps) -> Tensor:
         """I of this level, (B, H, W)."""
         grid_hw = (maps.student.shape[-2], maps.student.shape[-1])
         if self.kind == "backbone":
@@ -78,7 +78,7 @@ class _WeightedLevels(LevelTerm):
 
     def level_loss(self, maps: LevelMaps, batch: DistillBatch) -> Tensor:
         """Squared distance, averaged over positions with the information as weight."""
-        information = self.information(maps, batch)
+        information = self.information(maps)
         if self.unknown[maps.teacher_index]:
             grid_hw = (information.shape[-2], information.shape[-1])
             owner = object_maps(list(batch.targets.boxes_xyxy), grid_hw, self.input_hw)

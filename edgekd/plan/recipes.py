@@ -106,12 +106,11 @@ def combined(recipes: Sequence[Recipe]) -> Recipe | None:
 def _recipe(row: Row, base: Recipe | None, data: DataConfig | None, threads: int | None) -> Recipe:
     student: dict[str, Any] = {key: row[key] for key in ("model", "width", "input_size")}
     precisions = tuple(dict.fromkeys(("fp32", row["precision"])))
-    name = f"{row['model']}-w{row['width']:g}-{row['input_size']}-{row['precision']}"
     if base is None:
         if starts_from_imagenet(row["model"], row["width"]):
             student["weights"] = "imagenet"
         section = data or DataConfig(root=_ANY_DATA)
-        values: dict[str, Any] = {"name": name, "data": section.model_dump()}
+        values: dict[str, Any] = {"name": row["name"], "data": section.model_dump()}
         values.update(bench=BenchConfig(threads=threads).model_dump())
         values.update(export=ExportConfig(precisions=precisions).model_dump(), student=student)
         return Recipe.model_validate(values)
@@ -123,7 +122,7 @@ def _recipe(row: Row, base: Recipe | None, data: DataConfig | None, threads: int
         train = train.model_copy(update={"freeze_stride": 0})  # which needs features that are worth keeping
     return base.model_copy(
         update={
-            "name": name,
+            "name": row["name"],
             "data": data or base.data,
             "student": ModelConfig(**student),
             "train": train,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgekd.report.table import aligned
+
 _HEADINGS = (
     "",
     "model",
@@ -24,15 +26,8 @@ _HEADINGS = (
 def plan_text(plan: Mapping[str, Any]) -> str:
     """The candidates worth distilling, best first, the recipes, and what to know of them."""
     rows = {row["name"]: row for row in plan["rows"]}
-    shown = [list(_HEADINGS)]
-    for number, name in enumerate(plan["best"], 1):
-        shown.append(_cells(number, rows[name], plan["budget_ms"]))
-    widths = [max(len(row[column]) for row in shown) for column in range(len(_HEADINGS))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 1 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-        for r in shown
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
+    best = [_cells(number, rows[name], plan["budget_ms"]) for number, name in enumerate(plan["best"], 1)]
+    lines = aligned([_HEADINGS, *best], words=(1,))
     lines += [
         "",
         f"ms of one image; budget: the median as a share of {plan['budget_ms']:g} ms; roof: the least that the machine's "
