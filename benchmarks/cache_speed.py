@@ -33,8 +33,6 @@ from edgekd.data.scenes import make_scenes
 from edgekd.data.view_store import StoredRows, ViewStore
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.complexity import count_macs
-from edgekd.distill import Clock, Distiller, term_parameters
-from edgekd.learning import LearningStep, StepInput
 from edgekd.recipe import (
     CacheConfig,
     CheckpointTeacher,
@@ -46,6 +44,8 @@ from edgekd.recipe import (
     TrainConfig,
 )
 from edgekd.teaching import gather_teachers, record_views, teacher_identity
+from edgekd.training.distill import Clock, Distiller, term_parameters
+from edgekd.training.learning import LearningStep, StepInput
 from edgekd.workspace import Workspace
 
 BARS = {"cached / alone": 0.9, "cached / online": 4.0, "cached / held": None}

@@ -29,10 +29,10 @@ from edgekd.artifact import source_commit, versions, write_json
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.backbones.depthwise import DepthwiseConv2d
 from edgekd.detectors.base import Detector, Targets
-from edgekd.heap import kept
 from edgekd.machine import cpu_model
 from edgekd.recipe import ModelConfig, TrainConfig
-from edgekd.training_setup import frozen_layers, make_optimizer
+from edgekd.training.heap import kept
+from edgekd.training.setup import frozen_layers, make_optimizer
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {"plain_depthwise": True, "keeps": False},

@@ -29,7 +29,7 @@ from edgekd.stages import (
     train_teacher,
 )
 from edgekd.teaching import ask_ahead
-from edgekd.training_setup import fills_one_thread
+from edgekd.training.setup import fills_one_thread
 from edgekd.workspace import Workspace
 
 

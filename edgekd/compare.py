@@ -32,8 +32,8 @@ from edgekd.selection import Selection
 from edgekd.side_by_side import Task, run_side_by_side, tasks_at_once
 from edgekd.stages import distill_student, ready_teachers, train_student, train_teacher
 from edgekd.teaching import check_setup
+from edgekd.training.validate import detect_dataset
 from edgekd.types import Detections
-from edgekd.validate import detect_dataset
 from edgekd.workspace import Workspace, has_objects, open_workspace
 
 _EVALUATION = "evaluation"

@@ -23,10 +23,10 @@ from edgekd.console import Terminal
 from edgekd.errors import EdgeKDError
 from edgekd.recipe import CheckpointTeacher, OnnxTeacher, Recipe, TeacherConfig
 from edgekd.recipe_file import RECIPE_FILE, write_recipe
+from edgekd.report.summary import summary_text
 from edgekd.runtimes.model_files import sha256_model
 from edgekd.side_by_side import run_side_by_side, tasks_at_once
 from edgekd.stages import distill_student, ready_teachers, train_student
-from edgekd.summary import summary_text
 from edgekd.teaching import check_setup, ensemble_weights, teacher_identity
 from edgekd.workspace import Workspace, is_synthetic, open_workspace
 

@@ -14,8 +14,8 @@ from edgekd.errors import ArtifactError, UserError
 from edgekd.export.images import PreparedImages
 from edgekd.export.qat import fine_tune
 from edgekd.recipe_file import write_recipe
-from edgekd.train import RunResult
-from edgekd.training_state import clear_leftovers, refuse_foreign
+from edgekd.training.state import clear_leftovers, refuse_foreign
+from edgekd.training.train import RunResult
 from edgekd.workspace import Workspace, resolved_device
 
 KIND = "qat"

@@ -16,13 +16,13 @@ from edgekd import ranks
 from edgekd.artifact import is_current, sha256_file
 from edgekd.detectors.base import Detector
 from edgekd.detectors.prior_fit import prior_advice
-from edgekd.distill import Distiller
 from edgekd.recipe import CheckpointTeacher, DistillConfig, ModelConfig, TeacherConfig, TrainConfig, TrainedTeacher
 from edgekd.recipe_file import write_recipe
 from edgekd.selection import Selection
 from edgekd.teaching import answering_identity, gather_teachers, hear_teachers, record_views
-from edgekd.train import RunResult, TrainJob, train_detector
-from edgekd.training_state import holds_another
+from edgekd.training.distill import Distiller
+from edgekd.training.state import holds_another
+from edgekd.training.train import RunResult, TrainJob, train_detector
 from edgekd.workspace import Workspace
 
 

@@ -17,7 +17,6 @@ from edgekd.checkpoint import detector_file
 from edgekd.data.view_plan import ViewPlan
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.prior_fit import fitted_spec
-from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.errors import ArtifactError, DistillationSetupError
 from edgekd.labels import some_of
 from edgekd.recipe import (
@@ -41,7 +40,8 @@ from edgekd.teachers.ensemble import Ensemble, learn_weights
 from edgekd.teachers.module import module_content
 from edgekd.teachers.native import NativeTeacher
 from edgekd.teachers.predicted import PredictorTeacher
-from edgekd.training_setup import frozen_layers, initial_detector
+from edgekd.training.distill import Answers, Distiller, TeacherSet, fuse_answers
+from edgekd.training.setup import frozen_layers, initial_detector
 from edgekd.types import Detections, ImageArray, ImageRecord, SoftDetections
 from edgekd.workspace import Workspace, resolved_device
 

@@ -21,7 +21,7 @@ from edgekd.data.images import evenly_spread, grey_spans, lost_greys
 from edgekd.errors import ArtifactError, DataError, UserError
 from edgekd.labels import some_of
 from edgekd.recipe import Recipe
-from edgekd.training_setup import uses_gpu
+from edgekd.training.setup import uses_gpu
 from edgekd.types import LABELLED_BY_TEACHERS, Dataset
 
 LOCK_FILE = ".edgekd.lock"

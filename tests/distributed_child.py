@@ -12,10 +12,10 @@ import os
 import numpy as np
 import torch
 
-from edgekd import train
 from edgekd.cli import main
 from edgekd.data.loader import Batch
 from edgekd.errors import DataError
+from edgekd.training import train
 
 _from_numpy = torch.from_numpy
 _step = train._Trainer._step

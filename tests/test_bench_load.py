@@ -23,7 +23,7 @@ from edgekd.bench.systems import System
 from edgekd.bench.throughput import measure_throughput, stream_of, throughput_facts
 from edgekd.predictor import load_predictor
 from edgekd.recipe import BenchConfig, OnnxTeacher
-from edgekd.summary import publish_text, summary_text
+from edgekd.report.summary import publish_text, summary_text
 from edgekd.types import Detections
 from tests.bench_doubles import GOOD_BOXES, GOOD_SCORES, POOR_SCORES, make_dataset, write_detector
 from tests.onnx_zoo import EXPORTS, write

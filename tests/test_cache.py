@@ -24,9 +24,7 @@ from edgekd.data.loader import TrainLoader
 from edgekd.data.view_plan import ViewPlan, view_digest
 from edgekd.data.view_store import ViewStore, hold, shard_is_intact, shard_name, write_shard
 from edgekd.detectors.base import Detector
-from edgekd.distill import Clock, Distiller, TeacherSet
 from edgekd.errors import ArtifactError, DistillationSetupError, TeacherError, UserError
-from edgekd.learning import LearningStep, StepInput
 from edgekd.recipe import AugmentConfig, CacheConfig, DistillConfig, EnsembleConfig, Recipe, TermConfig
 from edgekd.teachers import cache
 from edgekd.teachers.base import TeacherOutput
@@ -34,7 +32,9 @@ from edgekd.teachers.cache import Estimate, Recording, Wanted, make_room
 from edgekd.teachers.claims import fill_together
 from edgekd.teachers.ensemble import fuse
 from edgekd.teaching import record_views
-from edgekd.train import TrainJob, train_detector
+from edgekd.training.distill import Clock, Distiller, TeacherSet
+from edgekd.training.learning import LearningStep, StepInput
+from edgekd.training.train import TrainJob, train_detector
 from edgekd.types import SoftDetections
 from edgekd.workspace import Workspace
 from tests.cache_doubles import SHARD, Counting, fill, recording

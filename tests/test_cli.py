@@ -19,7 +19,7 @@ from edgekd import __version__
 from edgekd.cli import app
 from edgekd.errors import ExportError, UserError
 from edgekd.recipe_file import dump_recipe, load_recipe, write_recipe
-from edgekd.train import RunResult
+from edgekd.training.train import RunResult
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from edgekd.data.scenes import make_scenes
-from edgekd.runlog import read_log
+from edgekd.training.runlog import read_log
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
 

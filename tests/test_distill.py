@@ -14,16 +14,16 @@ import torch
 from edgekd.checkpoint import load_detector
 from edgekd.console import Terminal
 from edgekd.detectors.base import Detector
-from edgekd.distill import Distiller, TeacherSet, fuse_answers
 from edgekd.errors import DistillationSetupError, TeacherError
-from edgekd.learning import Adversary, Pull, PullGuard
 from edgekd.recipe import DistillConfig, Recipe, TermConfig
-from edgekd.runlog import read_log
 from edgekd.teachers.answers import collect_answers
 from edgekd.teachers.base import TeacherOutput
 from edgekd.teaching import hear_teachers
-from edgekd.train import TrainJob, is_measured, train_detector
-from edgekd.training_setup import frozen_layers
+from edgekd.training.distill import Distiller, TeacherSet, fuse_answers
+from edgekd.training.learning import Adversary, Pull, PullGuard
+from edgekd.training.runlog import read_log
+from edgekd.training.setup import frozen_layers
+from edgekd.training.train import TrainJob, is_measured, train_detector
 from edgekd.types import Dataset, SoftDetections
 from edgekd.workspace import Workspace
 from tests.test_train import make_job, step_losses
@@ -109,7 +109,7 @@ def test_a_gradient_ratio_holds_from_the_first_batch_of_an_accumulated_step(
         return weights[-1]
 
     monkeypatch.setattr(Distiller, "weight_of", noted)
-    monkeypatch.setattr("edgekd.train.is_measured", lambda step: step == 0)
+    monkeypatch.setattr("edgekd.training.train.is_measured", lambda step: step == 0)
     config = DistillConfig(terms=(TermConfig(loss="amd", gradient_ratio=0.25),))
     train_detector(distilling(make_job(tmp_path, epochs=1, accumulate=2), config))
     assert len(weights) > 2
@@ -192,7 +192,7 @@ def test_a_term_on_frozen_maps_is_refused_or_told() -> None:
 
 
 def test_an_unmoving_term_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekd.train.MEASURE_EVERY", 1)
+    monkeypatch.setattr("edgekd.training.train.MEASURE_EVERY", 1)
     config = DistillConfig(terms=(TermConfig(loss="feature", weight=1e-9),))
     job = distilling(make_job(tmp_path, epochs=2), config)
     train_detector(job)
@@ -285,7 +285,7 @@ def test_a_distillation_resumes_step_for_step(tmp_path: Path, loss: str, monkeyp
 
 
 def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgekd import train
+    from edgekd.training import train
 
     original: Callable[..., dict[str, float]] = train._Trainer._step
 

@@ -18,7 +18,7 @@ from edgekd import ranks
 from edgekd.cli import app
 from edgekd.data.scenes import SCENE_CLASSES, make_scenes
 from edgekd.errors import UserError
-from edgekd.runlog import read_log
+from edgekd.training.runlog import read_log
 from edgekd.workspace import locked
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ def test_large_tensors_take_the_same_pages_again_while_freed_memory_is_kept() ->
     run_alone("""
 import resource
 import psutil, torch
-from edgekd.heap import kept
+from edgekd.training.heap import kept
 
 size = 64 * 2**20
 pages = size // resource.getpagesize()
@@ -49,7 +49,7 @@ assert process.memory_info().rss < inside - size // 2, "what was kept goes back 
 def test_freed_memory_goes_back_although_something_behind_it_lives_on() -> None:
     run_alone("""
 import psutil
-from edgekd.heap import give_back
+from edgekd.training.heap import give_back
 
 process, size = psutil.Process(), 100_000  # below what glibc would map apart
 rows = [bytearray(size) for _ in range(2000)]

@@ -152,7 +152,7 @@ def test_flags_of_the_processor(tmp_path: Path, text: str, flags: set[str], emul
 
 
 def test_on_a_gpu_nothing_is_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgekd.training_setup.uses_gpu", lambda device: True)
+    monkeypatch.setattr("edgekd.training.setup.uses_gpu", lambda device: True)
     out = tmp_path / "mine.yaml"
     assert init(voc(tmp_path / "set"), "--out", out).exit_code == 0
     assert written(out)["train"] == {"epochs": 120, "batch_size": 2}

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from edgekd.detectors.base import DetectorOutput, TapKind
 from edgekd.detectors.box_losses import pairwise_iou
-from edgekd.distill import NO_ANSWERS
 from edgekd.errors import DistillationSetupError
 from edgekd.losses import TERMS, Pair, TeacherView, Term, build_term
 from edgekd.losses.adversarial import AdversarialTerm
@@ -31,6 +30,7 @@ from edgekd.losses.prototypes import Prototypes, density, joint_matching_pursuit
 from edgekd.losses.response import dense_response_losses
 from edgekd.recipe import TermConfig
 from edgekd.teachers.native import NativeTeacher
+from edgekd.training.distill import NO_ANSWERS
 from tests.toy import BlackBox, ToyTeacher, toy_batch, toy_detector
 
 PAIRS = {

@@ -14,7 +14,7 @@ from edgekd.detectors.narrowing import evenly_spaced, narrowed
 from edgekd.detectors.weights import load_backbone_weights
 from edgekd.errors import RecipeError, WeightsError
 from edgekd.recipe import ModelConfig
-from edgekd.training_setup import frozen_layers, initial_detector
+from edgekd.training.setup import frozen_layers, initial_detector
 
 LITE = "mobilenetv2-ssd-lite"
 MODELS = (LITE, "mobilenetv1-ssd-lite", "efficientnet-lite0-ssd-lite", "yolov3", "yolo-nano")

@@ -27,8 +27,8 @@ from edgekd.errors import (
 from edgekd.pipeline import ChainResult, run_recipe
 from edgekd.recipe import EnsembleConfig, OnnxTeacher, Recipe
 from edgekd.recipe_file import load_recipe
+from edgekd.report.summary import summary_text
 from edgekd.stages import train_student
-from edgekd.summary import summary_text
 from edgekd.teaching import check_setup, ensemble_weights, teacher_identity
 from edgekd.workspace import Workspace, content_hash, is_synthetic, open_workspace
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from edgekd.artifact import read_manifest
 from edgekd.detectors import shared_norm
 from edgekd.errors import NonFiniteLossError
-from edgekd.learning import LearningStep, StepInput
-from edgekd.runlog import read_log
-from edgekd.train import _Trainer, train_detector
+from edgekd.training.learning import LearningStep, StepInput
+from edgekd.training.runlog import read_log
+from edgekd.training.train import _Trainer, train_detector
 from tests.test_distill import _stop_after
 from tests.test_train import make_job, step_losses
 
@@ -35,7 +35,7 @@ class _Infinite(torch.autograd.Function):
 @pytest.fixture
 def bf16_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has trainings go in bf16 also where the processor has to emulate it."""
-    monkeypatch.setattr("edgekd.training_setup.emulates_bf16", lambda: False)
+    monkeypatch.setattr("edgekd.training.setup.emulates_bf16", lambda: False)
 
 
 def break_from_step_2(monkeypatch: pytest.MonkeyPatch, *, only_bf16: bool = True) -> None:
@@ -63,7 +63,7 @@ def break_from_step_2(monkeypatch: pytest.MonkeyPatch, *, only_bf16: bool = True
 def test_bf16_goes_in_fp32_on_a_processor_that_would_emulate_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated: bool
 ) -> None:
-    monkeypatch.setattr("edgekd.training_setup.emulates_bf16", lambda: emulated)
+    monkeypatch.setattr("edgekd.training.setup.emulates_bf16", lambda: emulated)
     job = make_job(tmp_path, "run", epochs=1, precision="bf16", eval_every=9)
     train_detector(job)
     manifest = read_manifest(job.out)

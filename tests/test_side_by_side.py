@@ -146,7 +146,7 @@ def test_a_small_students_chain_fills_the_cores(home: Path, tmp_path: Path) -> N
 def test_a_large_students_distillation_has_the_cores_for_itself(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgekd.training_setup.SMALL_BATCH_MACS", 0)
+    monkeypatch.setattr("edgekd.training.setup.SMALL_BATCH_MACS", 0)
     needs = tasks_of(home, tmp_path)
     assert needs["the distilled student"] == ("one", "the student alone")
     assert needs["one.fp32.onnx"] == ("one", "the distilled student")

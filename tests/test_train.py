@@ -24,14 +24,14 @@ from edgekd.checkpoint import STATE_SCHEMA, checkpoint_facts, load_detector
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, Targets
 from edgekd.errors import ArtifactError, NonFiniteLossError, RecipeError, UserError
-from edgekd.learning import LearningStep, StepInput
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
-from edgekd.runlog import RunLog, read_log
 from edgekd.selection import Selection
-from edgekd.train import TrainJob, _Trainer, lr_factor, train_detector
-from edgekd.training_setup import StopSignals, fitting_threads, make_fabric, make_optimizer, moving_average
-from edgekd.training_state import RunState
-from edgekd.validate import detect_dataset
+from edgekd.training.learning import LearningStep, StepInput
+from edgekd.training.runlog import RunLog, read_log
+from edgekd.training.setup import StopSignals, fitting_threads, make_fabric, make_optimizer, moving_average
+from edgekd.training.state import RunState
+from edgekd.training.train import TrainJob, _Trainer, lr_factor, train_detector
+from edgekd.training.validate import detect_dataset
 from tests.toy import toy_dataset, toy_detector
 
 MODEL = ModelConfig(model="mobilenetv2-ssd-lite", input_size=96, width=0.25)
@@ -91,7 +91,7 @@ def test_a_run_is_measured_with_its_recipe_s_thresholds(tmp_path: Path, monkeypa
         asked.append(options["selection"])  # type: ignore[arg-type]
         return detect_dataset(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("edgekd.train.detect_dataset", detect)
+    monkeypatch.setattr("edgekd.training.train.detect_dataset", detect)
     wanted = Selection(0.001, 0.4, 7, 0.6)
     train_detector(replace(make_job(tmp_path, epochs=1), selection=wanted))
     assert asked == [replace(wanted, score_threshold=0.01)]
@@ -214,7 +214,7 @@ _CHILD = """
 import sys
 from pathlib import Path
 from tests.test_train import make_job
-from edgekd.train import train_detector
+from edgekd.training.train import train_detector
 train_detector(make_job(Path(sys.argv[1]), "killed", epochs=4, checkpoint_every=2))
 """
 
@@ -290,7 +290,7 @@ def test_a_signal_during_the_last_measurement_stops_what_would_follow(
         os.kill(os.getpid(), signal.SIGTERM)
         return detect_dataset(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("edgekd.train.detect_dataset", told)
+    monkeypatch.setattr("edgekd.training.train.detect_dataset", told)
     with pytest.raises(KeyboardInterrupt):
         train_detector(job)
     assert train_detector(job).skipped, "the run itself is finished"

@@ -13,11 +13,11 @@ from torch import Tensor
 from edgekd.artifact import atomic_path
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector, SoftTargets, Targets
-from edgekd.distill import NO_ANSWERS
 from edgekd.losses import DistillBatch, TeacherView
 from edgekd.preprocess import normalisation, resize
 from edgekd.recipe import ModelConfig
 from edgekd.teachers.base import TeacherOutput
+from edgekd.training.distill import NO_ANSWERS
 from edgekd.types import Dataset, Detections, ImageArray, ImageRecord, SoftDetections
 
 CLASSES = ("square", "disc")

@@ -26,7 +26,7 @@ from edgekd.predictor import Predictor
 from edgekd.runtimes.outputs import OutputFormat
 from edgekd.runtimes.tensorrt_runtime import GpuTimes
 from edgekd.runtimes.torch_runtime import TorchRuntime
-from edgekd.training_setup import uses_gpu
+from edgekd.training.setup import uses_gpu
 from edgekd.types import FloatArray
 
 VARIANTS = {"eager fp32": (False, False), "eager fp16": (True, False)}

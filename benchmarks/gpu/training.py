@@ -22,15 +22,18 @@ from edgekd.data.images import load_image
 from edgekd.data.loader import Batch
 from edgekd.detectors import build_detector, spec_for
 from edgekd.detectors.base import Detector
-from edgekd.distill import Answers, Distiller, TeacherSet, fuse_answers
 from edgekd.recipe import CheckpointTeacher, ModelConfig, Recipe, TeacherConfig, TrainConfig, TrainedTeacher
 from edgekd.recipe_file import load_recipe
 from edgekd.teachers import build_teacher
 from edgekd.teachers.ensemble import Ensemble
 from edgekd.teachers.predicted import PredictorTeacher
 from edgekd.teaching import record_views, teacher_identity
-from edgekd.train import TrainJob, _Trainer  # the very step of `edgekd train`, which no other function runs alone
-from edgekd.training_setup import uses_gpu
+from edgekd.training.distill import Answers, Distiller, TeacherSet, fuse_answers
+from edgekd.training.setup import uses_gpu
+from edgekd.training.train import (  # the very step of `edgekd train`, which no other function runs alone
+    TrainJob,
+    _Trainer,
+)
 from edgekd.types import ImageRecord, SoftDetections
 from edgekd.workspace import Workspace
 

@@ -167,7 +167,7 @@ def bench(
     from edgekd.bench.runner import bench_artifacts
     from edgekd.console import Terminal
     from edgekd.data import read_dataset
-    from edgekd.summary import publish_text, summary_text
+    from edgekd.report.summary import publish_text, summary_text
     from edgekd.workspace import is_synthetic
 
     entries = [declared(parse_artifact_argument(text), classes, output, input_size, declare) for text in artifacts]

@@ -270,7 +270,7 @@ def judged(gate: Gate, result: dict[str, Any], dataset: Dataset, out: Path, summ
     from edgekd.artifact import write_json, write_text
     from edgekd.bench.gate import judge
     from edgekd.bench.saved import read_saved
-    from edgekd.summary import gate_markdown, summary_text
+    from edgekd.report.summary import gate_markdown, summary_text
 
     saved = read_saved(out.parent / result["files"]["detections"])
     result["gate"] = judge(gate, result, saved, dataset, seed=seed)

@@ -51,7 +51,7 @@ def init(
     from edgekd.artifact import require_file
     from edgekd.console import Terminal
     from edgekd.first_recipe import Asked, propose, write_recipe
-    from edgekd.training_setup import uses_gpu
+    from edgekd.training.setup import uses_gpu
 
     require_file(out)
     if out.exists() and not force:

@@ -18,7 +18,7 @@ from edgekd.cli.session import (
 )
 
 if TYPE_CHECKING:
-    from edgekd.train import RunResult
+    from edgekd.training.train import RunResult
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.", metavar="RECIPE")]
 JobsOption = Annotated[

@@ -13,7 +13,7 @@ from edgekd.report import svg
 from edgekd.report.marks import shortened
 from edgekd.report.shape import AMOUNT, NUMBER, SHARE, Each, fit, text
 from edgekd.report.words import MINUS
-from edgekd.runlog import read_log
+from edgekd.training.runlog import read_log
 
 Curve = list[tuple[float, float]]
 

@@ -14,7 +14,7 @@ from edgekd import ranks
 from edgekd.artifact import MANIFEST_NAME, atomic_path, leftovers_of, read_manifest, sha256_json
 from edgekd.checkpoint import BEST_FILE, DETECTOR_SCHEMA, LAST_FILE, MODEL_FILE, STATE_SCHEMA, read_payload
 from edgekd.errors import ArtifactError
-from edgekd.learning import LearningStep, PullGuard
+from edgekd.training.learning import LearningStep, PullGuard
 
 
 @dataclass

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from edgekd.data.loader import Batch
 from edgekd.detectors.base import Detector
-from edgekd.distill import Clock, Distiller
 from edgekd.errors import NonFiniteLossError
 from edgekd.preprocess import normalisation
 from edgekd.ranks import gather, mean_over_ranks
+from edgekd.training.distill import Clock, Distiller
 
 
 class StepInput:

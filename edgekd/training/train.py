@@ -29,14 +29,14 @@ from edgekd.detectors import spec_for
 from edgekd.detectors.base import Detector
 from edgekd.detectors.prior_fit import fitted_spec
 from edgekd.detectors.shared_norm import share_batch_norm
-from edgekd.distill import Clock, Distiller, term_parameters
 from edgekd.errors import UserError
-from edgekd.heap import give_back, kept
-from edgekd.learning import Adversary, LearningStep, StepInput, check_finite
 from edgekd.recipe import AugmentConfig, DataConfig, ModelConfig, TrainConfig
-from edgekd.runlog import METRICS_FILE, RunLog
 from edgekd.selection import DEFAULT_SELECTION, Selection
-from edgekd.training_setup import (
+from edgekd.training.distill import Clock, Distiller, term_parameters
+from edgekd.training.heap import give_back, kept
+from edgekd.training.learning import Adversary, LearningStep, StepInput, check_finite
+from edgekd.training.runlog import METRICS_FILE, RunLog
+from edgekd.training.setup import (
     StopSignals,
     fitting_threads,
     frozen_layers,
@@ -47,9 +47,9 @@ from edgekd.training_setup import (
     moving_average,
     without_bf16,
 )
-from edgekd.training_state import RunState, clear_leftovers, refuse_foreign, require_best
+from edgekd.training.state import RunState, clear_leftovers, refuse_foreign, require_best
+from edgekd.training.validate import detect_dataset
 from edgekd.types import Dataset
-from edgekd.validate import detect_dataset
 
 _LOWEST_SCORE = 0.01
 """Of detections that count while a run goes on: selection is quicker than from 0.001, and AP50 hardly lower."""
