@@ -14,6 +14,7 @@ from edgekd.errors import ArtifactError, UserError
 from edgekd.export.images import PreparedImages
 from edgekd.export.qat import fine_tune
 from edgekd.recipe_file import write_recipe
+from edgekd.training.setup import uses_gpu
 from edgekd.training.state import clear_leftovers, refuse_foreign
 from edgekd.training.train import RunResult
 from edgekd.workspace import Workspace, resolved_device
@@ -26,9 +27,10 @@ def quantize_run(work: Workspace, source: Path, out: Path) -> RunResult:
     """Fine-tune the detector of `source` as the recipe's `export.qat` says, for int8 as `export.target` lays it out.
 
     Raises:
-        UserError: the recipe's data has other classes than the detector.
+        UserError: the recipe's data has other classes than the detector, or there is no GPU where one is asked for.
         ArtifactError: no detector at `source`, or `out` holds a run made from other inputs.
     """
+    uses_gpu(work.device)  # refuses one that is not there
     recipe, detector = work.recipe, load_detector(source)
     if tuple(work.train.class_names) != detector.spec.class_names:
         raise UserError(

@@ -264,6 +264,10 @@ def test_quantize_from_the_command_line(tmp_path: Path) -> None:
 
     student, tuned = tmp_path / "student", tmp_path / "tuned"
     run("train", str(recipe), "--out", str(student))
+    if not torch.cuda.is_available():
+        told = runner.invoke(app, ["quantize", str(student), "--out", str(tmp_path / "gpu"), "--device", "cuda"])
+        assert told.exit_code == 2
+        assert "torch sees no GPU" in told.stderr
     assert not run("quantize", str(student), "--out", str(tuned))["skipped"]
     facts = checkpoint_facts(tuned)[FACTS_KEY]
     assert facts["target"] == "x86"

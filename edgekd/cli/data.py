@@ -21,6 +21,10 @@ _IN_A_RECIPE = (
 app = typer.Typer(no_args_is_help=True, help="Make, check, convert and fetch data sets.")
 
 FormatOption = Annotated[str, typer.Option("--format", help="auto, voc, coco or yolo.", metavar="NAME")]
+TeacherOption = Annotated[
+    list[Path] | None,
+    typer.Option("--teacher", "-t", help="A detector as ONNX, or a run of edgekd; repeatable.", metavar="FILE|RUN"),
+]
 SplitsOption = Annotated[list[str] | None, typer.Option("--split", help="Only this split; repeatable.", metavar="NAME")]
 
 
@@ -191,10 +195,7 @@ def label(
             help="A folder of images; or a recipe with data.root, data.classes and teachers.", metavar="DIR|RECIPE"
         ),
     ],
-    teacher: Annotated[
-        list[Path] | None,
-        typer.Option("--teacher", "-t", help="A detector as ONNX, or a run of edgekd; repeatable.", metavar="FILE|RUN"),
-    ] = None,
+    teacher: TeacherOption = None,
     classes: Annotated[str | None, typer.Option("--classes", help="What to find, with commas.", metavar="A,B")] = None,
     score: Annotated[float, typer.Option("--score", min=0, max=1, help="Lowest score that becomes a label.")] = 0.5,
     sets: SetOption = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgekd.cli.artifacts import ClassesOption, DeclareOption, OutputOption, foreign_options, refuse_declared
-from edgekd.cli.data import FormatOption
+from edgekd.cli.data import FormatOption, TeacherOption
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, session_of
 from edgekd.errors import UserError
 
@@ -17,10 +17,7 @@ from edgekd.errors import UserError
 def init(
     context: typer.Context,
     data: Annotated[Path, typer.Argument(help="The data set's folder: VOC, COCO or YOLO layout.", metavar="DATA")],
-    teacher: Annotated[
-        list[Path] | None,
-        typer.Option("--teacher", "-t", help="A detector as ONNX, or a run of edgekd; repeatable.", metavar="FILE|RUN"),
-    ] = None,
+    teacher: TeacherOption = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The recipe to write.", metavar="FILE")] = Path(
         "recipe.yaml"
     ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from edgekd.cli.artifacts import FormatOption, Target, ThreadsOption
-from edgekd.cli.bundle import SshConfigOption, TargetOption, TargetPythonOption, precisions_of
+from edgekd.cli.bundle import ON_DEVICE, SshConfigOption, TargetOption, TargetPythonOption, precisions_of
 from edgekd.cli.session import DeviceOption, JsonOption, QuietOption, SetOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def plan(
             "--host-ms",
             min=0,
             help="With --target, where inference alone is timed: to be left for preparing images and NMS.",
-            rich_help_panel="On a device, by ssh",
+            rich_help_panel=ON_DEVICE,
         ),
     ] = 0.0,
     sets: SetOption = None,

@@ -6,7 +6,8 @@ Distillation for Object Detection", arXiv 2301.13538 (AMD): the mask follows the
 gate makes the student's channels adaptive.
 Reading (ours): the mask drops the quarter of cells of highest attention mean_c |T|, a share, so that one setting carries over
 between models (the temperature of the paper's softmax over positions changes no order, so there is none here); the gate is
-squeeze-and-excitation, reduction 4. Deviation of both: see `LevelTerm`.
+squeeze-and-excitation, reduction 4. Deviation of both: see `LevelTerm`; where that standardises T, attention is that of the
+standardised map.
 """
 
 from __future__ import annotations
