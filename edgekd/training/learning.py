@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def check_finite(losses: Mapping[str, float], step: int, image_ids: tuple[str, .
     Raises:
         NonFiniteLossError: names the parts, the step, and the batch's images.
     """
-    bad = [name for name, value in losses.items() if value != value or value in (float("inf"), float("-inf"))]
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if not bad:
         return
     image_ids = tuple(name for ids in gather(image_ids) for name in ids)

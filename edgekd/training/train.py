@@ -133,14 +133,6 @@ def train_detector(job: TrainJob, listener: Listener | None = None) -> RunResult
         return trainer.run(log)
 
 
-def _start_of(model: ModelConfig, pretrained: bool) -> list[str]:
-    """What to tell of the weights that training begins with."""
-    if model.weights is None:
-        return []
-    cut = "" if pretrained else f", cut to its width of {model.width:g}"
-    return [f"the backbone begins with weights of {model.weights}{cut}"]
-
-
 class _Trainer:
     def __init__(self, job: TrainJob) -> None:
         self.job, self.cfg = job, job.train
@@ -154,13 +146,7 @@ class _Trainer:
         spec = fitted_spec(spec_for(job.model, job.dataset.class_names), job.dataset.records)
         detector, pretrained = initial_detector(job.model, spec)
         distiller = job.make_distiller(detector) if job.make_distiller is not None else None
-        self.notes = [
-            *_start_of(job.model, pretrained),
-            *self._precision_note(),
-            *self._mosaic_note(),
-            *self._selection_note(),
-            *(distiller.matched if distiller is not None else ()),
-        ]
+        self.notes = [*self._notes(pretrained), *(distiller.matched if distiller is not None else ())]
         self.learner = LearningStep(detector, distiller, job.detection_weight)
         self.loader = self._make_loader(distiller)
         self.total_steps = max(1, self.cfg.epochs * math.ceil(self.loader.steps_per_epoch / self.cfg.accumulate))
@@ -412,23 +398,24 @@ class _Trainer:
             world_size=ranks.world_size(),
         )
 
-    def _precision_note(self) -> list[str]:
-        if not without_bf16(self.cfg, self.fabric.device.type == "cuda"):
-            return []
-        return ["this processor has no bf16 and would emulate it, many times slower: the run goes in fp32"]
-
-    def _mosaic_note(self) -> list[str]:
-        if not self.job.augment.mosaic or self.cfg.epochs > (last := self.job.augment.close_mosaic_epochs):
-            return []
-        return [f"no mosaics: the last {last} epochs go without (augment.close_mosaic_epochs), and there are no more"]
-
-    def _selection_note(self) -> list[str]:
-        if self.cfg.select != "best" or self.job.val is None:
-            return []
-        return [
-            f"the best of several evaluations on {self.job.val.split} ships (train.select: best): its figures on that split "
-            "are optimistic, another split tells"
-        ]
+    def _notes(self, pretrained: bool) -> list[str]:
+        """What a recipe's author may not expect of the training that begins."""
+        job, notes = self.job, list[str]()
+        if job.model.weights is not None:
+            cut = "" if pretrained else f", cut to its width of {job.model.width:g}"
+            notes.append(f"the backbone begins with weights of {job.model.weights}{cut}")
+        if without_bf16(self.cfg, self.fabric.device.type == "cuda"):
+            notes.append("this processor has no bf16 and would emulate it, many times slower: the run goes in fp32")
+        if job.augment.mosaic and self.cfg.epochs <= (last := job.augment.close_mosaic_epochs):
+            notes.append(
+                f"no mosaics: the last {last} epochs go without (augment.close_mosaic_epochs), and there are no more"
+            )
+        if self.cfg.select == "best" and job.val is not None:
+            notes.append(
+                f"the best of several evaluations on {job.val.split} ships (train.select: best): its figures on that split "
+                "are optimistic, another split tells"
+            )
+        return notes
 
     def _precision(self) -> str:
         return str(self.fabric.strategy.precision.precision)
