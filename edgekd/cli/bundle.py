@@ -16,9 +16,9 @@ from edgekd.cli.artifacts import (
     OutputOption,
     Target,
     export_data,
-    foreign_options,
     refuse_declared,
 )
+from edgekd.cli.bench_entries import declared
 from edgekd.cli.session import JsonOption, QuietOption, refuse_idle, session_of
 
 if TYPE_CHECKING:
@@ -104,20 +104,15 @@ def bundle(
             "--precision int8": {"target"} if "int8" not in (wanted or ()) else (),
         },
     )
-    from dataclasses import replace
-
     from edgekd.bench.entries import parse_artifact_argument
     from edgekd.console import Terminal
     from edgekd.device.bundle import make_bundle
     from edgekd.recipe import ExportConfig
 
-    entries = [parse_artifact_argument(text) for text in sources]
+    entries = [declared(parse_artifact_argument(text), classes, output, input_size, declare) for text in sources]
     refuse_declared(context, [entry.path for entry in entries])
     made = make_bundle(
-        [
-            replace(entry, options=foreign_options(entry.path, classes, output, input_size, declare))
-            for entry in entries
-        ],
+        entries,
         out,
         precisions=wanted,
         config=ExportConfig(target=target),
