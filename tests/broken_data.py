@@ -293,6 +293,12 @@ COCO_CASES = {
     "outside": Case("coco", second(bbox=[-10, 2, 4, 4]), "outside-box", "annotations[1]"),
     "iscrowd of words": Case("coco", second(iscrowd="yes"), "bad-annotation", "annotations[1]"),
     "iscrowd a list": Case("coco", second(iscrowd=[]), "bad-annotation", "annotations[1]"),
+    "resized without its boxes": Case(
+        "coco",
+        both(boxes([2, 3, 26, 15]), *(image_entry(position, width=30, height=20) for position in (0, 1))),
+        "boxes-of-other-sizes",
+        "2 of 2 images are of another size than their annotations say, such as a.png (30 x 20 stated, 60 x 40 here)",
+    ),
     "other size": Case("coco", image_entry(0, width=61), "size-mismatch", "images[0] (id 1)"),
     "no size": Case("coco", image_entry(0, width=None), "no-size", "images[0] (id 1)"),
     "infinite size": Case("coco", image_entry(0, width=INF), "no-size", "images[0] (id 1)"),

@@ -18,7 +18,7 @@ from edgekd.data.check import check_dataset, write_contact_sheet
 from edgekd.data.problems import RULES
 from edgekd.errors import DataError
 from edgekd.workspace import doubts_about
-from tests.broken_data import BROKEN, DOG, MAKERS, boxes, of_16_bits, voc, yolo
+from tests.broken_data import BROKEN, DOG, MAKERS, boxes, edit, of_16_bits, voc, yolo
 from tests.data_layouts import make_voc, make_yolo, picture, voc_xml
 
 
@@ -310,3 +310,40 @@ def test_training_is_warned_of_greys_that_eight_bits_lose(tmp_path: Path, high: 
     of_16_bits(0, high)(tmp_path / "JPEGImages" / "train.png")
     doubts = doubts_about(read_dataset(tmp_path, "train"), read_dataset(tmp_path, "val"))
     assert any("spans at most 16 of 256 greys" in doubt for doubt in doubts) == told
+
+
+def resized(root: Path, hw: tuple[int, int], stated: tuple[int, int], box: list[float]) -> Path:
+    """A COCO set of six boxes whose images of a size are stated to be of another."""
+    edit(lambda data: [image.update(height=stated[0], width=stated[1]) for image in data["images"]])(root)
+    edit(lambda data: data.update(annotations=[{**data["annotations"][0], "bbox": box}] * 6))(root)
+    for path in (root / "train").iterdir():
+        Image.new("RGB", hw[::-1]).save(path)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("hw", "stated", "box", "stops"),
+    [
+        pytest.param((80, 120), (40, 60), [2, 3, 50, 30], True, id="enlarged since"),
+        pytest.param((20, 30), (40, 60), [2, 3, 50, 30], True, id="made smaller since"),
+        pytest.param((40, 60), (60, 40), [2, 3, 30, 50], True, id="turned since, as EXIF does"),
+        pytest.param((40, 60), (60, 40), [2, 3, 50, 30], False, id="height and width exchanged"),
+        pytest.param((80, 120), (40, 60), [2, 3, 90, 70], False, id="boxes of these images under a size that is wrong"),
+        pytest.param((40, 60), (1080, 1920), [2, 3, 50, 30], False, id="the same, of a size that is too large"),
+        pytest.param((40, 60), (41, 60), [2, 3, 50, 30], False, id="rounded while images were resized"),
+    ],
+)
+def test_images_that_were_resized_without_their_boxes_stop(
+    tmp_path: Path, hw: tuple[int, int], stated: tuple[int, int], box: list[float], stops: bool
+) -> None:
+    root = resized(MAKERS["coco"](tmp_path), hw, stated, box)
+    found = [problem for problem in check_dataset(root, splits=["train"]).problems if problem.kind != "duplicate-box"]
+    kinds = {problem.kind for problem in found}
+    assert ("boxes-of-other-sizes" in kinds) == stops
+    assert "size-mismatch" in kinds
+    assert not kinds & {"boxes-of-other-numbers", "boxes-beyond-images"}
+    if stops:
+        with pytest.raises(DataError, match="2 of 2 images are of another size"):
+            read_dataset(root, "train")
+    else:
+        assert len(read_dataset(root, "train").records[0].labels) == 6

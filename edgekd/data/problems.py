@@ -93,6 +93,9 @@ RULES: dict[str, Rule] = {
     "boxes-of-other-numbers": Rule(
         "error", True, "boxes reach beyond their images, and read in another usual way none does: reading stops"
     ),
+    "boxes-of-other-sizes": Rule(
+        "error", True, "boxes fit the sizes that most annotations state, which are not the images': reading stops"
+    ),
     "boxes-beyond-images": Rule("error", False, "most boxes of the split reach beyond their image: read as they stand"),
     "unnormalised-box": Rule("error", False, "YOLO coordinates that are no shares of the image: refused"),
     "empty-box": Rule("warning", False, "less than 0.1 px wide or high after clipping: refused"),

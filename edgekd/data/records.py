@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from edgekd.data.images import image_hw
 from edgekd.data.layout import Numbers, RawImage, RawObject
-from edgekd.data.problems import Problem
+from edgekd.data.problems import Problem, printable
 from edgekd.errors import DataError
 from edgekd.types import ImageRecord
 
@@ -32,6 +32,7 @@ SILENT_OVERHANG_PX = 1.0
 _DIGITS = 9
 _SHARES_NEED_PX = 8
 _FRAME_NEEDS_BOXES = 5
+_SIZE_ROUNDING_PX, _SIZE_ROUNDING = 2, 0.02
 _FAR_SHARE = 0.1
 """Of its own side, up to which a box beyond its image may be one that is drawn carelessly."""
 
@@ -70,9 +71,43 @@ def resolve(
             continue
         resolved.append(_resolve_one(_Judge(raw, hw, index, split, problems)))
     _report_shares(raws, resolved, split, problems)
-    if not _report_numbers(raws, resolved, split, problems):
+    told = _report_sizes(raws, resolved, split, problems) or _report_numbers(raws, resolved, split, problems)
+    if not told:
         _report_frame(raws, split, problems[before:], problems)
     return resolved
+
+
+def _report_sizes(raws: Sequence[RawImage], resolved: Sequence[Resolved], split: str, problems: list[Problem]) -> bool:
+    """Whether most images are of other sizes than their annotations say, and the boxes fit those: they would be wrong here.
+
+    Boxes that fit the images instead, and reach beyond a size within them, tell that only the sizes are written wrongly.
+    """
+    sizes = {item.record.image_id: item.record.image_hw for item in resolved}
+    stated = [raw for raw in raws if raw.image_id in sizes and raw.declared_hw and min(raw.declared_hw) > 0]
+    others = [raw for raw in stated if _is_other_size(raw.declared_hw or (0, 0), sizes[raw.image_id])]
+    found = [(raw, obj.box) for raw in others for obj in raw.objects if _is_finite(obj.box)]
+    if len(others) <= len(stated) / 2 or len(found) < _FRAME_NEEDS_BOXES:
+        return False
+    boxes = np.array([box for _, box in found], np.float64)
+    there = np.array([sizes[raw.image_id][::-1] for raw, _ in found], np.float64)
+    said = np.array([(raw.declared_hw or (0, 0))[::-1] for raw, _ in found], np.float64)
+    beyond, beyond_said = int(_is_beyond(boxes, there).sum()), int(_is_beyond(boxes, said).sum())
+    if beyond_said > beyond or (beyond_said == beyond and not (said <= there).all()):
+        return False
+    (h, w), (said_h, said_w) = sizes[others[0].image_id], others[0].declared_hw or (0, 0)
+    message = f"{len(others)} of {len(stated)} images are of another size than their annotations say, such as "
+    message += f"{printable(others[0].path.name)} ({said_w} x {said_h} stated, {w} x {h} here), and the boxes fit what is stated"
+    if (said_h, said_w) == (w, h):
+        message += ": where EXIF turns images, take its orientation out of them, or turn the boxes along"
+    else:
+        message += ": take the images that were annotated, or scale the boxes along"
+    problems.append(Problem("boxes-of-other-sizes", others[0].annotation, message, split=split))
+    return True
+
+
+def _is_other_size(declared: tuple[int, int], hw: tuple[int, int]) -> bool:
+    """Whether two sizes differ by more than rounding while images were resized."""
+    return any(abs(a - b) > max(_SIZE_ROUNDING_PX, _SIZE_ROUNDING * b) for a, b in zip(declared, hw, strict=True))
 
 
 def _report_numbers(
