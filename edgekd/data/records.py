@@ -96,7 +96,7 @@ def _report_sizes(raws: Sequence[RawImage], resolved: Sequence[Resolved], split:
         return False
     (h, w), (said_h, said_w) = sizes[others[0].image_id], others[0].declared_hw or (0, 0)
     message = f"{len(others)} of {len(stated)} images are of another size than their annotations say, such as "
-    message += f"{printable(others[0].path.name)} ({said_w} x {said_h} stated, {w} x {h} here), and the boxes fit what is stated"
+    message += f"{printable(others[0].path.name)} ({said_w} x {said_h} stated, {w} x {h} here), and the boxes fit those"
     if (said_h, said_w) == (w, h):
         message += ": where EXIF turns images, take its orientation out of them, or turn the boxes along"
     else:
