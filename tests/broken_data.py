@@ -283,6 +283,9 @@ COCO_CASES = {
     "unknown category": Case("coco", second(category_id=99), "unknown-class", "annotations[1] (id 2)"),
     "category of words": Case("coco", second(category_id="dog"), "bad-annotation", "annotations[1]"),
     "no bbox": Case("coco", second(bbox=None), "bad-annotation", "annotations[1]"),
+    "mask without a box": Case(
+        "coco", second(bbox=None, segmentation={"counts": "a", "size": [40, 60]}), "bad-annotation", "mask.toBbox"
+    ),
     "bbox of three": Case("coco", second(bbox=[1, 2, 3]), "bad-annotation", "annotations[1]"),
     "bbox of words": Case("coco", second(bbox=["1", 2, 3, 4]), "bad-annotation", "annotations[1]"),
     "bbox of a huge integer": Case("coco", second(bbox=[1, 2, 3, 10**400]), "bad-annotation", "annotations[1]"),
@@ -393,17 +396,26 @@ YOLO_CASES = {
     "split long": Case("yolo", data_yaml("train: " + "x" * 5000 + "\nnames: [dog]"), "bad-layout", "data.yaml"),
     "split with NUL": Case("yolo", data_yaml('train: "a\\0b"\nnames: [dog]'), "bad-layout", "data.yaml"),
     "names and nc": Case("yolo", data_yaml("train: images/train\nnc: 2\nnames: [dog]"), "bad-layout", "data.yaml"),
-    "names repeat": Case("yolo", data_yaml("train: images/train\nnames: [dog, dog]"), "bad-layout", "data.yaml"),
+    "names repeat": Case(
+        "yolo",
+        data_yaml("train: images/train\nnames: [dog, dog]"),
+        "bad-layout",
+        "give each class id a name of its own",
+    ),
     "name no text": Case("yolo", data_yaml('train: images/train\nnames: ["\\ud800"]'), "bad-layout", "no text"),
     "name blank": Case("yolo", data_yaml('train: images/train\nnames: [" "]'), "bad-layout", "no text"),
     "split no text": Case("yolo", data_yaml('train: "\\ud800"\nnames: [dog]'), "bad-layout", "data.yaml"),
     "names gap": Case("yolo", data_yaml("train: images/train\nnames: {0: dog, 2: cat}"), "bad-layout", "data.yaml"),
-    "names a word": Case("yolo", data_yaml("train: images/train\nnames: dog"), "bad-layout", "data.yaml"),
+    "names a word": Case("yolo", data_yaml("train: images/train\nnames: dog"), "bad-layout", "write `names: [dog]`"),
+    "yaml in an old encoding": Case(
+        "yolo", write("data.yaml", "train: images/train\nnames: [Käfer]".encode("cp1252")), "bad-layout", "as UTF-8"
+    ),
     "no names": Case("yolo", data_yaml("train: images/train"), "bad-layout", "does not name its classes"),
     "list": Case("yolo", list_file(b"\xef\xbb\xbfimages/train/a.png\r\n\r\nnope.png"), "missing-image", "t.txt:3"),
     "long in list": Case("yolo", list_file("images/train/a.png\n" + "x" * 5000), "missing-image", "t.txt:2"),
     "binary list": Case("yolo", list_file(ALL_BYTES), "missing-image", "t.txt"),
     "twice in list": Case("yolo", list_file("images/train/a.png\n./images/train/a.png"), "repeated-image", "t.txt:2"),
+    "turned by EXIF": Case("yolo", lambda root: turned(root / "images/train/a.png"), "turned-images", "turns 1 images"),
     "sidecar": Case("yolo", write("edgekd.json", "{"), "bad-layout", "edgekd.json"),
     "sidecar, infinite": Case("yolo", write("edgekd.json", INFINITE), "bad-layout", "edgekd.json"),
     "stale sidecar": Case("yolo", write("edgekd.json", json.dumps(STALE)), "stale-sidecar", "a.txt"),
@@ -431,6 +443,14 @@ def of_16_bits(low: int, high: int) -> Callable[[Path], object]:
         Image.fromarray(pixels).save(path)
 
     return spoil
+
+
+def turned(path: Path) -> None:
+    """Stored on its side, to be shown upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as whole:
+        whole.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
 
 
 def heic(form: str) -> Spoil:

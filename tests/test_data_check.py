@@ -18,7 +18,7 @@ from edgekd.data.check import check_dataset, write_contact_sheet
 from edgekd.data.problems import RULES
 from edgekd.errors import DataError
 from edgekd.workspace import doubts_about
-from tests.broken_data import BROKEN, DOG, MAKERS, boxes, edit, of_16_bits, voc, yolo
+from tests.broken_data import BROKEN, DOG, MAKERS, boxes, coco, edit, of_16_bits, turned, voc, yolo
 from tests.data_layouts import make_voc, make_yolo, picture, voc_xml
 
 
@@ -86,6 +86,11 @@ def test_a_file_that_cannot_be_read_is_not_told_as_one_without_classes(tmp_path:
     kinds = [problem.kind for problem in check_dataset(root).problems]
     assert "bad-annotation" in kinds
     assert "bad-layout" not in kinds
+
+
+def test_pictures_that_exif_turns_are_sound_where_their_size_is_stated(tmp_path: Path) -> None:
+    turned(coco(tmp_path) / "train" / "a.png")
+    assert check_dataset(tmp_path).problems == ()
 
 
 @pytest.mark.parametrize("form", MAKERS)

@@ -64,6 +64,8 @@ def check_dataset(
         problems = [problem for problem in problems if NO_CLASS not in problem.message]
     paths = {split: [record.path for record in found] for split, found in records.items()}
     digests = pixel_digests(paths, problems, progress)
+    if source.format != "yolo":  # others state the size of the picture that was annotated: `resolve` compares it
+        problems = [problem for problem in problems if problem.kind != "turned-images"]
     unions = _unions(records, digests)
     problems += _duplicates(records, digests, unions)
     problems += _empty(source.root, records, names)
@@ -122,13 +124,16 @@ def pixel_digests(
             splits_of.setdefault(path, split)
     digests: dict[Path, str] = {}
     spans: dict[str, list[int]] = {}
+    turned: dict[str, list[Path]] = {}
     with ThreadPoolExecutor(max_workers=min(8, usable_threads())) as pool:
         for done, (path, examined) in enumerate(zip(splits_of, pool.map(_digest, splits_of), strict=True), 1):
             if isinstance(examined, DataError):
                 message = str(examined).replace("\n", ";")
                 problems.append(Problem("broken-pixels", path, message, split=splits_of[path]))
             else:
-                digests[path], oddity, span = examined
+                digests[path], oddity, span, is_turned = examined
+                if is_turned:
+                    turned.setdefault(splits_of[path], []).append(path)
                 if span is not None:
                     spans.setdefault(splits_of[path], []).append(span)
                 if oddity is not None:
@@ -142,17 +147,21 @@ def pixel_digests(
             problems.append(
                 Problem("few-greys", first.parent, f"{lost} in the {len(of_split)} of split {split!r}", split=split)
             )
+    for split, paths in turned.items():
+        message = f"EXIF turns {len(paths)} images of split {split!r}, this one first"
+        problems.append(Problem("turned-images", paths[0], message, split=split))
     return digests
 
 
-def _digest(path: Path) -> tuple[str, Oddity | None, int | None] | DataError:
-    """Hash of an image's pixels, what is odd about its file, and the greys that it spans where it has 16 bits."""
+def _digest(path: Path) -> tuple[str, Oddity | None, int | None, bool] | DataError:
+    """Hash of an image's pixels, what is odd about its file, the greys that it spans where it has 16 bits, and whether EXIF
+    turns it."""
     try:
-        pixels, oddity, is_16bit = examine_image(path)
+        pixels, oddity, is_16bit, is_turned = examine_image(path)
     except DataError as error:
         return error
     digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
-    return digest, oddity, grey_span(pixels) if is_16bit else None
+    return digest, oddity, grey_span(pixels) if is_16bit else None, is_turned
 
 
 def _unions(records: Mapping[str, list[ImageRecord]], digests: Mapping[Path, str]) -> dict[str, frozenset[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import json
@@ -98,6 +99,8 @@ def looks_like_coco(path: Path) -> bool:
         data = path.read_bytes()
     except OSError:
         return False
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as PowerShell's > writes
+        data = data.replace(b"\0", b"")
     return b'"images"' in data and (b'"annotations"' in data or b'"categories"' in data)
 
 
@@ -119,7 +122,8 @@ def corners(entry: Mapping[str, Any]) -> tuple[float, float, float, float]:
         xs, ys = [x for part in parts for x in part[::2]], [y for part in parts for y in part[1::2]]
         return float(min(xs)), float(min(ys)), float(max(xs)), float(max(ys))
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise CocoError(f"bbox must be [x, y, width, height], got {repr(box)[:80]}")
+        mask = "; `pycocotools.mask.toBbox` gives the one around its RLE mask" if isinstance(polygons, dict) else ""
+        raise CocoError(f"bbox must be [x, y, width, height], got {repr(box)[:80]}{mask}")
     x, y, w, h = map(float, box)
     rotation = attributes(entry).get("rotation")
     return around((x, y, x + w, y + h), float(rotation) if _is_number(rotation) else 0)

@@ -62,11 +62,13 @@ class Examined(NamedTuple):
         pixels: (H, W, 3) uint8 RGB, upright, as `load_image` gives it.
         oddity: what the decoder finds odd, if anything.
         is_16bit: it is a greyscale image of 16 bits, of which `pixels` have the high byte.
+        is_turned: EXIF has it shown otherwise than its pixels are stored.
     """
 
     pixels: ImageArray
     oddity: Oddity | None = None
     is_16bit: bool = False
+    is_turned: bool = False
 
 
 def grey_span(pixels: ImageArray) -> int:
@@ -125,7 +127,7 @@ def _decode(data: bytes, path: Path) -> Examined:
         raise
     except Exception as error:  # decoders raise nearly anything on hostile bytes; to the user it is one thing
         raise _unreadable(path, error) from error
-    return Examined(np.ascontiguousarray(_upright(pixels, orientation)), oddity, is_16bit)
+    return Examined(np.ascontiguousarray(_upright(pixels, orientation)), oddity, is_16bit, orientation > 1)
 
 
 def image_hw(path: Path | str) -> tuple[int, int]:

@@ -50,6 +50,11 @@ RULES: dict[str, Rule] = {
     "broken-pixels": Rule("error", False, "the header is sound, the pixels are not: found by check, stops in training"),
     "damaged-pixels": Rule("error", False, "the JPEG is damaged, a part of the picture is wrong: read as it is"),
     "odd-pixels": Rule("warning", False, "the JPEG is unusual: have a look at it"),
+    "turned-images": Rule(
+        "warning",
+        False,
+        "boxes are taken for ones of the upright pictures: see by --sheet whether they were made on these",
+    ),
     "few-greys": Rule(
         "warning",
         False,

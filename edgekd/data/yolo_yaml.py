@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -67,7 +68,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         DataError: it is malformed (the message names the line) or no mapping.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell's > writes
+        text = content.decode("utf-16" if is_wide else "utf-8-sig")
         data = yaml.safe_load(text)
         if isinstance(data, dict) and data.get("names") is not None:  # as written: YAML makes false of no, 8 of 010
             data["names"] = yaml.load(text, Loader=yaml.BaseLoader)["names"]  # texts alone
@@ -75,6 +78,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"{printable(path)}:{mark.line + 1}" if mark else printable(path)
         raise DataError(f"{where}: malformed YAML", got=getattr(error, "problem", None) or error) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{printable(path)} cannot be read", got=error, fix="save it as UTF-8") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{printable(path)} cannot be read", got=error) from error
     if not isinstance(data, dict):
@@ -145,7 +150,9 @@ def names_of(path: Path, data: Mapping[str, Any]) -> tuple[str, ...] | None:
         names = [by_index[index] for index in range(len(names))]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(
-            f"{printable(path)}: names must be a list, or a mapping from number to name", got=repr(names)[:200]
+            f"{printable(path)}: names must be a list, or a mapping from number to name",
+            got=repr(names)[:200],
+            fix=f"write `names: [{names}]`" if isinstance(names, str) and "," not in names else None,
         )
     texts = tuple(names)
     if count is not None and str(count) != str(len(texts)):
@@ -162,7 +169,8 @@ def distinct_names(path: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{printable(path)}: class names repeat", got=", ".join(twice))
+        fix = "give each class id a name of its own; where two ids are one class, write one of them in the label files"
+        raise DataError(f"{printable(path)}: class names repeat", got=", ".join(twice), fix=fix)
     if not names:
         raise DataError(f"{printable(path)}: no class names")
     return names
