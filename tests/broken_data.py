@@ -415,6 +415,16 @@ YOLO_CASES = {
     "long in list": Case("yolo", list_file("images/train/a.png\n" + "x" * 5000), "missing-image", "t.txt:2"),
     "binary list": Case("yolo", list_file(ALL_BYTES), "missing-image", "t.txt"),
     "twice in list": Case("yolo", list_file("images/train/a.png\n./images/train/a.png"), "repeated-image", "t.txt:2"),
+    "keypoints that no yaml tells of": Case(
+        "yolo",
+        labels("0 0.6 0.5 0.4 0.4 0.5 0.4 0.7 0.6 0.75 0.35 0 0\n" * 8),
+        "keypoints-as-polygons",
+        "8 of 8 polygons of split 'train' are a box and points within it, as keypoints are: data.yaml must say so, with "
+        "`kpt_shape: [4, 2]`",
+    ),
+    "keypoints that are seen or not": Case(
+        "yolo", labels("0 0.6 0.5 0.4 0.4 0.5 0.4 1 0.7 0.6 0\n" * 8), "keypoints-as-polygons", "`kpt_shape: [2, 3]`"
+    ),
     "turned by EXIF": Case("yolo", lambda root: turned(root / "images/train/a.png"), "turned-images", "turns 1 images"),
     "sidecar": Case("yolo", write("edgekd.json", "{"), "bad-layout", "edgekd.json"),
     "sidecar, infinite": Case("yolo", write("edgekd.json", INFINITE), "bad-layout", "edgekd.json"),

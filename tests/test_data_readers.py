@@ -446,6 +446,17 @@ def test_yolo_polygons_become_boxes(tmp_path: Path) -> None:
     assert boxes(tmp_path, "train") == [[6, 4, 30, 32]]
 
 
+@pytest.mark.parametrize("side", [0.05, 0.2, 0.4])
+def test_yolo_polygons_of_any_size_are_not_taken_for_keypoints(tmp_path: Path, side: float) -> None:
+    rng = np.random.default_rng(0)
+    turn = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    outlines = [side / 2 * np.stack([np.cos(turn + t), np.sin(turn + t)], 1) for t in range(30)]
+    placed = [outline + rng.uniform(side / 2, 1 - side / 2, 2) for outline in outlines]
+    lines = ["0 " + " ".join(f"{value:.4f}" for value in outline.reshape(-1)) for outline in placed]
+    make_yolo(tmp_path, {"train": {"a": lines}}, ["cat"])
+    assert len(boxes(tmp_path, "train")) == 30
+
+
 @pytest.mark.parametrize("layout", ["images/{split}", "{split}/images"])
 def test_yolo_plain_folders_with_classes_txt(tmp_path: Path, layout: str) -> None:
     for split, images in YOLO.items():

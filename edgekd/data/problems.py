@@ -101,6 +101,7 @@ RULES: dict[str, Rule] = {
     "boxes-of-other-sizes": Rule(
         "error", True, "boxes fit the sizes that most annotations state, which are not the images': reading stops"
     ),
+    "keypoints-as-polygons": Rule("error", True, "keypoints would be read as corners of the object: reading stops"),
     "boxes-beyond-images": Rule("error", False, "most boxes of the split reach beyond their image: read as they stand"),
     "unnormalised-box": Rule("error", False, "YOLO coordinates that are no shares of the image: refused"),
     "empty-box": Rule("warning", False, "less than 0.1 px wide or high after clipping: refused"),

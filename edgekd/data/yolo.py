@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgekd.data.foreign import kind_of_line
@@ -37,6 +37,10 @@ from edgekd.data.yolo_folders import is_label, label_path, listed_image, names_b
 from edgekd.data.yolo_yaml import find_yaml, load_yaml, names_of, require_one_description, splits_of
 from edgekd.errors import DataError
 
+_BOX_NUMBERS = 5
+_FEWEST_LINES, _MOSTLY = 8, 0.8
+"""Polygons that look like a box and its keypoints, to be taken for such: of COCO's own, one in twenty does."""
+
 _USUAL_BACKGROUND = 0.1
 """The share of a split that may lack label files unremarked: pictures of background are commonly kept so, up to a tenth."""
 
@@ -56,6 +60,22 @@ class _Listed:
     line: int | None = None
 
 
+@dataclass
+class _Polygons:
+    """The polygons of a split so far: how many, where the first is and of how many numbers, and how many look like keypoints
+    of two or three numbers each behind a box."""
+
+    count: int = 0
+    first: tuple[Path, int] | None = None
+    like_keypoints: dict[int, int] = field(default_factory=lambda: {2: 0, 3: 0})
+
+    def add(self, label: Path, values: list[float]) -> None:
+        self.count += 1
+        self.first = self.first or (label, len(values))
+        for width in self.like_keypoints:
+            self.like_keypoints[width] += _is_box_with_points(values, width)
+
+
 class YoloSource:
     """A data set in YOLO layout: with a YAML file, or plain folders images/SPLIT and labels/SPLIT with classes.txt."""
 
@@ -70,6 +90,7 @@ class YoloSource:
         self.root = root
         self._yaml = find_yaml(root)
         self._keypoints = False
+        self._polygons = _Polygons()
         folder = root if root.is_dir() else root.parent
         self._sidecar = read_sidecar(folder)
         require_one_description(root)
@@ -113,6 +134,7 @@ class YoloSource:
         self._report_shared(split, listed, problems)
         raws: list[RawImage] = []
         ids: set[str] = set()
+        self._polygons = _Polygons()
         for image in listed[:limit]:
             stem = stem_of(image.name)
             unique = stem if stems[stem] == 1 else printable(self._relative(image.path))
@@ -122,6 +144,7 @@ class YoloSource:
                 continue
             ids.add(raw.image_id)
             raws.append(replace(raw, teachers=teachers))
+        self._report_keypoints(split, problems)
         self._report_other_names(split, raws, problems)
         lacking = self._report_misnamed(split, listed[:limit], problems)
         if limit is None:
@@ -139,6 +162,21 @@ class YoloSource:
             message = f"{len(bare)} of the {len(raws)} images of split {split!r} have no label file, such as this one's: they "
             message += "are read as background (where that is so, an empty file says it)"
             problems.append(Problem("sparse-labels", bare[0].annotation, message, split=split))
+
+    def _report_keypoints(self, split: str, problems: list[Problem]) -> None:
+        """Tell of lines that are a box and its keypoints: as polygons they would give other boxes, and nothing would fail."""
+        found = self._polygons
+        for width, like in found.like_keypoints.items():
+            if found.first and found.count >= _FEWEST_LINES and like >= _MOSTLY * found.count:
+                label, numbers = found.first
+                message = (
+                    f"{like} of {found.count} polygons of split {split!r} are a box and points within it, as keypoints "
+                )
+                message += (
+                    f"are: data.yaml must say so, with `kpt_shape: [{(numbers - _BOX_NUMBERS) // width}, {width}]`"
+                )
+                problems.append(Problem("keypoints-as-polygons", label, message, split=split))
+                return
 
     def _is_above(self, folder: Path) -> bool:
         """Whether a folder lies above the data set: reading it could mean reading the whole disk."""
@@ -244,6 +282,8 @@ class YoloSource:
                 problems.append(Problem("bad-annotation", label, str(error), line, split=split))
                 continue
             objects.append(RawObject(box, self._label(index), line=line))
+            if not self._keypoints and len(fields := text.split()) > _BOX_NUMBERS:
+                self._polygons.add(label, [float(field) for field in fields])
         return objects
 
     def _label(self, index: int) -> str | int:
@@ -311,6 +351,18 @@ def _plain(label: Path) -> Path:
     """A label's path such that names meet which differ in case, or by an image's suffix (1.jpg.txt)."""
     stem = Path(label.stem)
     return label.parent / (stem.stem if is_image(stem) else stem.name).casefold()
+
+
+def _is_box_with_points(values: list[float], width: int) -> bool:
+    """Whether a line's numbers can be a box, then points of x, y (and 0, 1 or 2 for how they are seen) spread over it."""
+    cx, cy, w, h = values[1:_BOX_NUMBERS]
+    xs, ys = values[_BOX_NUMBERS::width], values[_BOX_NUMBERS + 1 :: width]
+    if (len(values) - _BOX_NUMBERS) % width or (width == 3 and not set(values[7::3]) <= {0, 1, 2}):
+        return False
+    seen = [(x, y) for x, y in zip(xs, ys, strict=True) if x or y]  # 0 0 stands for a point that nobody has marked
+    spread = [max(side) - min(side) for side in zip(*seen, strict=True)]
+    within = all(abs(x - cx) <= 0.6 * w and abs(y - cy) <= 0.6 * h for x, y in seen)
+    return bool(seen) and within and spread[0] >= w / 4 and spread[1] >= h / 4
 
 
 def parse_line(text: str, keypoints: bool = False) -> tuple[int, tuple[float, float, float, float]]:
