@@ -18,7 +18,7 @@ import numpy as np
 
 from edgekd.artifact import is_current, write_json, write_manifest
 from edgekd.boxes import iou_matrix
-from edgekd.data.images import load_image
+from edgekd.data.images import load_image, spread_places
 from edgekd.errors import ArtifactError
 from edgekd.predictor import Predictor
 from edgekd.recipe import OnnxTeacher, TeacherConfig
@@ -165,7 +165,7 @@ def examine(
     telling = [r for r in dataset.records if labels & set(r.labels[r.trainable].tolist())]
     if not telling:
         return {"doubtful": False, "says": f"{who}: no image shows a class that it knows"}
-    records = telling[:: max(1, len(telling) // IMAGES)][:IMAGES]
+    records = [telling[place] for place in spread_places(len(telling), IMAGES)]
     pictures = [load_image(record.path) for record in records]
     others_of = other_forms if searched else other_boxes
     spec, forms = predictor.preprocess, {"": predictor.form, **others_of(predictor.form)}
@@ -173,7 +173,8 @@ def examine(
     _answers(predictor, pictures[:FEWEST_IMAGES], spec, forms)
     per_image = (time.perf_counter() - start) / len(pictures[:FEWEST_IMAGES])
     count = min(len(records), max(FEWEST_IMAGES, int(SECONDS / per_image / (1 + _TRIES * searched))))
-    records, pictures = records[:count], pictures[:count]
+    kept = spread_places(len(records), count)
+    records, pictures = [records[place] for place in kept], [pictures[place] for place in kept]
     tried: dict[Reading, list[float]] = {}
     shuffled = np.random.default_rng(0).permutation(count)  # sets are sorted by content, and may take turns in it
     parts = [p.tolist() for p in (shuffled, shuffled[: count // 2], shuffled[count // 2 :]) if len(p)]

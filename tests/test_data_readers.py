@@ -457,6 +457,16 @@ def test_yolo_polygons_of_any_size_are_not_taken_for_keypoints(tmp_path: Path, s
     assert len(boxes(tmp_path, "train")) == 30
 
 
+def test_a_yaml_without_keypoints_says_that_all_are_polygons(tmp_path: Path) -> None:
+    line = "0 0.6 0.5 0.4 0.4 0.5 0.4 0.7 0.6 0.75 0.35"
+    make_yolo(tmp_path, {"train": {"a": [line] * 8}, "val": {"b": [line]}}, ["cat"])
+    with pytest.raises(DataError, match="kpt_shape: null"):
+        read_dataset(tmp_path, "train")
+    stated = with_yaml(tmp_path) / "data.yaml"
+    stated.write_text(stated.read_text() + "kpt_shape: null\n")
+    assert len(boxes(tmp_path, "train")) == 8
+
+
 @pytest.mark.parametrize("layout", ["images/{split}", "{split}/images"])
 def test_yolo_plain_folders_with_classes_txt(tmp_path: Path, layout: str) -> None:
     for split, images in YOLO.items():

@@ -122,6 +122,22 @@ def test_a_teacher_read_rightly_is_left_in_peace(tmp_path: Path) -> None:
     ]
 
 
+def test_a_slow_teacher_is_tried_on_pictures_from_all_over_a_sorted_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = labelled(tmp_path, count=60)
+    elsewhere = np.array([(50, 50, 60, 60)], np.float32)
+    later = tuple(replace(record, boxes_xyxy=elsewhere) for record in dataset.records[32:])
+    monkeypatch.setattr("edgekd.teacher_check.SECONDS", 0.0)
+    path = detector_file(tmp_path / "t.onnx", below=10.0)
+    notes, warnings = check(
+        replace(dataset, records=dataset.records[:32] + later), config_of(path), tmp_path / "answers"
+    )
+    (said,) = notes + warnings
+    assert "on 8 of the images" in said
+    assert "AP50 100" not in said, "only the first pictures were looked at"
+
+
 def test_a_teacher_that_agrees_with_nothing_is_named(tmp_path: Path) -> None:
     path = detector_file(tmp_path / "t.onnx", below=10.0, box=(44.0, 0.0, 60.0, 16.0))
     _, warnings = check(labelled(tmp_path), config_of(path), tmp_path / "answers")

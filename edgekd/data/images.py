@@ -33,10 +33,15 @@ _MAX_BYTES = 1 << 30
 _EXIF_ORIENTATION = 0x0112
 
 
+def spread_places(total: int, count: int) -> list[int]:
+    """At most `count` places among `total`, evenly, since sets are often sorted by content."""
+    places: list[int] = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
+    return places
+
+
 def evenly_spread(records: Sequence[ImageRecord], count: int) -> list[Path]:
-    """At most `count` image files, evenly over a data set, since sets are often sorted by content."""
-    at = np.unique(np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int))
-    return [records[i].path for i in at]
+    """At most `count` image files, evenly over a data set."""
+    return [records[place].path for place in spread_places(len(records), count)]
 
 
 def load_image(path: Path | str) -> ImageArray:

@@ -89,7 +89,7 @@ class YoloSource:
         """
         self.root = root
         self._yaml = find_yaml(root)
-        self._keypoints = False
+        self._keypoints = self._says_keypoints = False
         self._polygons = _Polygons()
         folder = root if root.is_dir() else root.parent
         self._sidecar = read_sidecar(folder)
@@ -102,7 +102,7 @@ class YoloSource:
             self._names = names_of(self._yaml, data)
             if self._names is None:
                 self._names = names_beside(folder)
-            self._keypoints = data.get("kpt_shape") is not None
+            self._keypoints, self._says_keypoints = data.get("kpt_shape") is not None, "kpt_shape" in data
         else:
             self._base, self._splits = folder, plain_splits(folder)
             self._names = names_beside(folder)
@@ -173,7 +173,8 @@ class YoloSource:
                     f"{like} of {found.count} polygons of split {split!r} are a box and points within it, as keypoints "
                 )
                 message += (
-                    f"are: data.yaml must say so, with `kpt_shape: [{(numbers - _BOX_NUMBERS) // width}, {width}]`"
+                    f"are: data.yaml must say so, with `kpt_shape: [{(numbers - _BOX_NUMBERS) // width}, {width}]`, or "
+                    "`kpt_shape: null` if they are polygons all the same"
                 )
                 problems.append(Problem("keypoints-as-polygons", label, message, split=split))
                 return
@@ -282,7 +283,7 @@ class YoloSource:
                 problems.append(Problem("bad-annotation", label, str(error), line, split=split))
                 continue
             objects.append(RawObject(box, self._label(index), line=line))
-            if not self._keypoints and len(fields := text.split()) > _BOX_NUMBERS:
+            if not self._says_keypoints and len(fields := text.split()) > _BOX_NUMBERS:
                 self._polygons.add(label, [float(field) for field in fields])
         return objects
 
