@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from edgekd.artifact import source_commit, versions
+from edgekd.bench.device import gpu_facts
 from edgekd.bench.matching import Float64Array, Matches
 from edgekd.bench.precision_recall import resampled_ap50
+from edgekd.machine import cpu_model
 from edgekd.recipe import Recipe
 from edgekd.report.table import in_markdown
 from edgekd.report.words import caveats, more_seeds
-from edgekd.workspace import Workspace, is_synthetic
+from edgekd.workspace import Workspace, is_synthetic, resolved_device
 
 ALONE = "alone"
 SCHEMA = "edgekd.comparison/1"
@@ -81,8 +83,15 @@ def summary(base: Workspace, recipes: Sequence[Recipe], runs: Sequence[Evaluated
             for recipe in recipes
         },
         "rows": rows,
-        "provenance": {"commit": source_commit(), "versions": versions(), "device": base.device},
+        "provenance": {"commit": source_commit(), "versions": versions(), "device": _machine(base.device)},
     }
+
+
+def _machine(device: str) -> str:
+    """What trains here, such as "cpu: AMD EPYC"."""
+    resolved = resolved_device(device)
+    name = cpu_model() if resolved == "cpu" else (gpu_facts() or {}).get("name")
+    return f"{resolved}: {name}" if name else resolved
 
 
 def _best(methods: Sequence[Sequence[Evaluated]]) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from edgekd.compare import CompareJob, Run, _tasks, compare, one_by_one
 from edgekd.comparison import Evaluated, gain, spread, summary, table_markdown
 from edgekd.data.scenes import make_scenes
 from edgekd.errors import DataError, EdgeKDError, RecipeError, UserError
+from edgekd.machine import cpu_model
 from edgekd.recipe import Recipe
 from edgekd.types import Detections
 from tests.toy import CLASSES, toy_dataset
@@ -75,6 +76,7 @@ def test_it_is_told_how_many_seeds_would_decide(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"name": "a", "data": {"root": "x"}, "student": {"model": "yolo-nano"}})
     work: Any = SimpleNamespace(train=toy_dataset(tmp_path / "t", 4), val=toy_dataset(tmp_path / "v", 4), device="cpu")
     data = summary(work, [recipe], runs)
+    assert data["provenance"]["device"] == (f"cpu: {name}" if (name := cpu_model()) else "cpu")
     needed = {row["method"]: row["gain"]["seeds_to_show"] for row in data["rows"] if "gain" in row}
     assert needed == {"a": 7, "b": None}
     assert 2.571 * 2 / 6**0.5 > 2 > 2.447 * 2 / 7**0.5
