@@ -135,7 +135,8 @@ def gain(method: Sequence[Evaluated], alone: Sequence[Evaluated]) -> dict[str, A
         "interval_seeds": by_seed,
         "interval_images": by_image,
         "verdict": ("gain" if mean > 0 else "loss") if shown else "no difference shown",
-        "seeds_to_show": _seeds_to_show(differences),
+        # Where other images could undo it, seeds alone decide nothing.
+        "seeds_to_show": _seeds_to_show(differences) if by_image[0] > 0 or by_image[1] < 0 else None,
         "per_class": _paired(method, alone, "per_class"),
         "by_size": _paired(method, alone, "by_size"),
     }
