@@ -8,8 +8,12 @@ a traceback is shown only for exceptions outside this tree, which are bugs.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+# "/onnxruntime_src/.../model.cc:256 onnxruntime::Model::Model(...) Unsupported model IR version"
+_SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=[A-Z])")
 
 
 class EdgeKDError(Exception):
@@ -148,3 +152,9 @@ def refusal(error: OSError, path: Path | str | None = None) -> EdgeKDError:
 def install_extra(name: str) -> str:
     """How to get one of edgekd's extras. The package index has no edgekd: it is installed from its own sources."""
     return f"pip install '.[{name}]' in a checkout of edgekd"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an engine's message, which may go on for pages, without the C++ place that stands before it."""
+    text = str(error).strip() or type(error).__name__
+    return _SOURCE_PLACE.sub(" ", text.splitlines()[0])[:300]

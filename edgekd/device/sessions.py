@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgekd.errors import MissingDependencyError, RuntimeFailure
+from edgekd.errors import MissingDependencyError, RuntimeFailure, first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CHOICES = ("auto", "tensorrt", *PROVIDERS)
-_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=[A-Z])")  # as in `runtimes.onnx_session`
 _TOO_NEW = re.compile(r"[Oo]pset|IR version")
 
 
@@ -31,7 +30,7 @@ class OrtSession:
             import onnxruntime
         except Exception as error:  # a broken installation raises whatever its libraries raise
             raise MissingDependencyError(
-                "ONNX Runtime cannot be imported here", got=_line(error), fix="pip install onnxruntime"
+                "ONNX Runtime cannot be imported here", got=first_line(error), fix="pip install onnxruntime"
             ) from error
         name = PROVIDERS[provider]
         if name not in onnxruntime.get_available_providers():
@@ -53,7 +52,7 @@ class OrtSession:
             newer = "a newer ONNX Runtime: pip install -U onnxruntime" if _TOO_NEW.search(str(error)) else None
             raise RuntimeFailure(
                 f"{file.name}: ONNX Runtime {onnxruntime.__version__} cannot load this model",
-                got=_line(error),
+                got=first_line(error),
                 fix=newer,
             ) from error
         self._session.disable_fallback()
@@ -75,7 +74,7 @@ class OrtSession:
         try:
             found = self._session.run(self._names, {self._input: given})
         except Exception as error:  # as above; out of memory, or an operator that this version lacks
-            raise RuntimeFailure(f"{self._file}: ONNX Runtime failed while running", got=_line(error)) from error
+            raise RuntimeFailure(f"{self._file}: ONNX Runtime failed while running", got=first_line(error)) from error
         return dict(zip(self._names, found))
 
     def close(self) -> None:
@@ -142,8 +141,3 @@ def open_session(file: Path, model: Mapping[str, Any], provider: str, threads: i
     if provider == "tensorrt":
         return TensorRTSession(file, model, cache)
     return OrtSession(file, model, provider, threads)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a message, without the C++ place that may stand before what it says."""
-    return _PLACE.sub(" ", (str(error).strip() or type(error).__name__).splitlines()[0])[:300]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from edgekd.errors import ArtifactError, RuntimeFailure
+from edgekd.errors import ArtifactError, RuntimeFailure, first_line
 from edgekd.runtimes.side_inputs import can_feed, value_for
 from edgekd.runtimes.tensor_info import TensorInfo
 from edgekd.types import FloatArray
@@ -23,9 +22,6 @@ _INPUT_TYPES: Mapping[str, Any] = {
     "tensor(double)": np.float64,
     "tensor(uint8)": np.uint8,
 }
-
-# "/onnxruntime_src/.../model.cc:256 onnxruntime::Model::Model(...) Unsupported model IR version"
-_SOURCE_PLACE = re.compile(r"/onnxruntime_src/\S+:\d+ .*?\)(?: const)? (?=[A-Z])")
 
 Feed = Mapping[str, NDArray[np.generic]]
 
@@ -199,9 +195,3 @@ def _is_channels_last(shape: Sequence[int | None]) -> bool:
 def source_name(model: object) -> str:
     """What messages call a model given as a file or as bytes."""
     return "the model" if isinstance(model, bytes) else str(model)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an engine's message, which may go on for pages, without the C++ place that stands before it."""
-    text = str(error).strip() or type(error).__name__
-    return _SOURCE_PLACE.sub(" ", text.splitlines()[0])[:300]

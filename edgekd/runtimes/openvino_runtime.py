@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, install_extra
-from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, first_line, source_name
+from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, first_line, install_extra
+from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, source_name
 from edgekd.runtimes.tensor_info import TensorInfo
 
 _TYPES = {

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.artifact import stand_in
-from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, UserError
-from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, first_line, source_name
+from edgekd.errors import ArtifactError, MissingDependencyError, RuntimeFailure, UserError, first_line
+from edgekd.runtimes.onnx_session import Feed, OnnxRuntime, source_name
 from edgekd.runtimes.tensor_info import TensorInfo
 
 PROVIDERS: Mapping[str, str] = {
